@@ -1,0 +1,48 @@
+"""Which engine generates tokens, and with which of its settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from workers.contract.validate import at_least, named, positive
+
+EngineKind = Literal["vllm", "transformers", "endpoint", "roofline"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Speculative:
+    """A draft that proposes tokens (MoE-Inference-Bench §6.3)."""
+
+    model: str
+    """Draft model, or the engine's own method name (`ngram`)."""
+    tokens: int = 4
+    """Tokens proposed per step."""
+
+    def __post_init__(self) -> None:
+        named("engine.speculative.model", self.model)
+        at_least("engine.speculative.tokens", self.tokens, 1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineSettings:
+    """Everything that an engine is built from besides model and layout."""
+
+    kind: EngineKind = "vllm"
+    """Implementation."""
+    moe_backend: str | None = None
+    """Kernel of the MoE layers by the engine's own name; null lets the engine choose."""
+    speculative: Speculative | None = None
+    """Speculative decoding."""
+    routing: str | None = None
+    """Forced routing distribution; null keeps the model's own router."""
+    eager: bool = False
+    """Skip graph capture and compilation."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Arguments passed to the engine as they are; they win over ours."""
+    memory_limit_gib: float | None = None
+    """Memory one device may use, in GiB; null is all of it."""
+
+    def __post_init__(self) -> None:
+        if self.memory_limit_gib is not None:
+            positive("engine.memory_limit_gib", self.memory_limit_gib)

@@ -1,0 +1,185 @@
+"""The Arrow schema of a dataset: one place, one version, every column explained.
+
+A record is one terminal row per trial, failures included. Values that do not apply, or
+that the machine cannot tell, are null; zero and NaN are never used for "unknown".
+Durations are seconds, sizes GiB. Headline figures are medians over timed repeats.
+
+Columns may be added (readers fill them with null in older files); a column is never
+renamed, retyped or given another meaning without raising `SCHEMA_VERSION`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+
+_STR, _INT, _FLOAT, _BOOL = pa.string(), pa.int64(), pa.float64(), pa.bool_()
+_TIME = pa.timestamp("us", tz="UTC")
+
+_RECORD: tuple[tuple[str, pa.DataType, str], ...] = (
+    # identity
+    ("schema_version", _INT, "Version of this schema."),
+    ("sweep", _STR, "Name of the sweep."),
+    ("run_id", _STR, "One invocation of the orchestrator."),
+    ("trial_id", _STR, "Hash of the resolved trial."),
+    ("group_id", _STR, "Trials that shared one engine key."),
+    ("attempt", _INT, "Executions of this trial in this run, from 1."),
+    ("axes", _STR, "JSON object: the sweep's axes at this point, as written in the sweep."),
+    # outcome
+    ("outcome", _STR, "ok | oom | infeasible | unsupported | timeout | crashed | skipped."),
+    ("outcome_reason", _STR, "Why it is not ok, in the engine's own words where it had any."),
+    ("oom_stage", _STR, "load | kv_cache | warmup | run."),
+    ("oom_scope", _STR, "device | host."),
+    ("oom_bytes", _INT, "Bytes of the allocation that failed."),
+    ("skipped_by", _STR, "trial_id of the witness that made this trial pointless."),
+    ("log", _STR, "File with the engine's output, relative to the dataset."),
+    # where and with what
+    ("profile", _STR, "Device class that the sweep was resolved for."),
+    ("measured", _BOOL, "False where a model, not a machine, produced the figures."),
+    ("engine", _STR, "vllm | transformers | endpoint | roofline."),
+    ("engine_version", _STR, "Version of the engine."),
+    ("engine_args", _STR, "JSON object: the arguments the engine was built with."),
+    ("torch_version", _STR, "Version of torch, with its build."),
+    ("device", _STR, "Device as the driver or the operating system names it."),
+    ("device_count", _INT, "Devices of the engine."),
+    ("threads", _INT, "CPU threads per device; null on GPUs."),
+    ("host", _STR, "Host name."),
+    ("started_at", _TIME, "When the trial's first pass (or its failing load) began."),
+    ("finished_at", _TIME, "When the terminal record was made."),
+    ("engine_load_s", _FLOAT, "Building the engine that this trial used."),
+    # model, as it ran
+    ("model", _STR, "Model by the name that the sweep gave."),
+    ("revision", _STR, "Commit or tag."),
+    ("weights", _STR, "dummy | checkpoint."),
+    ("scale", _FLOAT, "Factor on every width of a skeleton; 1 is the model itself."),
+    ("num_layers", _INT, "Transformer layers."),
+    ("hidden_size", _INT, "Width of the residual stream."),
+    ("ffn_dim", _INT, "Width of one routed expert."),
+    ("num_experts", _INT, "Routed experts per MoE layer."),
+    ("top_k", _INT, "Routed experts per token."),
+    ("shared_experts", _INT, "Shared experts per MoE layer."),
+    ("dtype", _STR, "Data type of weights and activations."),
+    ("quantization", _STR, "Weight quantisation."),
+    ("trust_remote_code", _BOOL, "Whether the checkpoint's own Python code was allowed to run."),
+    ("prune_kind", _STR, "inter | intra."),
+    ("prune_ratio", _FLOAT, "Share pruned."),
+    ("params_total", _INT, "Parameters."),
+    ("params_active", _INT, "Parameters that one token uses, input embedding included."),
+    # layout
+    ("tensor_parallel", _INT, "Tensor-parallel degree."),
+    ("pipeline_parallel", _INT, "Pipeline-parallel degree."),
+    ("data_parallel", _INT, "Data-parallel degree."),
+    ("expert_parallel", _BOOL, "Experts spread over devices."),
+    ("moe_backend", _STR, "Kernel of the MoE layers, where the sweep chose one."),
+    ("eager", _BOOL, "No graph capture, no compilation."),
+    # workload
+    ("batch_size", _INT, "Requests in flight together."),
+    ("input_tokens", _INT, "Prompt tokens per request."),
+    ("output_tokens", _INT, "Generated tokens per request."),
+    ("seed", _INT, "Seed of the prompts."),
+    ("repeats", _INT, "Timed passes made."),
+    # latency and throughput
+    ("ttft_s", _FLOAT, "Time to first token, median over requests, from stamps."),
+    ("ttft_paper_s", _FLOAT, "End-to-end time of the batch with output capped at one token."),
+    ("itl_s", _FLOAT, "Median of the true gaps between tokens of one request."),
+    ("itl_p90_s", _FLOAT, "90th percentile of the same."),
+    ("itl_p99_s", _FLOAT, "99th percentile of the same."),
+    ("itl_paper_s", _FLOAT, "MoE-Inference-Bench Eq 1: (E2E - TTFT)/(batch*output - 1)."),
+    ("tpot_s", _FLOAT, "(last - first token)/(output - 1) of a request, median over requests."),
+    ("e2e_s", _FLOAT, "End-to-end time of the batch."),
+    ("e2e_s_ci_low", _FLOAT, "Lower end of the median's confidence interval."),
+    ("e2e_s_ci_high", _FLOAT, "Upper end of it."),
+    ("e2e_s_std", _FLOAT, "Sample standard deviation over repeats."),
+    ("ci_level", _FLOAT, "Coverage that the intervals really have with this many repeats."),
+    ("throughput_tok_s", _FLOAT, "Eq 2: batch*(input + output)/E2E."),
+    ("throughput_tok_s_ci_low", _FLOAT, "Lower end of its interval."),
+    ("throughput_tok_s_ci_high", _FLOAT, "Upper end of its interval."),
+    ("output_throughput_tok_s", _FLOAT, "batch*output/E2E."),
+    ("requests_s", _FLOAT, "batch/E2E."),
+    ("samples_s", _FLOAT, "Image and text pairs finished per second (vision models)."),
+    # memory, per device
+    ("weights_gib", _FLOAT, "Parameters and buffers of the loaded model."),
+    ("kv_cache_gib", _FLOAT, "KV cache as allocated."),
+    ("peak_memory_gib", _FLOAT, "Highest use above the idle process, since the load began."),
+    ("memory_limit_gib", _FLOAT, "What one device may use."),
+    # utilisation
+    ("mbu", _FLOAT, "Memory bandwidth utilisation, all weights counted."),
+    ("mfu", _FLOAT, "Compute utilisation, all weights counted."),
+    ("s_mbu", _FLOAT, "Sparse MBU with every byte that a forward pass reads."),
+    ("s_mbu_paper", _FLOAT, "MoE-CAP Eq 4 exactly."),
+    ("s_mfu", _FLOAT, "MoE-CAP Eq 5."),
+    ("activated_experts_decode", _FLOAT, "Distinct experts per layer and decode pass, mean."),
+    ("activated_experts_prefill", _FLOAT, "The same for prefill passes."),
+    # prediction
+    ("predicted_e2e_s", _FLOAT, "Roofline, before the run."),
+    ("predicted_ttft_s", _FLOAT, "Roofline, before the run."),
+    ("predicted_memory_gib", _FLOAT, "Weights, KV cache and activations of one device."),
+    # energy, cost, accuracy
+    ("power_w", _FLOAT, "Mean power during timed passes."),
+    ("energy_j", _FLOAT, "Energy of one timed pass."),
+    ("energy_source", _STR, "Counter that was read, or why there is none."),
+    ("cost_usd_per_mtok", _FLOAT, "US dollars per million tokens."),
+    ("purchase_cost_usd", _FLOAT, "Price of the devices used."),
+    ("accuracy", _FLOAT, "Score of accuracy_task, 0 to 1."),
+    ("accuracy_task", _STR, "Task behind accuracy."),
+    ("acceptance_rate", _FLOAT, "Accepted share of drafted tokens."),
+)
+
+_SAMPLE: tuple[tuple[str, pa.DataType, str], ...] = (
+    ("run_id", _STR, "One invocation of the orchestrator."),
+    ("trial_id", _STR, "Hash of the resolved trial."),
+    ("attempt", _INT, "Execution of the trial."),
+    ("kind", _STR, "warmup | one_token | timed."),
+    ("repeat", _INT, "Position among the passes of its kind."),
+    ("started_at", _TIME, "Submission of the first request."),
+    ("e2e_s", _FLOAT, "Submission to the last token of the last request."),
+    ("batch_size", _INT, "Requests in the pass."),
+    ("input_tokens", _INT, "Prompt tokens per request."),
+    ("output_tokens", _INT, "Tokens generated by all requests together."),
+    ("token_s", pa.list_(pa.list_(pa.float32())), "Per request, the stamp of each token."),
+    ("step_s", pa.list_(pa.float32()), "Stamp at the end of each engine step."),
+)
+
+_ACTIVATION: tuple[tuple[str, pa.DataType, str], ...] = (
+    ("run_id", _STR, "One invocation of the orchestrator."),
+    ("trial_id", _STR, "Hash of the resolved trial."),
+    ("phase", _STR, "prefill | decode."),
+    ("layer", _INT, "Transformer layer, from 0."),
+    ("expert", _INT, "Routed expert, from 0."),
+    ("tokens", _INT, "Tokens that chose it."),
+)
+
+
+def _schema(table: str, columns: Iterable[tuple[str, pa.DataType, str]]) -> pa.Schema:
+    return pa.schema(
+        [pa.field(name, kind, metadata={"doc": doc}) for name, kind, doc in columns],
+        metadata={"table": table, "schema_version": str(SCHEMA_VERSION)},
+    )
+
+
+RECORDS: pa.Schema = _schema("records", _RECORD)
+SAMPLES: pa.Schema = _schema("samples", _SAMPLE)
+ACTIVATIONS: pa.Schema = _schema("activations", _ACTIVATION)
+TABLES: Mapping[str, pa.Schema] = {
+    "records": RECORDS,
+    "samples": SAMPLES,
+    "activations": ACTIVATIONS,
+}
+
+
+def rows(schema: pa.Schema, values: Iterable[Mapping[str, Any]]) -> pa.RecordBatch:
+    """Rows of `schema`; keys that are absent become null.
+
+    Raises:
+        KeyError: for a key that is no column of `schema`.
+    """
+    values = list(values)
+    known = set(schema.names)
+    for value in values:
+        if unknown := value.keys() - known:
+            raise KeyError(f"no such column: {', '.join(sorted(unknown))}")
+    return pa.RecordBatch.from_pylist([dict(value) for value in values], schema=schema)
