@@ -1,0 +1,39 @@
+"""What the driver hands to an engine's host: one group, and what to write beside each trial."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from workers.contract.trial import Trial
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ticket:
+    """One execution of one trial."""
+
+    trial: Trial
+    trial_id: str
+    attempt: int = 1
+    """Executions of this trial in this run, this one included."""
+    axes: Mapping[str, Any] = field(default_factory=dict)
+    """The sweep's axes at this point, as written."""
+    predicted_e2e_s: float | None = None
+    predicted_ttft_s: float | None = None
+    predicted_memory_gib: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """Trials that share one engine."""
+
+    sweep: str
+    run_id: str
+    group_id: str
+    profile: str
+    tickets: tuple[Ticket, ...]
+    log: str | None = None
+    """File for the engine's output on the host; null writes to one of the host's own."""
+    log_name: str | None = None
+    """The same file as the record names it, relative to the dataset."""

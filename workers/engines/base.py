@@ -1,0 +1,89 @@
+"""What every engine must offer, so that one runner measures them all.
+
+An engine is built for one group: its model, layout and settings, and the largest of the
+group's workloads. It only generates and reports; warm-up, repeats, statistics and records
+belong to the runner. Whatever goes wrong inside comes out as an `EngineError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from workers.contract.engine import EngineKind
+from workers.contract.errors import Unsupported
+from workers.contract.measurement import Memory, Pass, PassKind
+from workers.contract.trial import Trial
+from workers.contract.workload import Workload
+from workers.moe.architecture import Architecture
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Loaded:
+    """What a built engine says of itself."""
+
+    version: str
+    args: dict[str, Any]
+    """Arguments it was built with, as JSON data."""
+    architecture: Architecture
+    """Structure that it really runs."""
+    threads: int | None
+    """CPU threads per device; null on GPUs."""
+
+
+class Engine(Protocol):
+    """A model in memory that generates tokens."""
+
+    loaded: Loaded
+
+    def __init__(self, trial: Trial, workloads: Sequence[Workload], scratch: Path) -> None:
+        """Builds the engine for `trial`'s engine key and all of `workloads`.
+
+        Args:
+            trial: any trial of the group.
+            workloads: every workload that the engine must carry.
+            scratch: folder for files of its own, removed by the caller.
+
+        Raises:
+            EngineError: with the stage at which memory ran out, where it did.
+        """
+
+    @classmethod
+    def refuses(cls, trial: Trial) -> str | None:
+        """Why this engine cannot do what `trial` asks for; null if it can try."""
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], output_tokens: int, *, kind: PassKind, repeat: int
+    ) -> Pass:
+        """Sends all prompts at once and waits for exactly `output_tokens` of each.
+
+        Args:
+            prompts: token ids, batch × input tokens.
+            output_tokens: tokens to generate per prompt; end-of-sequence is ignored.
+            kind: what the pass is for.
+            repeat: its position among the passes of its kind.
+
+        Raises:
+            EngineError: out of memory (stage `run`), or the engine's death.
+        """
+
+    def memory(self) -> Memory:
+        """Memory of the fullest device since the engine began to load."""
+
+    def close(self) -> None:
+        """Gives everything back; never raises, may be called twice."""
+
+
+def engine_class(kind: EngineKind) -> type[Engine]:
+    """The implementation of an engine kind; imports it.
+
+    Raises:
+        Unsupported: this version has no such engine.
+    """
+    if kind == "vllm":
+        from workers.engines.vllm_engine import VllmEngine
+
+        return VllmEngine
+    raise Unsupported(f"engine.kind {kind} is not available in this version; vllm is")

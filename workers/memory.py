@@ -1,0 +1,56 @@
+"""Memory of a CPU device: a limit that really holds, a peak, and proof that it is free again.
+
+On a CPU the device's memory is the process's own, so a limit is the operating system's:
+`RLIMIT_DATA` counts private writable mappings, and an allocation beyond it fails where it
+is made, as on a GPU. The limit counts from what the idle process already has (interpreter
+and libraries), so that it bounds the model alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import resource
+from pathlib import Path
+
+_KIB = 1024
+
+
+def status(field: str) -> int:
+    """A size of `/proc/self/status` (`VmRSS`, `VmHWM`, `VmData`), in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * _KIB
+    raise KeyError(field)
+
+
+def reset_peak() -> None:
+    """Starts `VmHWM` anew at the present resident size."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except PermissionError:
+        pass  # a container may forbid it; the peak is then that of the whole process
+
+
+def headroom() -> int | None:
+    """Bytes left below the limit that is in force; null without one."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_DATA)
+    return None if soft == resource.RLIM_INFINITY else soft - status("VmData")
+
+
+def trim() -> None:
+    """Gives freed heap memory back to the operating system."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+def limit(added_bytes: int) -> None:
+    """Bounds what this process may add to its memory from now on, until `unlimit`."""
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (status("VmData") + added_bytes, hard))
+
+
+def unlimit() -> None:
+    """Lifts `limit`."""
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))

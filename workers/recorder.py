@@ -1,0 +1,190 @@
+"""One terminal row per trial, made in one place for every outcome.
+
+The host of an engine writes the rows of trials it ran; the driver writes those of trials
+that never reached an engine and of those whose host died. Both start from the same
+columns, so a failure carries as much of its configuration as a success.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from typing import Any
+
+import pyarrow as pa
+
+from workers.contract.errors import OutOfMemory, TrialError
+from workers.contract.job import Job, Ticket
+from workers.contract.measurement import Measurement, Memory
+from workers.contract.outcome import Outcome
+from workers.contract.record import RECORDS, SAMPLES, SCHEMA_VERSION, rows
+from workers.hardware.host import Host
+from workers.metrics import figures
+from workers.moe.architecture import Architecture, UnknownModel, resolve, run_dtype
+
+_GIB = 2**30
+
+
+def ok(
+    job: Job,
+    ticket: Ticket,
+    measurement: Measurement,
+    architecture: Architecture,
+    **columns: Any,
+) -> pa.RecordBatch:
+    """The row of a trial that was measured."""
+    derived = figures(measurement, output_tokens=ticket.trial.workload.output_tokens)
+    started = min(one.started_at for one in measurement.passes)
+    return _row(
+        job,
+        ticket,
+        "ok",
+        architecture,
+        {
+            "measured": True,
+            "started_at": datetime.fromtimestamp(started, UTC),
+            **_memory(measurement.memory),
+            **derived,
+            **columns,
+        },
+    )
+
+
+def failed(
+    job: Job,
+    ticket: Ticket,
+    error: TrialError,
+    architecture: Architecture | None = None,
+    **columns: Any,
+) -> pa.RecordBatch:
+    """The row of a trial that ended in any other way."""
+    if isinstance(error, OutOfMemory):
+        columns |= {
+            "oom_stage": error.stage,
+            "oom_scope": error.scope,
+            "oom_bytes": error.requested_bytes,
+        }
+    return _row(
+        job, ticket, error.outcome, architecture, {"outcome_reason": str(error), **columns}
+    )
+
+
+def samples(job: Job, ticket: Ticket, measurement: Measurement) -> pa.RecordBatch:
+    """Every pass as observed, one row each."""
+    return rows(
+        SAMPLES,
+        (
+            {
+                "run_id": job.run_id,
+                "trial_id": ticket.trial_id,
+                "attempt": ticket.attempt,
+                "kind": one.kind,
+                "repeat": one.repeat,
+                "started_at": datetime.fromtimestamp(one.started_at, UTC),
+                "e2e_s": one.e2e_s,
+                "batch_size": one.batch_size,
+                "input_tokens": one.input_tokens,
+                "output_tokens": one.output_tokens,
+                "token_s": one.token_s,
+                "step_s": one.step_s,
+            }
+            for one in measurement.passes
+        ),
+    )
+
+
+def where(host: Host) -> dict[str, Any]:
+    """Columns that name the machine and its software."""
+    return {
+        "engine_version": host.engine_version,
+        "torch_version": host.torch_version,
+        "device": host.device,
+        "host": host.hostname,
+    }
+
+
+def _row(
+    job: Job,
+    ticket: Ticket,
+    outcome: Outcome,
+    architecture: Architecture | None,
+    columns: dict[str, Any],
+) -> pa.RecordBatch:
+    trial = ticket.trial
+    row: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "sweep": job.sweep,
+        "run_id": job.run_id,
+        "trial_id": ticket.trial_id,
+        "group_id": job.group_id,
+        "attempt": ticket.attempt,
+        "axes": json.dumps(ticket.axes, sort_keys=False),
+        "outcome": outcome,
+        "log": job.log_name,
+        "profile": job.profile,
+        "measured": False,
+        "engine": trial.engine.kind,
+        "device_count": trial.layout.devices,
+        "finished_at": datetime.now(UTC),
+        "model": trial.model.name,
+        "revision": trial.model.revision,
+        "weights": trial.model.weights,
+        "scale": trial.model.scale,
+        "dtype": trial.model.dtype,
+        "quantization": trial.model.quantization,
+        "trust_remote_code": trial.model.trust_remote_code,
+        "prune_kind": trial.model.prune.kind if trial.model.prune else None,
+        "prune_ratio": trial.model.prune.ratio if trial.model.prune else None,
+        "tensor_parallel": trial.layout.tensor,
+        "pipeline_parallel": trial.layout.pipeline,
+        "data_parallel": trial.layout.data,
+        "expert_parallel": trial.layout.expert,
+        "moe_backend": trial.engine.moe_backend,
+        "eager": trial.engine.eager,
+        "batch_size": trial.workload.batch_size,
+        "input_tokens": trial.workload.input_tokens,
+        "output_tokens": trial.workload.output_tokens,
+        "seed": trial.workload.seed,
+        "memory_limit_gib": trial.engine.memory_limit_gib,
+        "predicted_e2e_s": ticket.predicted_e2e_s,
+        "predicted_ttft_s": ticket.predicted_ttft_s,
+        "predicted_memory_gib": ticket.predicted_memory_gib,
+        **_structure(ticket, architecture),
+    }
+    return rows(RECORDS, [row | {k: v for k, v in columns.items() if v is not None}])
+
+
+def _structure(ticket: Ticket, architecture: Architecture | None) -> dict[str, Any]:
+    """Dimensions that ran or, where nothing did, would have run."""
+    model = ticket.trial.model
+    if architecture is None:
+        try:
+            architecture = resolve(model)
+        except (TrialError, UnknownModel):
+            return {}
+    if architecture is None:
+        return {}
+    a = architecture
+    return {
+        "num_layers": a.num_layers,
+        "hidden_size": a.hidden_size,
+        "ffn_dim": a.ffn_dim,
+        "num_experts": a.num_experts,
+        "top_k": a.top_k,
+        "shared_experts": a.shared_experts,
+        "dtype": run_dtype(a, model),
+        "params_total": a.params_total,
+        "params_active": a.params_active,
+    }
+
+
+def _memory(memory: Memory) -> dict[str, float | None]:
+    sizes = {
+        "weights_gib": memory.weights,
+        "kv_cache_gib": memory.kv_cache,
+        "peak_memory_gib": memory.peak,
+        "memory_limit_gib": memory.limit,
+    }
+    return {name: None if size is None else size / _GIB for name, size in sizes.items()}
+
+
