@@ -66,6 +66,7 @@ _REFUSALS = re.compile(
     r"|expected at most 0 argument\(s\)",  # an operator that this build only declares
     re.IGNORECASE,
 )
+_CALM = re.compile(r"\b(WARNING|INFO|DEBUG) \d\d-\d\d ")
 _SIZE = re.compile(r"[Tt]ried to allocate ([\d.]+) ?(bytes|KiB|MiB|GiB)?")
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _FRAME = re.compile(r"File \"[^\"]+\", line \d+, in (\w+)")
@@ -98,11 +99,16 @@ def explain(
 
 
 def from_log(log: str, *, stage: OomStage, device_is_cpu: bool) -> TrialError | None:
-    """The cause that stands in an engine's output; null where there is none."""
+    """The cause that stands in an engine's output; null where there is none.
+
+    Warnings are passed over: vLLM logs the tracebacks of attempts it does not need.
+    """
+    log = "\n".join(line for line in log.splitlines() if not _CALM.search(line))
     last = log[log.rfind("Traceback (most recent call last)") :] if "Traceback" in log else log
     for text in (last, log[-65536:]):
-        if found := _memory(text, _FRAME.findall(text), stage, device_is_cpu):
-            return found
+        full = _memory(text, _FRAME.findall(text), stage, device_is_cpu)
+        if full is not None:
+            return full
     causes = [
         line
         for line in re.findall(r"^(?:.*\] )?(\w[\w.]*(?:Error|Exception): .*)$", log, re.MULTILINE)

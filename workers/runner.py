@@ -12,6 +12,7 @@ new one is built for those that remain. What fails while the engine is built end
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 import time
@@ -26,7 +27,7 @@ from workers import recorder
 from workers.contract.errors import TimedOut, TrialError, Unsupported
 from workers.contract.job import Job, Ticket
 from workers.contract.measurement import Measurement, Pass, PassKind
-from workers.contract.message import Finished, Message, Progress
+from workers.contract.message import Finished, Message, Progress, Stage
 from workers.engines.base import Engine, engine_class
 from workers.hardware.host import Host, describe
 from workers.metrics import interval
@@ -80,6 +81,9 @@ class _Run:
     job: Job
     host: Host
     columns: dict[str, Any] = field(default_factory=dict)
+    """Columns of every record of the engine at hand."""
+    busy_s: float = 0.0
+    """Seconds of passes since the last message that told of them."""
 
     def messages(self) -> Iterator[Message]:
         waiting = []
@@ -100,7 +104,7 @@ class _Run:
 
     def _one_engine(self, tickets: Sequence[Ticket]) -> Iterator[Message]:
         """Builds an engine and measures on it until all are done or one fails."""
-        yield Progress(stage="load")
+        yield self._progress("load")
         self.columns = recorder.where(self.host)
         self.columns["started_at"] = datetime.now(UTC)
         with _scratch() as folder:
@@ -115,7 +119,7 @@ class _Run:
                 return
             try:
                 self.columns["engine_version"] = engine.loaded.version
-                self.columns["engine_args"] = _json(engine.loaded.args)
+                self.columns["engine_args"] = json.dumps(engine.loaded.args, sort_keys=True)
                 self.columns["threads"] = engine.loaded.threads
                 del self.columns["started_at"]
                 yield from self._measure(engine, [_Trial(one) for one in tickets])
@@ -125,38 +129,49 @@ class _Run:
                 self.columns["started_at"] = stamp
                 yield self._failed(failure.trial.ticket, failure.error)
             finally:
-                yield Progress(stage="close")
+                yield self._progress("close")
                 engine.close()
 
     def _measure(self, engine: Engine, trials: list[_Trial]) -> Iterator[Message]:
         for one in trials:
-            yield Progress(stage="warmup", trial_id=one.ticket.trial_id)
+            yield self._progress("warmup", one)
             for _ in range(one.ticket.trial.measure.warmup):
-                _warm_up(engine, one)
+                self._pass(engine, one, 1, "warmup")
+                self._pass(engine, one, one.ticket.trial.workload.output_tokens, "warmup")
         waiting = list(trials)
         while waiting:
             for one in list(waiting):
-                before = one.busy_s()
-                _repeat(engine, one)
-                ticket = one.ticket
-                yield Progress(
-                    stage="run",
-                    trial_id=ticket.trial_id,
-                    detail=f"repeat {one.count('timed')}",
-                    busy_s=one.busy_s() - before,
-                )
+                yield self._progress("run", one)
+                self._pass(engine, one, 1, "one_token")
+                self._pass(engine, one, one.ticket.trial.workload.output_tokens, "timed")
                 if one.enough():
                     waiting.remove(one)
                     yield self._ok(engine, one)
-                elif one.busy_s() > ticket.trial.measure.timeout_s:
-                    raise _Failure(
-                        one,
-                        TimedOut(
-                            f"{one.count('timed')} of {ticket.trial.measure.repeats} repeats in "
-                            f"{one.busy_s():.0f} s; measure.timeout_s is "
-                            f"{ticket.trial.measure.timeout_s:.0f}"
-                        ),
-                    )
+                elif one.busy_s() > one.ticket.trial.measure.timeout_s:
+                    raise _Failure(one, _late(one))
+
+    def _pass(self, engine: Engine, trial: _Trial, output_tokens: int, kind: PassKind) -> None:
+        prompts = random_ids(
+            trial.ticket.trial.workload,
+            vocab_size=engine.loaded.architecture.vocab_size,
+            index=trial.next_index(),
+        )
+        with _blaming(trial):
+            one = engine.generate(prompts, output_tokens, kind=kind, repeat=trial.count(kind))
+        trial.passes.append(one)
+        self.busy_s += one.e2e_s
+
+    def _progress(self, stage: Stage, trial: _Trial | None = None) -> Progress:
+        """Sent before what it announces: a death is then laid at the right door."""
+        busy, self.busy_s = self.busy_s, 0.0
+        if trial is None:
+            return Progress(stage=stage, busy_s=busy)
+        return Progress(
+            stage=stage,
+            trial_id=trial.ticket.trial_id,
+            detail=f"repeat {trial.count('timed') + 1}" if stage == "run" else "",
+            busy_s=busy,
+        )
 
     def _ok(self, engine: Engine, trial: _Trial) -> Finished:
         with _blaming(trial):
@@ -190,26 +205,12 @@ def _refused(ticket: Ticket) -> TrialError | None:
     return Unsupported(reason) if reason else None
 
 
-def _warm_up(engine: Engine, trial: _Trial) -> None:
-    _pass(engine, trial, 1, "warmup")
-    _pass(engine, trial, trial.ticket.trial.workload.output_tokens, "warmup")
-
-
-def _repeat(engine: Engine, trial: _Trial) -> None:
-    _pass(engine, trial, 1, "one_token")
-    _pass(engine, trial, trial.ticket.trial.workload.output_tokens, "timed")
-
-
-def _pass(engine: Engine, trial: _Trial, output_tokens: int, kind: PassKind) -> None:
-    prompts = random_ids(
-        trial.ticket.trial.workload,
-        vocab_size=engine.loaded.architecture.vocab_size,
-        index=trial.next_index(),
+def _late(trial: _Trial) -> TimedOut:
+    measure = trial.ticket.trial.measure
+    return TimedOut(
+        f"{trial.count('timed')} of {measure.repeats} repeats in {trial.busy_s():.0f} s; "
+        f"measure.timeout_s is {measure.timeout_s:.0f}"
     )
-    with _blaming(trial):
-        trial.passes.append(
-            engine.generate(prompts, output_tokens, kind=kind, repeat=trial.count(kind))
-        )
 
 
 @contextmanager
@@ -233,9 +234,3 @@ def _size(ticket: Ticket) -> tuple[int, int]:
     """Largest first: what does not fit is found out before time is spent on the rest."""
     workload = ticket.trial.workload
     return workload.batch_size * workload.tokens_per_request, workload.batch_size
-
-
-def _json(value: Any) -> str:
-    import json
-
-    return json.dumps(value, sort_keys=True)

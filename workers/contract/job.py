@@ -30,7 +30,8 @@ class Job:
 
     sweep: str
     run_id: str
-    group_id: str
+    group_id: str | None
+    """Null for trials that never reach an engine."""
     profile: str
     tickets: tuple[Ticket, ...]
     log: str | None = None

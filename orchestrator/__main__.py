@@ -1,0 +1,174 @@
+"""`python -m orchestrator SWEEP.yaml [KEY=VALUE …]`.
+
+Only the command line lives here, and only what it needs is imported before it is known
+what was asked: `--help` and `--dry-run` load neither Ray nor an engine.
+"""
+
+from __future__ import annotations
+
+import json as jsonlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from orchestrator.plan import Plan
+    from orchestrator.run import Request, Summary
+
+OUTCOME_NAMES = ("ok", "oom", "infeasible", "unsupported", "timeout", "crashed", "skipped")
+
+
+class _Outcomes(click.ParamType):
+    name = "OUTCOME[,…]"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> frozenset[str]:
+        asked = frozenset(part.strip() for part in value.split(",") if part.strip())
+        if unknown := sorted(asked.difference(OUTCOME_NAMES)):
+            known = ", ".join(OUTCOME_NAMES)
+            self.fail(f"{', '.join(unknown)}: no such outcome; known are {known}", param, ctx)
+        return asked
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("sweep", type=click.Path(path_type=Path), metavar="SWEEP.yaml")
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("results"),
+    show_default=True,
+    help="Folder of datasets; this one is OUT/<name of the sweep>.",
+)
+@click.option("--profile", help="Device class to plan for.  [default: what the cluster has]")
+@click.option(
+    "--address",
+    help="Ray cluster.  [default: RAY_ADDRESS, else a running one, else a local one]",
+)
+@click.option("--dry-run", is_flag=True, help="Show the plan; start nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable standard output.")
+@click.option("--plain", is_flag=True, help="Plain lines instead of a live table.")
+@click.option("--fresh", is_flag=True, help="Ignore earlier results instead of resuming.")
+@click.option(
+    "--rerun",
+    type=_Outcomes(),
+    default="",
+    help="Run trials again that ended this way, for example: crashed,timeout.",
+)
+@click.option("--limit", type=click.IntRange(min=1), help="Run at most this many trials.")
+@click.option(
+    "--no-skip",
+    is_flag=True,
+    help="Run points that an earlier out-of-memory makes hopeless. This version skips none.",
+)
+def main(
+    sweep: Path,
+    overrides: tuple[str, ...],
+    out: Path,
+    profile: str | None,
+    address: str | None,
+    dry_run: bool,
+    as_json: bool,
+    plain: bool,
+    fresh: bool,
+    rerun: frozenset[str],
+    limit: int | None,
+    no_skip: bool,
+) -> None:
+    """Measures every point of a sweep and keeps the records as an Arrow dataset.
+
+    KEY=VALUE overrides the sweep file, for example base.workload.batch_size=4 or
+    grid.model.top_k=[1,2].
+
+    Exit status: 0 every trial has a terminal record and none crashed or timed out, 1 some
+    did, 2 the sweep or the arguments are wrong, 3 the cluster cannot be reached or can
+    never run a trial, 130 interrupted.
+    """
+    from orchestrator.run import Request
+
+    request = Request(
+        sweep=sweep,
+        overrides=overrides,
+        out=out,
+        profile=profile,
+        address=address,
+        fresh=fresh,
+        rerun=rerun,  # type: ignore[arg-type]  # checked by _Outcomes
+        limit=limit,
+        plain=plain,
+        json=as_json,
+    )
+    sys.exit(_explained(request, dry_run=dry_run))
+
+
+def _explained(request: Request, *, dry_run: bool) -> int:
+    """Exit status; whatever a user can cause ends in one line on standard error."""
+    from orchestrator.errors import ClusterError, SweepError
+    from orchestrator.run import execute, local_profile, prepare
+    from orchestrator.store import StoreError
+    from workers.hardware.device import UnknownDevice
+
+    try:
+        if dry_run:
+            _, plan = prepare(request, request.profile or local_profile())
+            _show_plan(plan, as_json=request.json)
+            return 0
+        summary = execute(request)
+        _show_summary(summary, as_json=request.json)
+        return summary.status
+    except (SweepError, UnknownDevice, StoreError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ClusterError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 3
+    except KeyboardInterrupt:
+        print("interrupted before the first trial", file=sys.stderr)
+        return 130
+
+
+def _show_plan(plan: Plan, *, as_json: bool) -> None:
+    if as_json:
+        print(jsonlib.dumps(plan.to_json()))
+        return
+    from rich.console import Console
+
+    from orchestrator.display.preview import preview
+
+    Console().print(preview(plan))
+
+
+def _show_summary(summary: Summary, *, as_json: bool) -> None:
+    if as_json:
+        print(
+            jsonlib.dumps(
+                {
+                    "sweep": summary.sweep,
+                    "run_id": summary.run_id,
+                    "dataset": str(summary.dataset),
+                    "trials": summary.trials,
+                    "resumed": summary.resumed,
+                    "outcomes": dict(summary.counts),
+                    "seconds": summary.seconds,
+                    "busy_share": summary.busy_share,
+                    "interrupted": summary.interrupted,
+                }
+            )
+        )
+        return
+    made = sum(summary.counts.values())
+    words = ", ".join(f"{count} {outcome}" for outcome, count in summary.counts.items())
+    print(f"{made} of {summary.trials} trials have a record: {words or 'none'}")
+    if summary.resumed:
+        print(f"{summary.resumed} of them from earlier runs (--fresh measures them again)")
+    print(f"dataset  {summary.dataset}")
+    print(f"table    python -m analysis table {summary.dataset}")
+    if summary.interrupted:
+        print("interrupted: the same command goes on where this one stopped")
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m orchestrator")

@@ -1,0 +1,65 @@
+"""The plan as people read it before anything runs."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from rich.console import Group as Renderables
+from rich.table import Table
+from rich.text import Text
+
+from orchestrator.plan import Group, Plan
+
+SHOWN = 40
+"""Groups listed; the rest is counted."""
+
+
+def preview(plan: Plan) -> Renderables:
+    """Counts, reasons, groups with predicted memory against the limit, and time."""
+    lines = [
+        f"sweep {plan.sweep}, profile {plan.profile}: {plan.points} points, "
+        f"{plan.trials} trials, {len(plan.groups)} engines"
+    ]
+    lines += [f"dropped {count} by  {text}" for text, count in plan.dropped.items() if count]
+    reasons = Counter(str(one.infeasible) for one in plan.infeasible)
+    lines += [f"infeasible {count}: {reason}" for reason, count in reasons.items()]
+    tight = sum(1 for group in plan.groups if _too_large(group))
+    if tight:
+        lines.append(f"{tight} engines are predicted not to fit; they are tried all the same")
+    lines.append(
+        f"predicted: {_span(plan.predicted_s)} one after another, "
+        f"{plan.device_hours:.3g} device-hours (roofline, before any measurement)"
+    )
+    table = Table(title=None, box=None, pad_edge=False)
+    table.add_column("engine")
+    for name in ("devices", "trials", "GiB/device", "limit", "predicted"):
+        table.add_column(name, justify="right")
+    for group in plan.groups[:SHOWN]:
+        table.add_row(
+            group.label,
+            str(group.devices),
+            str(len(group.trials)),
+            Text(_gib(group.predicted_memory_gib), style="bold" if _too_large(group) else ""),
+            _gib(group.memory_limit_gib) + (" !" if _too_large(group) else ""),
+            _span(group.predicted_s),
+        )
+    if len(plan.groups) > SHOWN:
+        table.add_row(f"… and {len(plan.groups) - SHOWN} more")
+    return Renderables(table, *(Text(line) for line in lines))
+
+
+def _too_large(group: Group) -> bool:
+    memory, limit = group.predicted_memory_gib, group.memory_limit_gib
+    return memory is not None and limit is not None and memory > limit
+
+
+def _gib(size: float | None) -> str:
+    return "–" if size is None else f"{size:.2f}" if size < 10 else f"{size:.1f}"
+
+
+def _span(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    if seconds < 3600:
+        return f"{seconds / 60:.1f} min"
+    return f"{seconds / 3600:.1f} h"

@@ -1,0 +1,241 @@
+"""From points to ordered groups, before any machine is asked for.
+
+Trials with one engine key share an engine, so the unit of work is the group. Each trial
+is checked against the arithmetic of its layout and predicted by the roofline. The longest
+group goes first: what is started last should be short, or the end of a sweep is one
+device working while the others wait. A prediction never keeps a trial from running.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from orchestrator.errors import SweepError
+from orchestrator.grid import Expansion, Point
+from orchestrator.sweep import Sweep
+from workers.contract.errors import Infeasible
+from workers.contract.fingerprint import fingerprint
+from workers.contract.model import Model
+from workers.contract.trial import Trial
+from workers.hardware.device import Device
+from workers.hardware.roofline import Prediction, predict
+from workers.moe.architecture import Architecture, UnknownModel, check, resolve
+
+ENGINE_SECTIONS = ("model", "layout", "engine")
+"""Sections of a trial that its engine is built from."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Planned:
+    """One trial with what is known of it before it runs."""
+
+    trial: Trial
+    trial_id: str
+    axes: Mapping[str, Any]
+    prediction: Prediction | None = None
+    """Null where the model's structure is not spelled out."""
+    infeasible: Infeasible | None = None
+
+    @property
+    def predicted_s(self) -> float:
+        """Warm-ups and repeats, each with its one-token pass, in seconds; 0 if unknown."""
+        if self.prediction is None:
+            return 0.0
+        measure = self.trial.measure
+        passes = measure.warmup + measure.repeats
+        return passes * (self.prediction.e2e_s + self.prediction.ttft_s)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Group:
+    """Trials that share one engine."""
+
+    group_id: str
+    devices: int
+    trials: tuple[Planned, ...]
+    label: str
+    """What sets this engine apart within the sweep."""
+
+    @property
+    def predicted_s(self) -> float:
+        """Building the engine once and measuring every trial, in seconds."""
+        load = max((one.prediction.load_s for one in self.trials if one.prediction), default=0.0)
+        return load + sum(one.predicted_s for one in self.trials)
+
+    @property
+    def predicted_memory_gib(self) -> float | None:
+        """Memory that the most demanding trial needs on one device."""
+        known = [one.prediction.memory_gib for one in self.trials if one.prediction]
+        return max(known, default=None)
+
+    @property
+    def memory_limit_gib(self) -> float | None:
+        """Limit that the sweep sets for one device."""
+        return self.trials[0].trial.engine.memory_limit_gib
+
+    def only(self, trial_ids: Iterable[str]) -> Group | None:
+        """This group with the given trials left, or null if none is."""
+        keep = frozenset(trial_ids)
+        trials = tuple(one for one in self.trials if one.trial_id in keep)
+        if not trials:
+            return None
+        return Group(
+            group_id=self.group_id, devices=self.devices, trials=trials, label=self.label
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """All of a sweep, in the order in which it will be started."""
+
+    sweep: str
+    profile: str
+    points: int
+    """Points of the grid before constraints."""
+    dropped: Mapping[str, int]
+    """Constraint → points it dropped."""
+    infeasible: tuple[Planned, ...]
+    groups: tuple[Group, ...]
+
+    @property
+    def trials(self) -> int:
+        """Points that get a terminal record, infeasible ones included."""
+        return len(self.infeasible) + sum(len(group.trials) for group in self.groups)
+
+    @property
+    def predicted_s(self) -> float:
+        """All groups one after another, in seconds."""
+        return sum(group.predicted_s for group in self.groups)
+
+    @property
+    def device_hours(self) -> float:
+        """Devices held times time held."""
+        return sum(group.predicted_s * group.devices for group in self.groups) / 3600
+
+    def to_json(self) -> dict[str, Any]:
+        """The answer of `--dry-run --json`."""
+        return {
+            "sweep": self.sweep,
+            "profile": self.profile,
+            "points": self.points,
+            "trials": self.trials,
+            "dropped": dict(self.dropped),
+            "infeasible": [
+                {"trial_id": one.trial_id, "axes": dict(one.axes), "reason": str(one.infeasible)}
+                for one in self.infeasible
+            ],
+            "groups": [
+                {
+                    "group_id": group.group_id,
+                    "label": group.label,
+                    "devices": group.devices,
+                    "trials": len(group.trials),
+                    "predicted_memory_gib": group.predicted_memory_gib,
+                    "memory_limit_gib": group.memory_limit_gib,
+                    "predicted_seconds": group.predicted_s,
+                }
+                for group in self.groups
+            ],
+            "predicted_seconds": self.predicted_s,
+            "predicted_device_hours": self.device_hours,
+        }
+
+
+def build(sweep: Sweep, expansion: Expansion, device: Device) -> Plan:
+    """The plan of an expanded sweep on devices of one class.
+
+    Raises:
+        SweepError: a model that is neither in the catalogue, nor a folder, nor a hub id.
+    """
+    infeasible: list[Planned] = []
+    groups: dict[str, list[Planned]] = {}
+    keys: dict[Any, str] = {}
+    for point in expansion.points:
+        planned = _plan(sweep, point, device)
+        if planned.infeasible is not None:
+            infeasible.append(planned)
+        else:
+            groups.setdefault(_engine_key(planned.trial, keys), []).append(planned)
+    built = [
+        Group(
+            group_id=key[:12],
+            devices=trials[0].trial.layout.devices,
+            trials=tuple(trials),
+            label=_label(trials[0]),
+        )
+        for key, trials in groups.items()
+    ]
+    built.sort(key=lambda group: group.predicted_s, reverse=True)
+    return Plan(
+        sweep=sweep.name,
+        profile=sweep.profile,
+        points=expansion.size,
+        dropped=expansion.dropped,
+        infeasible=tuple(infeasible),
+        groups=tuple(built),
+    )
+
+
+def own_dimensions(model: Model) -> Mapping[str, Any]:
+    """Shape of a model as constraints see it, for fields that the sweep leaves to it."""
+    try:
+        a = _structure(model)
+    except (UnknownModel, Infeasible):
+        return {}  # reported for the point itself, with its line
+    if a is None:
+        return {}
+    return {
+        "ffn_dim": a.ffn_dim,
+        "num_experts": a.num_experts,
+        "top_k": a.top_k,
+        "num_layers": a.num_layers,
+        "hidden_size": a.hidden_size,
+    }
+
+
+def _plan(sweep: Sweep, point: Point, device: Device) -> Planned:
+    trial = point.trial
+    prediction, reason = None, None
+    try:
+        architecture = _structure(trial.model)
+        if architecture is not None:
+            check(architecture, trial.layout)
+            prediction = predict(
+                architecture, trial.model, trial.layout, trial.workload, device
+            )
+    except UnknownModel as error:
+        raise SweepError(str(error), path=sweep.path, key="model.name") from error
+    except Infeasible as error:
+        reason = error
+    return Planned(
+        trial=trial,
+        trial_id=trial.trial_id,
+        axes=point.axes,
+        prediction=prediction,
+        infeasible=reason,
+    )
+
+
+@lru_cache(maxsize=100_000)
+def _structure(model: Model) -> Architecture | None:
+    return resolve(model)
+
+
+def _engine_key(trial: Trial, known: dict[Any, str]) -> str:
+    """`trial.engine_key`, computed once per distinct engine."""
+    identity = (trial.model, trial.layout, id(trial.engine))
+    if identity not in known:
+        known[identity] = fingerprint([trial.model, trial.layout, trial.engine])
+    return known[identity]
+
+
+def _label(planned: Planned) -> str:
+    parts = [
+        f"{key.partition('.')[2]} {value}"
+        for key, value in planned.axes.items()
+        if key.partition(".")[0] in ENGINE_SECTIONS
+    ]
+    return " · ".join(parts) or planned.trial.model.name

@@ -1,0 +1,365 @@
+"""A sweep from file to dataset.
+
+    load → expand → plan → resume → connect → schedule ⇄ pool → commit → summary
+
+The driver holds no result in memory longer than it takes to write it down: a record is on
+disk before the schedule hears that its trial ended, so whatever kills the driver costs at
+most the trials in flight.
+"""
+
+from __future__ import annotations
+
+import secrets
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from orchestrator import manifest, plan, schedule
+from orchestrator.display.base import Display
+from orchestrator.errors import ClusterError
+from orchestrator.grid import expand
+from orchestrator.plan import Group, Plan, Planned
+from orchestrator.progress import Tracker
+from orchestrator.store import Dataset, Guard, settled
+from orchestrator.streams import diverted
+from orchestrator.sweep import Sweep, load
+from workers import recorder
+from workers.contract.errors import TrialError
+from workers.contract.job import Job, Ticket
+from workers.contract.message import Finished, Progress, Released
+from workers.contract.outcome import FAULTS, Outcome
+from workers.hardware.device import CPU, device
+from workers.hardware.host import Host, describe
+
+if TYPE_CHECKING:
+    from orchestrator.cluster import Cluster
+    from orchestrator.pool import Pool
+
+POLL_S = 0.25
+"""Wait for the next message before the display is refreshed, seconds."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """What the command line asked for."""
+
+    sweep: Path
+    overrides: tuple[str, ...] = ()
+    out: Path = Path("results")
+    profile: str | None = None
+    address: str | None = None
+    fresh: bool = False
+    rerun: frozenset[Outcome] = frozenset()
+    limit: int | None = None
+    plain: bool = False
+    json: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Summary:
+    """What became of a sweep."""
+
+    sweep: str
+    run_id: str
+    dataset: Path
+    trials: int
+    """Points that are owed a terminal record."""
+    resumed: int
+    """Those that an earlier run had settled."""
+    counts: Mapping[Outcome, int]
+    """Terminal records by outcome, resumed ones included."""
+    seconds: float
+    busy_share: float | None
+    interrupted: bool = False
+
+    @property
+    def status(self) -> int:
+        """Exit status of the process."""
+        if self.interrupted:
+            return 130
+        return 1 if any(self.counts.get(outcome) for outcome in FAULTS) else 0
+
+
+def prepare(request: Request, profile: str) -> tuple[Sweep, Plan]:
+    """The sweep and its plan; loads no engine, no Ray.
+
+    Raises:
+        SweepError: what the user wrote is wrong.
+        UnknownDevice: the profile names no device class.
+    """
+    target = device(profile)
+    sweep = load(request.sweep, request.overrides, profile)
+    return sweep, plan.build(sweep, expand(sweep, plan.own_dimensions), target)
+
+
+def local_profile() -> str:
+    """The device class of this machine; `cpu` where its GPU is not in the catalogue."""
+    return describe().device_class or CPU
+
+
+def execute(request: Request) -> Summary:
+    """Runs a sweep to the end, or to Ctrl-C.
+
+    Raises:
+        SweepError, UnknownDevice: before anything is started.
+        ClusterError: no cluster, or one that can never run a trial of this sweep.
+        StoreError: the dataset cannot be opened or written.
+    """
+    profile = request.profile or local_profile()
+    sweep, planned = prepare(request, profile)
+    with (
+        Dataset.open(request.out, sweep.name) as dataset,
+        diverted(dataset.logs / "driver.log") as terminal,
+        _interruptible(),
+    ):
+        from orchestrator.cluster import Cluster
+        from orchestrator.display import choose
+
+        with Cluster.connect(request.address) as cluster:
+            found = _cluster_profile(cluster)
+            if request.profile is None and found != profile:
+                sweep, planned = prepare(request, found)
+            display = choose(
+                plain=request.plain, json=request.json, console=Console(file=terminal)
+            )
+            with display:
+                return _Run(request, sweep, planned, dataset, cluster, display).execute()
+
+
+class _Run:
+    """One run: the loop between schedule, pool, dataset and display."""
+
+    def __init__(
+        self,
+        request: Request,
+        sweep: Sweep,
+        planned: Plan,
+        dataset: Dataset,
+        cluster: Cluster,
+        display: Display,
+    ) -> None:
+        from orchestrator.pool import Pool
+
+        self._request, self._sweep, self._plan = request, sweep, planned
+        self._dataset, self._cluster, self._display = dataset, cluster, display
+        stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
+        self._run_id = f"{stamp}-{secrets.token_hex(3)}"
+        self._began = time.monotonic()
+        self._settled = self._earlier()
+        self._groups, self._infeasible = self._due()
+        try:
+            self._schedule = schedule.Schedule.of(self._groups, cluster.nodes)
+        except schedule.Unplaceable as error:
+            raise ClusterError(str(error)) from error
+        wanted = {
+            one.trial_id
+            for one in (*planned.infeasible, *(t for g in planned.groups for t in g.trials))
+        }
+        resumed = {key: value for key, value in self._settled.items() if key in wanted}
+        self._resumed = len(resumed)
+        self._tracker = Tracker(
+            planned,
+            self._groups,
+            self._schedule.nodes,
+            device=_devices(cluster),
+            resumed=resumed,
+        )
+        self._pool: Pool = Pool(
+            cluster,
+            sweep=sweep.name,
+            run_id=self._run_id,
+            profile=sweep.profile,
+            logs=dataset.logs,
+        )
+        self._made: Counter[Outcome] = Counter()
+
+    def execute(self) -> Summary:
+        self._open_manifest()
+        interrupted = False
+        try:
+            self._write_infeasible()
+            self._loop()
+        except KeyboardInterrupt:
+            interrupted = True
+        finally:
+            with _deaf():
+                self._pool.close_all()
+                self._close_manifest()
+        self._display.update(self._tracker.snapshot())
+        return Summary(
+            sweep=self._sweep.name,
+            run_id=self._run_id,
+            dataset=self._dataset.folder,
+            trials=self._plan.trials,
+            resumed=self._resumed,
+            counts=dict(self._tracker.counts),
+            seconds=time.monotonic() - self._began,
+            busy_share=self._tracker.busy_share(),
+            interrupted=interrupted,
+        )
+
+    def _loop(self) -> None:
+        self._carry_out(self._schedule.start())
+        while not self._schedule.finished:
+            for lane_id, happening in self._pool.poll(POLL_S):
+                if isinstance(happening, Progress):
+                    self._tracker.heard(lane_id, happening)
+                    continue
+                if isinstance(happening, Finished):
+                    self._commit(happening)
+                    self._tracker.heard(lane_id, happening)
+                    ended = schedule.TrialEnded(lane_id=lane_id, trial_id=happening.trial_id)
+                    self._carry_out(self._schedule.on(ended))
+                elif isinstance(happening, Released):
+                    if not happening.clean:
+                        self._display.say(f"device not clean, process replaced: {happening.detail}")
+                    self._tracker.heard(lane_id, happening)
+                    clean = schedule.GroupEnded(lane_id=lane_id, clean=happening.clean)
+                    self._carry_out(self._schedule.on(clean))
+                else:
+                    self._display.say(f"process lost: {happening.error}")
+                    lost = schedule.LaneLost(
+                        lane_id=lane_id, trial_id=happening.trial_id, retry=happening.retry
+                    )
+                    self._carry_out(self._schedule.on(lost), happening.error)
+            self._display.update(self._tracker.snapshot())
+
+    def _carry_out(
+        self, commands: Sequence[schedule.Command], error: TrialError | None = None
+    ) -> None:
+        for command in commands:
+            match command:
+                case schedule.Open(lane=lane):
+                    self._pool.open(lane)
+                    self._tracker.opened(lane)
+                case schedule.Assign(lane_id=lane_id, group=group, attempts=attempts):
+                    self._pool.assign(lane_id, group, attempts)
+                    self._tracker.assigned(lane_id, group)
+                case schedule.Close(lane_id=lane_id):
+                    self._pool.close(lane_id)
+                    self._tracker.closed(lane_id)
+                case schedule.Blame():
+                    assert error is not None, "trials are ended by the death of their lane"
+                    self._blame(command, error)
+
+    def _commit(self, finished: Finished) -> None:
+        self._dataset.commit(self._run_id, records=finished.record, samples=finished.samples)
+        self._made[finished.outcome] += 1
+
+    def _blame(self, blame: schedule.Blame, error: TrialError) -> None:
+        """Terminal records of trials whose host can no longer write them."""
+        local = blame.node_id == self._cluster.driver_node
+        job = self._pool.job(blame.group, blame.attempts, local=local)
+        hosts = self._cluster.hosts
+        host = hosts[blame.node_id] if blame.node_id else next(iter(hosts.values()))
+        for ticket in job.tickets:
+            record = recorder.failed(job, ticket, error, **recorder.where(host))
+            self._dataset.commit(self._run_id, records=record)
+            self._made[error.outcome] += 1
+            self._tracker.ended(blame.group.group_id, error.outcome)
+
+    def _write_infeasible(self) -> None:
+        for one in self._infeasible:
+            assert one.infeasible is not None
+            job = Job(
+                sweep=self._sweep.name,
+                run_id=self._run_id,
+                group_id=None,
+                profile=self._sweep.profile,
+                tickets=(),
+            )
+            ticket = Ticket(trial=one.trial, trial_id=one.trial_id, axes=one.axes)
+            record = recorder.failed(job, ticket, one.infeasible)
+            self._dataset.commit(self._run_id, records=record)
+            self._made["infeasible"] += 1
+            self._tracker.ended(None, "infeasible")
+
+    def _earlier(self) -> dict[str, Outcome]:
+        """Trials that an earlier run settled on machines like the ones in hand."""
+        if self._request.fresh:
+            return {}
+        records = self._dataset.finished()
+        done: dict[str, Outcome] = {}
+        for host in self._cluster.hosts.values():
+            guard = Guard(engine_version=host.engine_version, device=host.device)
+            done |= settled(records, guard=guard, rerun=self._request.rerun)
+        return done
+
+    def _due(self) -> tuple[list[Group], list[Planned]]:
+        """Groups and infeasible points that still owe a record, cut to `--limit`."""
+        room = self._request.limit if self._request.limit is not None else sys.maxsize
+        infeasible = [one for one in self._plan.infeasible if one.trial_id not in self._settled]
+        groups = []
+        for group in self._plan.groups:
+            due = [one.trial_id for one in group.trials if one.trial_id not in self._settled]
+            if left := group.only(due[:room]):
+                groups.append(left)
+                room -= len(left.trials)
+        return groups, infeasible
+
+    def _open_manifest(self) -> None:
+        state = manifest.started(
+            manifest.read(self._dataset.manifest, self._sweep.name),
+            self._run_id,
+            at=datetime.now(UTC),
+            command=sys.argv,
+            profile=self._sweep.profile,
+            sweep=self._sweep.resolved,
+            driver=manifest.environment(),
+        )
+        for node_id, host in self._cluster.hosts.items():
+            state = manifest.with_node(state, self._run_id, node_id, asdict(host))
+        manifest.write(self._dataset.manifest, state)
+
+    def _close_manifest(self) -> None:
+        state = manifest.read(self._dataset.manifest, self._sweep.name)
+        state = manifest.finished(state, self._run_id, at=datetime.now(UTC), counts=self._made)
+        manifest.write(self._dataset.manifest, state)
+
+
+def _cluster_profile(cluster: Cluster) -> str:
+    classes = {cluster.hosts[node.node_id].device_class or CPU for node in cluster.nodes}
+    return sorted(classes)[0]
+
+
+def _devices(cluster: Cluster) -> str:
+    kinds = Counter(_kind(cluster.hosts[node.node_id]) for node in cluster.nodes)
+    return ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
+
+
+def _kind(host: Host) -> str:
+    return f"{host.gpus} {host.device}" if host.gpus else host.device
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C and SIGTERM end a run the same way: what finished is kept."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """A second Ctrl-C does not cut the cleaning up short."""
+    before: Any = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,177 @@
+"""One real example of every way an engine fails, and what it is called.
+
+The texts are those that torch 2.13 and vLLM 0.32 raise; the CUDA ones are taken from
+their source, the others were seen.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from workers.contract.errors import Crashed, OutOfMemory, TimedOut, TrialError, Unsupported
+from workers.contract.outcome import OomStage
+from workers.failures import explain, from_log
+
+CPU_OOM = (
+    "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: "
+    "you tried to allocate 7516192768 bytes. Error code 12 (Cannot allocate memory)"
+)
+CUDA_OOM = (
+    "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.11 GiB of "
+    "which 1.20 GiB is free."
+)
+
+
+def _named(name: str, base: type[Exception] = RuntimeError) -> type[Exception]:
+    """An exception type with the qualified name of one that is not installed here."""
+    module, _, short = name.rpartition(".")
+    return type(short, (base,), {"__module__": module})
+
+
+@pytest.mark.parametrize(
+    ("error", "cpu", "stage", "scope", "size"),
+    [
+        (RuntimeError(CPU_OOM), True, "load", "device", 7516192768),
+        (RuntimeError(CPU_OOM), False, "load", "host", 7516192768),
+        (_named("torch.OutOfMemoryError")(CUDA_OOM), False, "load", "device", int(2.5 * 2**30)),
+        (MemoryError(), True, "load", "device", None),
+        (RuntimeError("std::bad_alloc"), True, "load", "device", None),
+        (OSError(12, "Cannot allocate memory"), True, "load", "device", None),
+        (
+            RuntimeError("Failed to load model - not enough GPU memory. Try lowering"),
+            False,
+            "load",
+            "device",
+            None,
+        ),
+        (
+            ValueError("No available memory for the cache blocks. Try increasing"),
+            False,
+            "kv_cache",
+            "device",
+            None,
+        ),
+        (
+            ValueError(
+                "To serve at least one request with the model's max seq len (32768), "
+                "(4.00 GiB KV cache is needed"
+            ),
+            False,
+            "kv_cache",
+            "device",
+            None,
+        ),
+        (
+            ValueError(
+                "Available memory on node 0 (1.0/2.0 GiB) on kv cache allocation is less than "
+                "requested memory for kv (8.0 GiB)."
+            ),
+            True,
+            "kv_cache",
+            "device",
+            None,
+        ),
+    ],
+)
+def test_memory(
+    error: Exception, cpu: bool, stage: str, scope: str, size: int | None
+) -> None:
+    found = explain(error, stage="load", device_is_cpu=cpu)
+    assert isinstance(found, OutOfMemory)
+    assert (found.stage, found.scope, found.requested_bytes) == (stage, scope, size)
+
+
+@pytest.mark.parametrize(
+    ("function", "stage"),
+    [
+        ("load_model", "load"),
+        ("profile_run", "warmup"),
+        ("capture_model", "warmup"),
+        ("initialize_kv_cache", "kv_cache"),
+        ("something_else", "run"),
+    ],
+)
+def test_the_traceback_tells_the_stage(function: str, stage: OomStage) -> None:
+    namespace: dict[str, object] = {"CPU_OOM": CPU_OOM}
+    exec(f"def {function}(): raise RuntimeError(CPU_OOM)", namespace)
+    with pytest.raises(RuntimeError) as caught:
+        namespace[function]()  # type: ignore[operator]
+    found = explain(caught.value, stage="run", device_is_cpu=True)
+    assert isinstance(found, OutOfMemory)
+    assert found.stage == stage
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        TypeError("EngineArgs.__init__() got an unexpected keyword argument 'foo'"),
+        ValueError("moe_backend='marlin' is not supported for unquantized MoE."),
+        NotImplementedError("Sparse Attention is not supported on CPU."),
+        _named("pydantic_core.ValidationError", ValueError)("1 validation error for ModelConfig"),
+        RuntimeError(
+            "_C::static_scaled_fp8_quant() expected at most 0 argument(s) but received 4 argument(s)"
+        ),
+        ValueError(
+            "Total number of attention heads (5) must be divisible by tensor parallel size (2)."
+        ),
+    ],
+)
+def test_refusals_while_the_engine_is_built(error: Exception) -> None:
+    assert isinstance(explain(error, stage="load", device_is_cpu=True), Unsupported)
+    assert isinstance(explain(error, stage="run", device_is_cpu=True), Crashed)
+
+
+def test_what_has_no_better_name_is_a_crash_in_the_engine_s_words() -> None:
+    found = explain(RuntimeError("cancelled"), stage="run", device_is_cpu=True)
+    assert isinstance(found, Crashed)
+    assert str(found) == "RuntimeError: cancelled"
+
+
+def test_the_cause_behind_a_wrapper_counts() -> None:
+    try:
+        try:
+            raise RuntimeError(CPU_OOM)
+        except RuntimeError as cause:
+            raise RuntimeError("Engine core initialization failed. See root cause above") from cause
+    except RuntimeError as error:
+        assert isinstance(explain(error, stage="load", device_is_cpu=True), OutOfMemory)
+
+
+def test_what_is_typed_already_stays_as_it_is() -> None:
+    late = TimedOut("late")
+    assert explain(late, stage="run", device_is_cpu=True) is late
+
+
+LOG = """\
+(MainProcess pid=1) WARNING 11-22 01:24:39 [base.py:380] Traceback (most recent call last):
+(MainProcess pid=1) WARNING 11-22 01:24:39 [base.py:380] ValueError: Tokenizer not available
+(Worker_TP1 pid=3) ERROR 11-22 01:24:40 [multiproc.py:1] Traceback (most recent call last):
+(Worker_TP1 pid=3) ERROR 11-22 01:24:40 [multiproc.py:1]   File "a.py", line 1, in load_model
+(Worker_TP1 pid=3) ERROR 11-22 01:24:40 [multiproc.py:1] {cause}
+"""
+
+
+def _from(cause: str) -> TrialError | None:
+    return from_log(LOG.replace("{cause}", cause), stage="run", device_is_cpu=True)
+
+
+def test_a_wrapper_s_cause_is_found_in_the_log() -> None:
+    wrapper = RuntimeError("WorkerProc initialization failed due to an exception")
+    log = LOG.replace("{cause}", f"RuntimeError: {CPU_OOM}")
+    found = explain(wrapper, stage="run", log=log, device_is_cpu=True)
+    assert isinstance(found, OutOfMemory)
+    assert found.stage == "load"
+    assert found.requested_bytes == 7516192768
+
+
+def test_logs_of_dead_processes() -> None:
+    assert isinstance(_from("RuntimeError: cancelled"), Crashed)
+    assert str(_from("RuntimeError: cancelled")) == "RuntimeError: cancelled"
+    assert isinstance(_from("std::bad_alloc"), OutOfMemory)
+    assert _from("all is well") is None
+
+
+def test_reasons_are_one_short_line() -> None:
+    found = explain(RuntimeError("a\nb " * 1000), stage="run", device_is_cpu=True)
+    assert "\n" not in str(found)
+    assert len(str(found)) <= 500
