@@ -1,0 +1,41 @@
+# make sweep   run sweeps/hparam.yaml; another with SWEEP=sweeps/x.yaml, options in ARGS='--dry-run'
+# make test    the default test suite; ARGS goes to pytest. make test-fast: no engine, no Ray
+# make check   formatting, lint, types
+# make env     only the environment, in .venv; EXTRA=cpu or cuda, PYTHON=…, TORCH_INDEX=… (.ci/env)
+
+SWEEP ?= sweeps/hparam.yaml
+ARGS ?=
+# The CUDA build where there is an NVIDIA driver, the CPU build elsewhere.
+ifndef EXTRA
+EXTRA := $(shell if [ -e /proc/driver/nvidia/version ] || nvidia-smi -L 2>/dev/null | grep -q GPU; \
+	then echo cuda; else echo cpu; fi)
+endif
+BIN := .venv/bin
+
+.PHONY: env sweep test test-fast check format clean
+
+env: .venv/.made-$(EXTRA)
+
+.venv/.made-%: pyproject.toml constraints.txt .ci/env
+	@PYTHON='$(PYTHON)' TORCH_INDEX='$(TORCH_INDEX)' .ci/env $*
+
+sweep: env
+	$(BIN)/python -m orchestrator $(SWEEP) $(ARGS)
+
+test: env
+	$(BIN)/python -m pytest $(ARGS)
+
+test-fast: env
+	$(BIN)/python -m pytest -m 'not engine and not cluster and not slow and not gpu' $(ARGS)
+
+check: env
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+format: env
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+clean:
+	rm -rf .venv
