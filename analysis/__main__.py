@@ -1,0 +1,163 @@
+"""`python -m analysis`: figures and tables of datasets.
+
+What each command needs is imported inside it, so that `--help` answers at once. A message
+on standard error and status 2 answer the user's mistakes; a traceback is a defect.
+"""
+
+from __future__ import annotations
+
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from analysis.errors import AnalysisError, DatasetError
+
+if TYPE_CHECKING:
+    import polars as pl
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+_WIDE = 500
+"""Characters that a table may take in a file or a pipe; it takes what it needs."""
+
+
+class _Refusal(click.ClickException):
+    exit_code = 2
+
+
+class _Commands(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except AnalysisError as error:
+            raise _Refusal(str(error)) from error
+
+
+_datasets = click.argument(
+    "datasets", metavar="DATASET…", nargs=-1, required=True, type=click.Path(path_type=Path)
+)
+_only = click.option(
+    "--only",
+    metavar="COLUMN=VALUE",
+    multiple=True,
+    help="Take only these records; repeatable, the same column twice means either.",
+)
+
+
+@click.group(cls=_Commands)
+def main() -> None:
+    """Figures and tables of what was measured. DATASET is a folder DIR/SWEEP."""
+
+
+@main.command()
+def figures() -> None:
+    """List the figures, with the paper's figure that each reproduces."""
+    from analysis.figures.registry import FIGURES
+
+    width = max(len(_names(figure.name, figure.aliases)) for figure in FIGURES)
+    for figure in FIGURES:
+        names = _names(figure.name, figure.aliases)
+        click.echo(f"{names:<{width}}  {figure.title} ({figure.paper})")
+
+
+@main.command()
+@click.argument("name")
+@_datasets
+@click.option(
+    "-o",
+    "--output",
+    "outputs",
+    metavar="FILE",
+    multiple=True,
+    required=True,
+    type=click.Path(path_type=Path),
+    help="File to write, .png, .svg, .html or .csv; repeatable.",
+)
+@_only
+def figure(
+    name: str, datasets: tuple[Path, ...], outputs: tuple[Path, ...], only: tuple[str, ...]
+) -> None:
+    """Draw the figure NAME and print what follows from it."""
+    from analysis.figures.registry import find
+    from analysis.figures.write import check, write
+
+    chosen = find(name)
+    for path in outputs:
+        check(path)
+    frame = chosen.prepare(_records(datasets, only))
+    for path in outputs:
+        write(chosen, frame, path)
+    click.echo(chosen.insight(frame))
+
+
+@main.command()
+@_datasets
+@_only
+@click.option("--figure", "name", metavar="NAME", help="Show the grid of this figure instead.")
+@click.option("--every", is_flag=True, help="Show superseded records of repeated trials too.")
+@click.option("--json", "as_json", is_flag=True, help="Write a list of objects instead.")
+def table(
+    datasets: tuple[Path, ...], only: tuple[str, ...], name: str | None, every: bool, as_json: bool
+) -> None:
+    """Show one row per trial, or with --figure what that figure draws."""
+    from analysis.figures.registry import find
+    from analysis.insights import summary
+    from analysis.tables import pivot_table, reasons, records_table
+
+    if name is not None:
+        chosen = find(name)
+        frame = chosen.prepare(_records(datasets, only, every=every))
+        shown: list[Table | Text] = [pivot_table(pivot) for pivot in chosen.pivots(frame)]
+        sentence = chosen.insight(frame)
+    else:
+        frame = _records(datasets, only, every=every).collect()
+        shown = [records_table(frame), *reasons(frame)] if len(frame) else []
+        sentence = summary(frame)
+    if as_json:
+        _write_json(frame)
+        return
+    if shown:
+        _console().print(*shown, sep="\n")
+    click.echo(sentence)
+
+
+def _records(
+    datasets: tuple[Path, ...], only: tuple[str, ...], *, every: bool = False
+) -> pl.LazyFrame:
+    from analysis import load
+    from analysis.conditions import only as choose
+    from analysis.dataset import is_dataset
+
+    for folder in datasets:
+        if not is_dataset(folder):
+            near = sorted(path for path in folder.glob("*") if is_dataset(path))
+            hint = (
+                f"did you mean {near[0]}?" if near else "it has neither records/ nor manifest.json"
+            )
+            raise DatasetError(f"no dataset in {folder}; {hint}")
+    return choose(load(*datasets, every=every), only)
+
+
+def _write_json(frame: pl.DataFrame) -> None:
+    import json
+
+    json.dump(frame.to_dicts(), sys.stdout, default=datetime.isoformat, allow_nan=False, indent=1)
+    sys.stdout.write("\n")
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else _WIDE, highlight=False)
+
+
+def _names(name: str, aliases: tuple[str, ...]) -> str:
+    return ", ".join((name, *aliases))
+
+
+if __name__ == "__main__":
+    main(prog_name="python -m analysis")

@@ -1,0 +1,48 @@
+"""The figures by name."""
+
+from __future__ import annotations
+
+from analysis.errors import SelectionError, unknown
+from analysis.figures.figure import Figure
+from analysis.figures.scaling import scaling
+from analysis.insights import absent, memory_boundary, overall, per_panel
+from analysis.keys import FFN_DIM, NUM_EXPERTS, TOP_K, Axes
+
+FIGURES: tuple[Figure, ...] = (
+    scaling(
+        name="hparam-ffn",
+        aliases=("fig7",),
+        title="Throughput against FFN dimension",
+        paper="MoE-Inference-Bench, Figure 7",
+        axes=Axes(x=FFN_DIM, panel=NUM_EXPERTS, line=TOP_K),
+        parts=(overall, absent),
+    ),
+    scaling(
+        name="hparam-experts",
+        aliases=("fig8",),
+        title="Throughput against number of experts",
+        paper="MoE-Inference-Bench, Figure 8",
+        axes=Axes(x=NUM_EXPERTS, panel=FFN_DIM, line=TOP_K),
+        parts=(per_panel, memory_boundary, absent),
+    ),
+    scaling(
+        name="hparam-topk",
+        aliases=("fig9",),
+        title="Throughput against number of active experts",
+        paper="MoE-Inference-Bench, Figure 9",
+        axes=Axes(x=TOP_K, panel=FFN_DIM, line=NUM_EXPERTS),
+        parts=(per_panel, absent),
+    ),
+)
+
+
+def find(name: str) -> Figure:
+    """The figure of that name or alias.
+
+    Raises:
+        SelectionError: where there is none; the message has the nearest name.
+    """
+    known = {word: figure for figure in FIGURES for word in (figure.name, *figure.aliases)}
+    if name not in known:
+        raise SelectionError(unknown("figure", name, known))
+    return known[name]

@@ -1,0 +1,100 @@
+"""Records and figures as tables in a terminal, readable without colour."""
+
+from __future__ import annotations
+
+import polars as pl
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from analysis.conditions import varying
+from analysis.figures.figure import Pivot
+from analysis.insights import percent
+from analysis.subtitle import subtitle
+
+_MOST_REASONS = 8
+_STYLES = {"ok": "green", "oom": "yellow", "crashed": "red", "timeout": "red"}
+_HEADINGS = (
+    *("tokens/s", "TTFT\nms", "TPOT\nms", "ITL\nms"),
+    *("peak\nGiB", "limit\nGiB", "time ÷\npredicted"),
+)
+
+
+def records_table(records: pl.DataFrame) -> Table:
+    """One row per trial: what tells it from the others, how it ended, its headline figures.
+
+    Conditions that all records share stand in the title instead of in a column.
+    """
+    sweeps = ["sweep"] if records.get_column("sweep").n_unique() > 1 else []
+    varied = [*sweeps, *varying(records)]
+    title = Text("\n".join(subtitle(records)))
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("trial", overflow="ellipsis", min_width=6)
+    for name in varied:
+        table.add_column(name.replace("_", "_\n", 1), no_wrap=True)
+    table.add_column("outcome", no_wrap=True)
+    for name in _HEADINGS:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in records.sort(varied, nulls_last=True).iter_rows(named=True):
+        cells = [_text(row["trial_id"]), *(_text(row[name]) for name in varied), _outcome(row)]
+        cells += [Text(figure) for figure in _figures(row)]
+        table.add_row(*cells)
+    return table
+
+
+def reasons(records: pl.DataFrame) -> list[Text]:
+    """Why trials are not `ok`: a line per outcome and reason, the most frequent first."""
+    groups = (
+        records.filter(pl.col("outcome") != "ok")
+        .with_columns(pl.col("outcome_reason").fill_null("no reason recorded"))
+        .group_by("outcome", "oom_stage", "outcome_reason")
+        .len("trials")
+        .sort("trials", "outcome", "outcome_reason", descending=[True, False, False])
+    )
+    lines = [
+        Text.assemble(f"{row['trials']} × ", _outcome(row), ": ", _text(row["outcome_reason"]))
+        for row in groups.head(_MOST_REASONS).iter_rows(named=True)
+    ]
+    if (left := len(groups) - len(lines)) > 0:
+        lines.append(Text(f"and {left} more reasons (see --json)"))
+    return lines
+
+
+def pivot_table(pivot: Pivot) -> Table:
+    """One panel of a figure."""
+    table = Table(title=pivot.title, title_justify="left", box=SIMPLE_HEAD)
+    table.add_column(pivot.corner)
+    for column in pivot.columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in pivot.rows:
+        table.add_row(*(Text(cell, style="yellow" if cell == "OOM" else "") for cell in row))
+    return table
+
+
+def _figures(row: dict[str, object]) -> list[str]:
+    width = row["ci_width"]
+    interval = f" ±{percent(width / 2)}" if isinstance(width, float) else ""
+    milliseconds = [_number(row[name], 1000) for name in ("ttft_s", "tpot_s", "itl_s")]
+    memory = [_number(row[name], 1) for name in ("peak_memory_gib", "memory_limit_gib")]
+    throughput = _number(row["throughput_tok_s"], 1) + interval
+    return [throughput, *milliseconds, *memory, _number(row["prediction_ratio"], 1)]
+
+
+def _number(value: object, factor: float) -> str:
+    """Four significant digits, or nothing."""
+    if not isinstance(value, float):
+        return ""
+    shown = value * factor
+    return f"{shown:,.0f}" if abs(shown) >= 1000 else f"{shown:.4g}"
+
+
+def _outcome(row: dict[str, object]) -> Text:
+    outcome = str(row["outcome"])
+    stage = f" ({row['oom_stage']})" if row["oom_stage"] else ""
+    return Text(outcome + stage, style=_STYLES.get(outcome, ""))
+
+
+def _text(value: object) -> Text:
+    """One printable line: a reason is an engine's output and may hold anything."""
+    words = "" if value is None else str(value)
+    return Text("".join(letter if letter.isprintable() else " " for letter in words))
