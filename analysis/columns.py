@@ -22,9 +22,6 @@ THROUGHPUT_PER_DEVICE = (pl.col("throughput_tok_s") / pl.col("device_count")).al
 )
 """Tokens (input + output) per second and device: what a device-second buys."""
 
-MEMORY_SHARE = (pl.col("peak_memory_gib") / pl.col("memory_limit_gib")).alias("memory_share")
-"""Peak of one device as a share of what it may use."""
-
 PREDICTION_RATIO = (pl.col("e2e_s") / pl.col("predicted_e2e_s")).alias("prediction_ratio")
 """End-to-end time as measured, over the roofline's; 1 where the prediction held."""
 
@@ -42,7 +39,6 @@ DERIVED: tuple[pl.Expr, ...] = (
     ACTIVE_SHARE,
     CI_WIDTH,
     THROUGHPUT_PER_DEVICE,
-    MEMORY_SHARE,
     PREDICTION_RATIO,
     DEVICES_LABEL,
     SOURCE,

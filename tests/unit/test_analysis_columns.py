@@ -33,7 +33,6 @@ def derived(**columns: Any) -> dict[str, Any]:
             0.04,
         ),
         ("throughput_per_device_tok_s", {"throughput_tok_s": 200.0, "device_count": 4}, 50.0),
-        ("memory_share", {"peak_memory_gib": 60.0, "memory_limit_gib": 80.0}, 0.75),
         ("prediction_ratio", {"e2e_s": 3.0, "predicted_e2e_s": 2.0}, 1.5),
         ("devices_label", {"device": "H100", "device_count": 4}, "4 × H100"),
         ("source", {"outcome": "ok", "measured": True}, "measured"),
