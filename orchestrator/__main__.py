@@ -9,7 +9,7 @@ from __future__ import annotations
 import json as jsonlib
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -20,17 +20,12 @@ if TYPE_CHECKING:
 OUTCOME_NAMES = ("ok", "oom", "infeasible", "unsupported", "timeout", "crashed", "skipped")
 
 
-class _Outcomes(click.ParamType):
-    name = "OUTCOME[,…]"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> frozenset[str]:
-        asked = frozenset(part.strip() for part in value.split(",") if part.strip())
-        if unknown := sorted(asked.difference(OUTCOME_NAMES)):
-            known = ", ".join(OUTCOME_NAMES)
-            self.fail(f"{', '.join(unknown)}: no such outcome; known are {known}", param, ctx)
-        return asked
+def _outcomes(ctx: click.Context, param: click.Parameter, value: str) -> frozenset[str]:
+    asked = frozenset(part.strip() for part in value.split(",") if part.strip())
+    if unknown := sorted(asked.difference(OUTCOME_NAMES)):
+        known = ", ".join(OUTCOME_NAMES)
+        raise click.BadParameter(f"{', '.join(unknown)}: no such outcome; known are {known}")
+    return asked
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -54,7 +49,8 @@ class _Outcomes(click.ParamType):
 @click.option("--fresh", is_flag=True, help="Ignore earlier results instead of resuming.")
 @click.option(
     "--rerun",
-    type=_Outcomes(),
+    callback=_outcomes,
+    metavar="OUTCOME[,…]",
     default="",
     help="Run trials again that ended this way, for example: crashed,timeout.",
 )
@@ -96,7 +92,7 @@ def main(
         profile=profile,
         address=address,
         fresh=fresh,
-        rerun=rerun,  # type: ignore[arg-type]  # checked by _Outcomes
+        rerun=rerun,  # type: ignore[arg-type]  # checked by _outcomes
         limit=limit,
         plain=plain,
         json=as_json,

@@ -17,6 +17,7 @@ from types import ModuleType, TracebackType
 
 from orchestrator.errors import ClusterError
 from orchestrator.schedule import Node
+from workers import memory
 from workers.hardware.host import Host
 
 OBJECT_STORE_BYTES = 128 * 2**20
@@ -79,6 +80,7 @@ class Cluster:
 
         ray.shutdown()
         if self.session is not None:
+            memory.sweep_shared(self.session)
             shutil.rmtree(self.session, ignore_errors=True)
             self.session = None
 

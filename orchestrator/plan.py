@@ -82,9 +82,7 @@ class Group:
         trials = tuple(one for one in self.trials if one.trial_id in keep)
         if not trials:
             return None
-        return Group(
-            group_id=self.group_id, devices=self.devices, trials=trials, label=self.label
-        )
+        return Group(group_id=self.group_id, devices=self.devices, trials=trials, label=self.label)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -203,9 +201,7 @@ def _plan(sweep: Sweep, point: Point, device: Device) -> Planned:
         architecture = _structure(trial.model)
         if architecture is not None:
             check(architecture, trial.layout)
-            prediction = predict(
-                architecture, trial.model, trial.layout, trial.workload, device
-            )
+            prediction = predict(architecture, trial.model, trial.layout, trial.workload, device)
     except UnknownModel as error:
         raise SweepError(str(error), path=sweep.path, key="model.name") from error
     except Infeasible as error:

@@ -55,7 +55,8 @@ class _Process:
     def __init__(self, lane: Lane, placement: Placement) -> None:
         self.lane = lane
         self.placement = placement
-        self.actor: Any = EngineHost.options(**placement.options).remote()
+        host: Any = EngineHost
+        self.actor: Any = host.options(**placement.options).remote()
         self.stream: Any = None
         self.log: Path | None = None
         self.stage: str = "load"
@@ -123,6 +124,7 @@ class Pool:
             ),
             log=str(self._logs / run_id / name) if local else None,
             log_name=f"{self._logs.name}/{run_id}/{name}" if local else None,
+            scratch=str(self._cluster.session) if local and self._cluster.session else None,
         )
 
     def poll(self, timeout_s: float) -> Iterator[tuple[int, Happening]]:
@@ -175,9 +177,7 @@ class Pool:
     def _overdue(self, process: _Process) -> Lost:
         process.stream = None
         what = "building the engine" if process.trial_id is None else "the trial"
-        return self._lost(
-            process, TimedOut(f"{what} said nothing for {process.silent_s():.0f} s")
-        )
+        return self._lost(process, TimedOut(f"{what} said nothing for {process.silent_s():.0f} s"))
 
     def _died(self, process: _Process, error: ray.exceptions.RayError) -> Lost:
         if isinstance(error, ray.exceptions.OutOfMemoryError):
@@ -224,5 +224,3 @@ def _tail(log: Path | None) -> str:
 def _short(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:4])[:500] or type(error).__name__
-
-

@@ -129,9 +129,7 @@ def execute(request: Request) -> Summary:
             found = _cluster_profile(cluster)
             if request.profile is None and found != profile:
                 sweep, planned = prepare(request, found)
-            display = choose(
-                plain=request.plain, json=request.json, console=Console(file=terminal)
-            )
+            display = choose(plain=request.plain, json=request.json, console=Console(file=terminal))
             with display:
                 return _Run(request, sweep, planned, dataset, cluster, display).execute()
 

@@ -12,6 +12,7 @@ the driver's decision.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import tempfile
@@ -22,8 +23,10 @@ import psutil
 import ray
 
 from workers import memory, runner
+from workers.contract.errors import TrialError
 from workers.contract.job import Job
 from workers.contract.message import Message, Released
+from workers.engines.base import engine_class
 from workers.hardware.host import Host, cores, describe
 
 CLEAN_BYTES = 256 * 2**20
@@ -37,21 +40,22 @@ class EngineHost:
 
     def __init__(self) -> None:
         cores()  # remembers the cores before an engine binds threads to some of them
-        from workers.engines import vllm_engine
-
-        os.environ.update(vllm_engine.ENVIRONMENT)
         self._idle_bytes: int | None = None
 
     def pid(self) -> int:
         """Process id, for tests that kill it."""
         return os.getpid()
 
+    def devices(self) -> str:
+        """Devices that Ray gave to this process, as `CUDA_VISIBLE_DEVICES` lists them."""
+        return os.environ.get("CUDA_VISIBLE_DEVICES", "")
+
     def run(self, job: Job) -> Iterator[Message]:
         """Measures a group; see `workers.runner.run`. Ends with `Released`."""
         _log_to(job.log)
         if self._idle_bytes is None:
-            import vllm  # noqa: F401  imports are paid here, before the idle size is taken
-
+            with contextlib.suppress(TrialError):  # the runner meets it again and records it
+                engine_class(job.tickets[0].trial.engine.kind).prepare()
             memory.trim()
             self._idle_bytes = memory.status("VmRSS")
         yield from runner.run(job)

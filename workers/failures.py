@@ -89,8 +89,9 @@ def explain(
         text = f"{_type_name(one)}: {one}"
         if _WRAPPERS.search(text):
             continue
-        if found := _memory(text, _frames(one), stage, device_is_cpu):
-            return found
+        full = _memory(text, _frames(one), stage, device_is_cpu)
+        if full is not None:
+            return full
         if _refused(one, text, stage):
             return Unsupported(_short(text))
     if log and (found := from_log(log, stage=stage, device_is_cpu=device_is_cpu)):

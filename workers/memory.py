@@ -1,4 +1,4 @@
-"""Memory of a CPU device: a limit that really holds, a peak, and proof that it is free again.
+"""Memory of a CPU device: a limit that really holds, its peak, and giving it back.
 
 On a CPU the device's memory is the process's own, so a limit is the operating system's:
 `RLIMIT_DATA` counts private writable mappings, and an allocation beyond it fails where it
@@ -8,6 +8,7 @@ and libraries), so that it bounds the model alone.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import resource
@@ -26,10 +27,9 @@ def status(field: str) -> int:
 
 def reset_peak() -> None:
     """Starts `VmHWM` anew at the present resident size."""
-    try:
+    # A container may forbid it; the peak is then that of the process so far.
+    with contextlib.suppress(PermissionError):
         Path("/proc/self/clear_refs").write_text("5")
-    except PermissionError:
-        pass  # a container may forbid it; the peak is then that of the whole process
 
 
 def headroom() -> int | None:
@@ -42,6 +42,17 @@ def trim() -> None:
     """Gives freed heap memory back to the operating system."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
+
+
+def sweep_shared(folder: Path) -> None:
+    """Removes shared memory that dead engine ranks left behind.
+
+    vLLM names the segments of a CPU engine after its rendezvous file, which lies in the
+    engine's `folder` for temporary files and outlives a crash there.
+    """
+    for rendezvous in folder.rglob("vllm_dist_*"):
+        for segment in Path("/dev/shm").glob(f"{rendezvous.name}*"):
+            segment.unlink(missing_ok=True)
 
 
 def limit(added_bytes: int) -> None:

@@ -13,6 +13,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 
 from workers.contract.measurement import Measurement, Pass
 
@@ -110,11 +111,7 @@ def _tpot(one: Pass) -> float | None:
 
 
 def _gaps(one: Pass) -> list[float]:
-    return sorted(
-        late - early
-        for row in one.token_s
-        for early, late in zip(row, row[1:], strict=False)
-    )
+    return sorted(late - early for row in one.token_s for early, late in pairwise(row))
 
 
 def _quantile(ordered: Sequence[float], q: float) -> float | None:

@@ -64,9 +64,7 @@ def failed(
             "oom_scope": error.scope,
             "oom_bytes": error.requested_bytes,
         }
-    return _row(
-        job, ticket, error.outcome, architecture, {"outcome_reason": str(error), **columns}
-    )
+    return _row(job, ticket, error.outcome, architecture, {"outcome_reason": str(error), **columns})
 
 
 def samples(job: Job, ticket: Ticket, measurement: Measurement) -> pa.RecordBatch:
@@ -186,5 +184,3 @@ def _memory(memory: Memory) -> dict[str, float | None]:
         "memory_limit_gib": memory.limit,
     }
     return {name: None if size is None else size / _GIB for name, size in sizes.items()}
-
-

@@ -13,6 +13,7 @@ new one is built for those that remain. What fails while the engine is built end
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 import time
@@ -23,7 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from workers import recorder
+from workers import memory, recorder
 from workers.contract.errors import TimedOut, TrialError, Unsupported
 from workers.contract.job import Job, Ticket
 from workers.contract.measurement import Measurement, Pass, PassKind
@@ -107,7 +108,7 @@ class _Run:
         yield self._progress("load")
         self.columns = recorder.where(self.host)
         self.columns["started_at"] = datetime.now(UTC)
-        with _scratch() as folder:
+        with _scratch(self.job.scratch) as folder:
             try:
                 start = time.perf_counter()
                 kind = engine_class(tickets[0].trial.engine.kind)
@@ -175,8 +176,8 @@ class _Run:
 
     def _ok(self, engine: Engine, trial: _Trial) -> Finished:
         with _blaming(trial):
-            memory = engine.memory()
-        measurement = Measurement(passes=tuple(trial.passes), memory=memory)
+            used = engine.memory()
+        measurement = Measurement(passes=tuple(trial.passes), memory=used)
         record = recorder.ok(
             self.job, trial.ticket, measurement, engine.loaded.architecture, **self.columns
         )
@@ -222,11 +223,24 @@ def _blaming(trial: _Trial) -> Iterator[None]:
 
 
 @contextmanager
-def _scratch() -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix="moe-engine-"))
+def _scratch(root: str | None) -> Iterator[Path]:
+    """A folder that becomes the process's place for temporary files, and then goes.
+
+    Engines leave sockets and rendezvous files where temporary files go, more so when they
+    fail. Engine processes inherit the place.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="moe-engine-", dir=root))
+    before, tempfile.tempdir = tempfile.tempdir, str(folder)
+    variable = os.environ.get("TMPDIR")
+    os.environ["TMPDIR"] = str(folder)
     try:
         yield folder
     finally:
+        tempfile.tempdir = before
+        os.environ.pop("TMPDIR")
+        if variable is not None:
+            os.environ["TMPDIR"] = variable
+        memory.sweep_shared(folder)
         shutil.rmtree(folder, ignore_errors=True)
 
 

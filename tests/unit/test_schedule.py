@@ -106,9 +106,7 @@ def test_what_can_never_be_placed_is_refused_at_once() -> None:
     with pytest.raises(Unplaceable, match="needs 32 devices, but the cluster has 16"):
         Schedule.of([_group("a", 32)], [_node("n"), _node("m")])
     with pytest.raises(Unplaceable, match="needs 4 devices, but the cluster has 2"):
-        Schedule.of(
-            [_group("a", 4)], [_node("n", 2, cpu_only=True), _node("m", 2, cpu_only=True)]
-        )
+        Schedule.of([_group("a", 4)], [_node("n", 2, cpu_only=True), _node("m", 2, cpu_only=True)])
 
 
 def test_a_death_ends_the_trial_in_hand_and_spares_the_rest() -> None:

@@ -38,3 +38,5 @@ class Job:
     """File for the engine's output on the host; null writes to one of the host's own."""
     log_name: str | None = None
     """The same file as the record names it, relative to the dataset."""
+    scratch: str | None = None
+    """Folder for temporary files on the host; null is the host's own."""

@@ -48,7 +48,7 @@ class Memory:
     """Memory of one device, in bytes; null where the platform does not tell."""
 
     weights: int | None = None
-    """Parameters and buffers of the loaded model."""
+    """Parameters of the loaded model, as the engine pads and packs them."""
     kv_cache: int | None = None
     """KV cache as allocated."""
     peak: int | None = None

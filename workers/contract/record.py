@@ -102,7 +102,7 @@ _RECORD: tuple[tuple[str, pa.DataType, str], ...] = (
     ("requests_s", _FLOAT, "batch/E2E."),
     ("samples_s", _FLOAT, "Image and text pairs finished per second (vision models)."),
     # memory, per device
-    ("weights_gib", _FLOAT, "Parameters and buffers of the loaded model."),
+    ("weights_gib", _FLOAT, "Parameters of the loaded model, as the engine pads and packs them."),
     ("kv_cache_gib", _FLOAT, "KV cache as allocated."),
     ("peak_memory_gib", _FLOAT, "Highest use above the idle process, since the load began."),
     ("memory_limit_gib", _FLOAT, "What one device may use."),

@@ -20,7 +20,9 @@ def positive(key: str, value: float) -> None:
 def fraction(key: str, value: float, *, closed: bool) -> None:
     """Raises ValueError unless 0 < `value` < 1 (≤ 1 when `closed`)."""
     if not 0 < value < 1 and not (closed and value == 1):
-        raise ValueError(f"{key} is {value}, but must be above 0 and {'at most' if closed else 'below'} 1")
+        raise ValueError(
+            f"{key} is {value}, but must be above 0 and {'at most' if closed else 'below'} 1"
+        )
 
 
 def named(key: str, value: str) -> None:

@@ -51,6 +51,15 @@ class Engine(Protocol):
         """
 
     @classmethod
+    def prepare(cls) -> None:
+        """Imports what the engine needs, so that a process pays for it once, before it
+        counts as idle.
+
+        Raises:
+            EngineError: the engine cannot be imported.
+        """
+
+    @classmethod
     def refuses(cls, trial: Trial) -> str | None:
         """Why this engine cannot do what `trial` asks for; null if it can try."""
 

@@ -4,15 +4,21 @@ The limit begins where the model does: after the rank has its libraries, its thr
 and its process group, and before the first weight. So it bounds weights, KV cache and
 activations, which is what a device's memory means, and a rank of its own process has the
 same allowance as one inside the actor.
+
+Weights are counted as loaded: afterwards vLLM packs most of them into forms of oneDNN that
+are no tensors any more, and empties the parameters.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+from vllm.model_executor.model_loader import base_loader
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from workers import memory
+from workers.engines.vllm_worker import distinct_bytes
 
 LIMIT_KEY = "memory_limit_bytes"
 """Key of vLLM's `additional_config` that carries the limit of one rank."""
@@ -22,6 +28,7 @@ class LimitedCPUWorker(CPUWorker):
     """`CPUWorker` that bounds and measures what the model adds to its process."""
 
     idle_bytes = 0
+    weights_bytes: int | None = None
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         memory.trim()
@@ -30,4 +37,14 @@ class LimitedCPUWorker(CPUWorker):
         limit = self.vllm_config.additional_config.get(LIMIT_KEY)
         if limit is not None:
             memory.limit(limit)
-        super().load_model(*args, **kwargs)
+        pack = base_loader.process_weights_after_loading
+
+        def count_then_pack(model: nn.Module, *args: Any, **kwargs: Any) -> None:
+            self.weights_bytes = distinct_bytes(list(model.parameters()))
+            pack(model, *args, **kwargs)
+
+        base_loader.process_weights_after_loading = count_then_pack
+        try:
+            super().load_model(*args, **kwargs)
+        finally:
+            base_loader.process_weights_after_loading = pack

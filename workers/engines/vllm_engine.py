@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from workers import memory
-from workers.contract.errors import Crashed, Infeasible, OutOfMemory, TrialError
+from workers.contract.errors import Crashed, Infeasible, OutOfMemory, TrialError, Unsupported
 from workers.contract.layout import Layout
 from workers.contract.measurement import Memory, Pass, PassKind
 from workers.contract.model import Model
@@ -49,6 +49,7 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    "TORCHINDUCTOR_CACHE_DIR": str(Path("~/.cache/vllm/inductor").expanduser()),
 }
 """Set before vLLM is imported."""
 
@@ -65,15 +66,13 @@ class VllmEngine:
     def __init__(self, trial: Trial, workloads: Sequence[Workload], scratch: Path) -> None:
         self._stage: OomStage = "load"
         self._ids = count()
+        self._output = _Output()
         self._llm: Any = None
-        os.environ.update(ENVIRONMENT)
-        try:
-            from vllm import LLM
-            from vllm.platforms import current_platform
+        self.prepare()
+        from vllm import LLM
+        from vllm.platforms import current_platform
 
-            self._on_cpu = bool(current_platform.is_cpu())
-        except Exception as error:
-            raise explain(error, stage="load", device_is_cpu=True) from error
+        self._on_cpu = bool(current_platform.is_cpu())
         if self._on_cpu:
             _bind_threads(trial.layout)
         self._limit_gib = trial.engine.memory_limit_gib
@@ -83,7 +82,7 @@ class VllmEngine:
             self._engine = self._llm.llm_engine
             config = self._engine.vllm_config.model_config.hf_config.to_dict()
             self._memory = self._read_memory()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  the edge: whatever comes becomes an outcome
             failure = self._explain(error)
             del error
             self.close()
@@ -94,6 +93,15 @@ class VllmEngine:
             architecture=read(config),
             threads=max(1, host.cores() // trial.layout.devices) if self._on_cpu else None,
         )
+
+    @classmethod
+    def prepare(cls) -> None:
+        os.environ.update(ENVIRONMENT)
+        try:
+            import vllm
+        except ImportError as error:
+            raise Unsupported(f"vLLM cannot be imported: {error}") from error
+        assert vllm.__version__, "an import that is not used would be taken for an accident"
 
     @classmethod
     def refuses(cls, trial: Trial) -> str | None:
@@ -183,7 +191,9 @@ class VllmEngine:
         memory.trim()
 
     def _explain(self, error: BaseException) -> TrialError:
-        failure = explain(error, stage=self._stage, device_is_cpu=self._on_cpu)
+        failure = explain(
+            error, stage=self._stage, log=self._output.since(), device_is_cpu=self._on_cpu
+        )
         if isinstance(failure, Crashed) and _THREADS.search(str(failure)) and self._is_full():
             return OutOfMemory(
                 f"{failure} (no memory left for a thread's stack)",
@@ -252,6 +262,26 @@ class VllmEngine:
         return args | settings.args
 
 
+class _Output:
+    """What this process and its ranks have printed since the engine began to load.
+
+    A rank of its own process sends home a wrapper of its failure; the cause is printed.
+    """
+
+    def __init__(self) -> None:
+        path = Path(os.path.realpath("/proc/self/fd/2"))
+        self._path = path if path.is_file() else None
+        self._start = path.stat().st_size if self._path else 0
+
+    def since(self) -> str:
+        """The text; empty where output goes to no file."""
+        if self._path is None:
+            return ""
+        with self._path.open("rb") as file:
+            file.seek(self._start)
+            return file.read().decode(errors="replace")
+
+
 def _source(model: Model, scratch: Path) -> tuple[str, dict[str, Any]]:
     """Folder or hub id to load from, and what to override in its configuration."""
     config = configuration(model.name)
@@ -273,9 +303,7 @@ def _source(model: Model, scratch: Path) -> tuple[str, dict[str, Any]]:
     return name, {key: value for key, value in bent.items() if config.get(key) != value}
 
 
-def _kv_cache_room(
-    model: Model, source: str, layout: Layout, workloads: Sequence[Workload]
-) -> int:
+def _kv_cache_room(model: Model, source: str, layout: Layout, workloads: Sequence[Workload]) -> int:
     """Bytes of KV cache per rank that the largest workload needs, and a little to spare.
 
     Spare: one block per request and one that vLLM keeps for itself. vLLM on CPU uses
@@ -286,9 +314,7 @@ def _kv_cache_room(
     dtype = run_dtype(a, model)
     ranks = min(layout.tensor, a.num_kv_heads) * layout.pipeline
     block = BLOCK_TOKENS * a.kv_values_per_token * DTYPE_BYTES[dtype]
-    largest = max(
-        kv_cache_bytes(a, one, dtype) + (one.batch_size + 1) * block for one in workloads
-    )
+    largest = max(kv_cache_bytes(a, one, dtype) + (one.batch_size + 1) * block for one in workloads)
     return -(-largest // ranks)
 
 
@@ -324,4 +350,3 @@ def _bind_threads(layout: Layout) -> None:
 def _ours(request_id: str, known: dict[str, list[float]]) -> str:
     """vLLM may append a suffix of its own to a request id."""
     return request_id if request_id in known else request_id.rsplit("-", 1)[0]
-

@@ -20,23 +20,22 @@ class Report:
     model_runner: Any
     device: torch.device
     idle_bytes: int
-    """Resident size before the first weight; of `LimitedCPUWorker`."""
+    """Of `LimitedCPUWorker`: resident size before the first weight."""
 
     def report_memory(self) -> dict[str, int]:
         """Bytes of this rank: `weights`, `kv_cache` and `peak`."""
+        counted_as_loaded: int | None = getattr(self, "weights_bytes", None)
+        if counted_as_loaded is None:
+            counted_as_loaded = distinct_bytes(list(self.model_runner.get_model().parameters()))
         return {
-            "weights": _distinct_bytes(_tensors(self.model_runner.get_model())),
-            "kv_cache": _distinct_bytes(_flatten(self.model_runner.kv_caches)),
+            "weights": counted_as_loaded,
+            "kv_cache": distinct_bytes(_flatten(self.model_runner.kv_caches)),
             "peak": (
                 torch.cuda.max_memory_reserved(self.device)
                 if self.device.type == "cuda"
                 else max(0, memory.status("VmHWM") - self.idle_bytes)
             ),
         }
-
-
-def _tensors(model: torch.nn.Module) -> list[torch.Tensor]:
-    return [*model.parameters(), *model.buffers()]
 
 
 def _flatten(caches: Any) -> list[torch.Tensor]:
@@ -46,7 +45,7 @@ def _flatten(caches: Any) -> list[torch.Tensor]:
     return [tensor for one in members for tensor in _flatten(one)]
 
 
-def _distinct_bytes(tensors: list[torch.Tensor]) -> int:
+def distinct_bytes(tensors: list[torch.Tensor]) -> int:
     """Bytes of the storages behind `tensors`, each counted once."""
     storages = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}
     return sum(storages.values())

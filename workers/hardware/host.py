@@ -94,16 +94,14 @@ def _cpu_name() -> str:
 
 def _gpus() -> tuple[list[str], str | None, int]:
     """Names, driver version, memory in bytes of the first; empty without a driver."""
-    try:
-        import pynvml
+    import pynvml
 
+    try:
         pynvml.nvmlInit()
-    except Exception:  # no library, no driver, no permission: all mean no GPU to use
+    except pynvml.NVMLError:  # no driver: no GPU to use
         return [], None, 0
     try:
-        handles = [
-            pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())
-        ]
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
         names = [str(pynvml.nvmlDeviceGetName(handle)) for handle in handles]
         memory = pynvml.nvmlDeviceGetMemoryInfo(handles[0]).total if handles else 0
         return names, str(pynvml.nvmlSystemGetDriverVersion()), int(memory)

@@ -252,4 +252,3 @@ def _kv_heads(config: Mapping[str, Any]) -> int:
 
 def _scaled(value: int, scale: float, *, multiple: int) -> int:
     return max(multiple, round(value * scale / multiple) * multiple)
-

@@ -1,0 +1,166 @@
+"""The whole way of a record, from the command line to the dataset, on real engines."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import polars as pl
+import pyarrow.dataset
+import pytest
+
+from tests.integration.harness import (
+    footprint,
+    gone,
+    hosts_of,
+    orchestrate,
+    records,
+    start,
+    summary,
+    sweep_file,
+    until,
+)
+from workers.contract.record import RECORDS
+
+pytestmark = [pytest.mark.engine, pytest.mark.cluster, pytest.mark.timeout(280)]
+
+GRID = {"model.top_k": [1, 2, 16], "workload.batch_size": [1, 2]}
+
+
+def test_a_sweep_ends_every_point_in_one_record_and_leaves_nothing(tmp_path: Path) -> None:
+    before = footprint()
+    cases = [{"engine.memory_limit_gib": 1.0}, {"engine.memory_limit_gib": 0.001}]
+    path = sweep_file(tmp_path, grid=GRID, cases=cases)
+    done = orchestrate(path, "--out", tmp_path, "--json")
+    assert done.returncode == 0, done.stderr
+    assert not gone(before)
+
+    answer = summary(done)
+    assert answer["outcomes"] == {"ok": 4, "oom": 4, "infeasible": 4}
+    frame = records(tmp_path / "tiny")
+    assert frame.height == frame["trial_id"].n_unique() == answer["trials"] == 12
+    assert frame.columns == RECORDS.names
+
+    ok = frame.filter(pl.col("outcome") == "ok")
+    assert ok["measured"].all()
+    assert set(ok["ffn_dim"]) == {224} and set(ok["hidden_size"]) == {256}
+    for row in ok.iter_rows(named=True):
+        tokens = row["batch_size"] * (16 + 8)
+        assert row["throughput_tok_s"] == pytest.approx(tokens / row["e2e_s"])
+        assert row["e2e_s_ci_low"] <= row["e2e_s"] <= row["e2e_s_ci_high"]
+        assert 0 < row["ttft_s"] < row["e2e_s"]
+        assert row["itl_paper_s"] == pytest.approx(
+            (row["e2e_s"] - row["ttft_paper_s"]) / (row["batch_size"] * 8 - 1)
+        )
+        assert row["weights_gib"] > 0.01 and row["predicted_e2e_s"] > 0
+    assert ok["engine_load_s"].n_unique() == 2  # one engine for both batches of a top-k
+
+    oom = frame.filter(pl.col("outcome") == "oom")
+    assert set(oom["oom_stage"]) == {"load"} and set(oom["oom_scope"]) == {"device"}
+    assert oom["oom_bytes"].min() > 0
+    infeasible = frame.filter(pl.col("outcome") == "infeasible")
+    assert set(infeasible["outcome_reason"]) == {"top_k 16 is above the 8 experts of a layer"}
+    assert set(infeasible["engine_version"]) == {None}
+    assert frame.filter(pl.col("outcome") != "ok")["e2e_s"].is_null().all()
+
+    samples = pl.scan_ipc(tmp_path / "tiny" / "samples").collect()
+    assert set(samples["trial_id"]) == set(ok["trial_id"])
+    assert samples.group_by("trial_id").len()["len"].to_list() == [6] * 4  # 2 warm-up, 2 x 2
+    assert pyarrow.dataset.dataset(tmp_path / "tiny" / "records", format="ipc").count_rows() == 12
+
+    logs = {row["log"] for row in ok.iter_rows(named=True)}
+    assert all((tmp_path / "tiny" / log).stat().st_size > 100 for log in logs)
+    manifest = json.loads((tmp_path / "tiny" / "manifest.json").read_text())
+    (run,) = manifest["runs"]
+    assert run["counts"] == {"ok": 4, "oom": 4, "infeasible": 4} and run["finished_at"]
+
+    again = orchestrate(path, "--out", tmp_path, "--json")
+    assert summary(again)["resumed"] == 12
+    assert records(tmp_path / "tiny").height == 12
+
+    rerun = orchestrate(path, "--out", tmp_path, "--json", "--rerun", "infeasible", "--limit", 1)
+    assert summary(rerun)["outcomes"] == {"ok": 4, "oom": 4, "infeasible": 4}
+    assert records(tmp_path / "tiny").height == 16
+
+
+@pytest.mark.parametrize("presses", [1, 2])
+def test_ctrl_c_keeps_what_finished_and_leaves_nothing(tmp_path: Path, presses: int) -> None:
+    before = footprint()
+    path = sweep_file(tmp_path, grid={"model.top_k": [1, 2], "model.num_experts": [4, 8]})
+    driver = start(path, "--out", tmp_path, "--plain")
+    try:
+        folder = tmp_path / "tiny" / "records"
+        until(
+            lambda: (
+                any(one.name.startswith("2") or "-" in one.name for one in folder.iterdir())
+                and records(tmp_path / "tiny").height >= 1
+                if folder.is_dir()
+                else False
+            )
+        )
+        for _ in range(presses):
+            driver.send_signal(signal.SIGINT)
+        out, err = driver.communicate(timeout=60)
+    finally:
+        driver.kill()
+    assert driver.returncode == 130, err
+    assert "Traceback" not in err
+    assert "goes on where this one stopped" in out
+    assert not gone(before)
+    kept = records(tmp_path / "tiny")
+    assert 1 <= kept.height < 4
+    done = orchestrate(path, "--out", tmp_path, "--json")
+    assert summary(done)["resumed"] == kept.height
+    assert records(tmp_path / "tiny")["trial_id"].n_unique() == 4
+
+
+def test_a_killed_engine_ends_its_trial_and_no_other(tmp_path: Path) -> None:
+    path = sweep_file(
+        tmp_path,
+        base=_base(workload={"batch_size": 2, "input_tokens": 16, "output_tokens": 4000}),
+        grid={"model.top_k": [1, 2]},
+    )
+    before = footprint()
+    driver = start(path, "--out", tmp_path, "--json")
+    try:
+        log = tmp_path / "tiny" / "logs"
+        until(
+            lambda: any(
+                "init engine" in one.read_text()
+                for one in log.rglob("*.log")
+                if one.name != "driver.log"
+            )
+        )
+        (host,) = hosts_of(driver.pid)
+        host.kill()
+        out, err = driver.communicate(timeout=200)
+    finally:
+        driver.kill()
+    assert driver.returncode == 1, err
+    assert json.loads(out)["outcomes"] == {"crashed": 1, "ok": 1}
+    crashed = records(tmp_path / "tiny").filter(pl.col("outcome") == "crashed")
+    assert "died" in crashed["outcome_reason"][0]
+    assert not gone(before)
+
+
+def test_a_trial_that_says_nothing_is_timed_out(tmp_path: Path) -> None:
+    path = sweep_file(
+        tmp_path,
+        base=_base(
+            workload={"batch_size": 1, "input_tokens": 16, "output_tokens": 8},
+            measure={"repeats": 2, "timeout_s": 0.001},
+        ),
+        grid={"workload.batch_size": [1]},
+    )
+    done = orchestrate(path, "--out", tmp_path, "--json")
+    assert done.returncode == 1, done.stderr
+    frame = records(tmp_path / "tiny")
+    assert frame["outcome"].to_list() == ["timeout"]
+    assert "measure.timeout_s" in frame["outcome_reason"][0]
+
+
+def _base(**sections: object) -> dict[str, object]:
+    from tests.integration.harness import TINY
+
+    return TINY["base"] | sections  # type: ignore[no-any-return]
