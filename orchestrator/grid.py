@@ -136,15 +136,15 @@ class _Inner(_Part):
     def __init__(self, field: fields.Field, factors: Factors, places: Mapping[str, Place]) -> None:
         super().__init__(field.key, factors, places)
         self._field = field
-        self._made: dict[Any, Any] = {}
+        self._known: dict[Any, Any] = {}
 
     def put(self, index: Index, values: dict[str, Any]) -> None:
         """Sets it among its owner's values, if the point sets a key in it."""
         key = self.pick(index)
-        if key not in self._made:
-            self._made[key] = self._make(index, values[self._field.name])
-        if self._made[key] is not None:
-            values[self._field.name] = self._made[key]
+        if key not in self._known:
+            self._known[key] = self._make(index, values[self._field.name])
+        if self._known[key] is not None:
+            values[self._field.name] = self._known[key]
 
     def _make(self, index: Index, current: Any) -> Any:
         """The block with the point's keys over the base's; None where no key is set."""
@@ -181,33 +181,15 @@ class _Block(_Part):
         self._inner = [
             _Inner(fields.catalogue()[f"{key}.{name}"], factors, places) for name in sorted(deeper)
         ]
-        self._values: dict[Any, dict[str, Any]] = {}
-        self._built: dict[Any, Any] = {}
+        self._blocks: dict[Any, Any] = {}
         self._numbers: dict[Any, int] = {}
         self._tokens: dict[str, int] = {}
 
-    def values(self, index: Index) -> dict[str, Any]:
-        """Its fields at a point, which may contradict one another: a constraint may yet
-        drop the point."""
-        key = self.pick(index)
-        found = self._values.get(key)
-        if found is None:
-            found = self._values[key] = self._base.copy()
-            for i, rows in self._direct.items():
-                found.update(rows[index[i]])
-            for inner in self._inner:
-                inner.put(index, found)
-        return found
-
     def built(self, index: Index) -> Any:
-        """The dataclass at a point."""
-        key = self.pick(index)
-        found = self._built.get(key)
-        if found is None:
-            try:
-                found = self._built[key] = self._type(**self.values(index))
-            except ValueError as error:
-                raise self.error(index, str(error)) from None
+        """The dataclass at a point; raises what the contract says against it."""
+        found = self._made(index)
+        if isinstance(found, SweepError):
+            raise found
         return found
 
     def number(self, index: Index) -> int:
@@ -219,27 +201,54 @@ class _Block(_Part):
         return self._numbers[key]
 
     def reader(self, name: str, resolve: Resolve | None) -> Callable[[Index], Any]:
-        """How a constraint reads one of its names at a point."""
+        """How a constraint reads one of its names at a point.
+
+        A block that contradicts itself can be read as well: the constraint may be what
+        drops the point.
+        """
         _, field, *path = name.split(".")
-        own = name == fields.HIDDEN_SIZE or (self.key == "model" and not path)
+        answers: dict[Any, Mapping[str, Any]] = {}
 
         def read(index: Index) -> Any:
-            values = self.values(index)
-            if field in values:
-                value = values[field]
-            elif name == fields.HIDDEN_SIZE:
-                value = None
+            block = self._made(index)
+            if not isinstance(block, SweepError):
+                value = getattr(block, field, None)
+            elif name in fields.catalogue():
+                value = self._values(index)[field]
             else:
-                value = getattr(self.built(index), field)
+                raise block
             for part in path:
                 if value is None:
                     return None
                 value = value.get(part) if isinstance(value, dict) else getattr(value, part, None)
-            if value is None and own and resolve is not None:
-                return resolve(self.built(index)).get(field)
-            return value
+            if value is not None or resolve is None or self.key != "model" or path:
+                return value
+            key = self.pick(index)
+            if key not in answers:
+                answers[key] = resolve(self.built(index))
+            return answers[key].get(field)
 
         return read
+
+    def _made(self, index: Index) -> Any:
+        """The dataclass at a point, or the SweepError in its place."""
+        key = self.pick(index)
+        found = self._blocks.get(key)
+        if found is None:
+            try:
+                found = self._type(**self._values(index))
+            except ValueError as error:
+                found = self.error(index, str(error))
+            self._blocks[key] = found
+        return found
+
+    def _values(self, index: Index) -> dict[str, Any]:
+        values = self._base.copy()
+        for i, rows in self._direct.items():
+            values.update(rows[index[i]])
+        for inner in self._inner:
+            inner.put(index, values)
+        return values
 
 
 class _Check:
