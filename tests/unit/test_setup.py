@@ -51,15 +51,20 @@ def test_every_dependency_is_pinned_within_its_bounds(requirement: Requirement) 
 
 
 def test_every_dependency_has_a_reason() -> None:
-    """A README of a package names it in code font, in a line that says what it is for."""
-    lines = [
-        line
+    """A row `| names | reason |` in a table of some package's README."""
+    rows = [
+        line.strip("|").split("|")
         for package in ("orchestrator", "workers", "analysis")
         for line in (ROOT / package / "README.md").read_text().splitlines()
-        if len(line.split()) >= 5
+        if line.startswith("| ")
     ]
-    named = {name for line in lines for name in re.findall(r"`([\w-]+)[^`]*`", line)}
-    assert {requirement.name for requirement in CORE} - named == set()
+    named = {
+        name
+        for names, *reason in rows
+        for name in re.findall(r"[\w-]+", names)
+        if len("".join(reason).split()) > 1
+    }
+    assert sorted({requirement.name for requirement in CORE} - named) == []
 
 
 def test_constraints_hold_only_plain_pins() -> None:
