@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from orchestrator.errors import SweepError
 from orchestrator.grid import Expansion, Point
 from orchestrator.sweep import Sweep
 from workers.contract.errors import Infeasible
@@ -203,7 +202,7 @@ def _plan(sweep: Sweep, point: Point, device: Device) -> Planned:
             check(architecture, trial.layout)
             prediction = predict(architecture, trial.model, trial.layout, trial.workload, device)
     except UnknownModel as error:
-        raise SweepError(str(error), path=sweep.path, key="model.name") from error
+        raise sweep.place("model.name", trial.model.name).error(str(error)) from error
     except Infeasible as error:
         reason = error
     return Planned(

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from orchestrator import manifest, plan, schedule
-from orchestrator.display.base import Display
+from orchestrator.display.base import Display, choose
 from orchestrator.errors import ClusterError
 from orchestrator.grid import expand
 from orchestrator.plan import Group, Plan, Planned
@@ -123,7 +123,6 @@ def execute(request: Request) -> Summary:
         _interruptible(),
     ):
         from orchestrator.cluster import Cluster
-        from orchestrator.display import choose
 
         with Cluster.connect(request.address) as cluster:
             found = _cluster_profile(cluster)
@@ -183,6 +182,8 @@ class _Run:
 
     def execute(self) -> Summary:
         self._open_manifest()
+        for warning in self._dataset.warnings:
+            self._display.say(warning)
         interrupted = False
         try:
             self._write_infeasible()

@@ -68,6 +68,7 @@ class VllmEngine:
         self._ids = count()
         self._output = _Output()
         self._llm: Any = None
+        self._engine: Any = None
         self.prepare()
         from vllm import LLM
         from vllm.platforms import current_platform
@@ -76,23 +77,16 @@ class VllmEngine:
         if self._on_cpu:
             _bind_threads(trial.layout)
         self._limit_gib = trial.engine.memory_limit_gib
+        failure: TrialError | None = None
         try:
-            args = self._arguments(trial, workloads, scratch)
-            self._llm = LLM(**args)
-            self._engine = self._llm.llm_engine
-            config = self._engine.vllm_config.model_config.hf_config.to_dict()
-            self._memory = self._read_memory()
+            self.loaded = self._build(LLM, trial, workloads, scratch)
         except Exception as error:  # noqa: BLE001  the edge: whatever comes becomes an outcome
             failure = self._explain(error)
-            del error
+        if failure is not None:
+            # Raised out here, without the engine's exception: its traceback holds the
+            # frames, and with them the half-built model.
             self.close()
-            raise failure from None
-        self.loaded = Loaded(
-            version=host.engine_version() or "unknown",
-            args=json.loads(json.dumps(args, default=str)),
-            architecture=read(config),
-            threads=max(1, host.cores() // trial.layout.devices) if self._on_cpu else None,
-        )
+            raise failure.with_traceback(None)
 
     @classmethod
     def prepare(cls) -> None:
@@ -189,6 +183,21 @@ class VllmEngine:
             cleanup_dist_env_and_memory()
         memory.unlimit()
         memory.trim()
+
+    def _build(
+        self, llm: Any, trial: Trial, workloads: Sequence[Workload], scratch: Path
+    ) -> Loaded:
+        args = self._arguments(trial, workloads, scratch)
+        self._llm = llm(**args)
+        self._engine = self._llm.llm_engine
+        config = self._engine.vllm_config.model_config.hf_config.to_dict()
+        self._memory = self._read_memory()
+        return Loaded(
+            version=host.engine_version() or "unknown",
+            args=json.loads(json.dumps(args, default=str)),
+            architecture=read(config),
+            threads=max(1, host.cores() // trial.layout.devices) if self._on_cpu else None,
+        )
 
     def _explain(self, error: BaseException) -> TrialError:
         failure = explain(
