@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from workers import memory
 from workers.hardware.host import Host
 
 OBJECT_STORE_BYTES = 128 * 2**20
+KNOCK_S = 10.0
+"""Wait for a cluster's address to answer at all, seconds."""
 DESCRIBE_S = 120.0
 """Wait for every node to describe itself, seconds."""
 
@@ -155,6 +158,7 @@ def _start(ray: ModuleType, session: Path) -> None:
 def _join(ray: ModuleType, address: str) -> None:
     import workers
 
+    _knock(address)
     package = Path(next(iter(workers.__path__)))
     ray.init(
         address=address,
@@ -163,6 +167,13 @@ def _join(ray: ModuleType, address: str) -> None:
         configure_logging=False,
         runtime_env={"py_modules": [str(package)]},
     )
+
+
+def _knock(address: str) -> None:
+    """Raises OSError if nothing listens at `host:port`; Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal() and "/" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_S).close()
 
 
 def _running() -> str | None:

@@ -42,9 +42,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.cluster, pytest.mark.timeout(280)]
 
 
 @pytest.fixture
-def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
-    # Neither an authenticated cluster nor a running one is wanted: this one is our own.
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+def cluster() -> Iterator[Cluster]:
     from ray.cluster_utils import Cluster as FakeCluster
 
     arguments: dict[str, Any] = {"num_gpus": 2, "num_cpus": 2, "object_store_memory": 80 * 2**20}

@@ -53,7 +53,7 @@ def test_a_sweep_ends_every_point_in_one_record_and_leaves_nothing(tmp_path: Pat
         assert row["itl_paper_s"] == pytest.approx(
             (row["e2e_s"] - row["ttft_paper_s"]) / (row["batch_size"] * 8 - 1)
         )
-        assert row["weights_gib"] > 0.01 and row["predicted_e2e_s"] > 0
+        assert row["weights_gib"] * 2**30 >= row["params_total"] * 2 and row["predicted_e2e_s"] > 0
     assert ok["engine_load_s"].n_unique() == 2  # one engine for both batches of a top-k
 
     oom = frame.filter(pl.col("outcome") == "oom")
