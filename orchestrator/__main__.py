@@ -162,6 +162,8 @@ def _show_summary(summary: Summary, *, as_json: bool) -> None:
         print(f"{summary.resumed} of them from earlier runs (--fresh measures them again)")
     print(f"dataset  {summary.dataset}")
     print(f"table    python -m analysis table {summary.dataset}")
+    print("figures  python -m analysis figures     (lists their names)")
+    print(f"draw     python -m analysis figure NAME {summary.dataset} -o NAME.png")
     if summary.interrupted:
         print("interrupted: the same command goes on where this one stopped")
 

@@ -9,6 +9,7 @@ cannot share a terminal.
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import socket
 import tempfile
@@ -27,7 +28,10 @@ KNOCK_S = 10.0
 DESCRIBE_S = 120.0
 """Wait for every node to describe itself, seconds."""
 
-_QUIET = {
+_SETTINGS = {
+    # Ray runs its workers at niceness 15: everything else on the machine, this driver first,
+    # would preempt the engine in the middle of a pass.
+    "RAY_worker_niceness": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -55,15 +59,14 @@ class Cluster:
         Raises:
             ClusterError: no cluster answers there, or its nodes cannot be described.
         """
-        ray = _import_ray()
         wanted = address or os.environ.get("RAY_ADDRESS") or _running()
         session = None
         try:
             if wanted and wanted != "local":
-                _join(ray, wanted)
+                ray = _join(wanted)
             else:
                 session = Path(tempfile.mkdtemp(prefix="moe-ray-"))
-                _start(ray, session)
+                ray = _start(session)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             if session is not None:
                 shutil.rmtree(session, ignore_errors=True)
@@ -134,16 +137,20 @@ class Cluster:
 
 def _import_ray() -> ModuleType:
     """Ray, told to be quiet before it is imported: it reads these once."""
-    for name, value in _QUIET.items():
+    for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     import ray
 
     return ray
 
 
-def _start(ray: ModuleType, session: Path) -> None:
-    # An address in the environment would turn this into a connection to it.
+def _start(session: Path) -> ModuleType:
+    # An address in the environment would turn this into a connection to it. The token is for
+    # this cluster alone; without one in the environment Ray writes one into the home folder.
     os.environ.pop("RAY_ADDRESS", None)
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    ray = _import_ray()
     ray.init(
         address="local",
         include_dashboard=False,
@@ -153,13 +160,15 @@ def _start(ray: ModuleType, session: Path) -> None:
         object_store_memory=OBJECT_STORE_BYTES,
         _temp_dir=str(session),
     )
+    return ray
 
 
-def _join(ray: ModuleType, address: str) -> None:
+def _join(address: str) -> ModuleType:
     import workers
 
     _knock(address)
     package = Path(next(iter(workers.__path__)))
+    ray = _import_ray()
     ray.init(
         address=address,
         log_to_driver=False,
@@ -167,6 +176,7 @@ def _join(ray: ModuleType, address: str) -> None:
         configure_logging=False,
         runtime_env={"py_modules": [str(package)]},
     )
+    return ray
 
 
 def _knock(address: str) -> None:
@@ -179,13 +189,16 @@ def _knock(address: str) -> None:
 def _running() -> str | None:
     """Address of the cluster that `ray start` left running on this machine.
 
-    Clusters that some other program started for itself are passed over: they end with it.
+    It is the one that Ray's own `address="auto"` would take. Clusters that another program
+    started for itself are not written there: they end with it.
     """
-    from ray._private.services import find_gcs_addresses
-    from ray._private.utils import read_ray_address
-
-    address: str | None = read_ray_address(None)
-    return address if address in find_gcs_addresses() else None
+    file = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster")
+    try:
+        address = file.read_text().strip()
+        _knock(address)
+    except OSError:
+        return None
+    return address
 
 
 def _first_line(error: BaseException) -> str:

@@ -2,8 +2,9 @@
 
 Ray gives the process exactly the devices of a layout. It pays the engine's imports once,
 then builds engine after engine as groups come, and streams a message for every stage and
-a record for every trial. What the engine prints goes to a file per group: the driver's
-table stays clean, and the cause of a death can be read after it.
+a record for every trial. What the engine prints goes to a file per group (on other nodes,
+to Ray's log of this process): the driver's table stays clean, and the cause of a death can
+be read after it.
 
 Ray puts each worker in a process group of its own and kills the group with it, so engine
 ranks never outlive their actor. `max_restarts` is 0: whether a retry can mend a death is
@@ -15,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,11 +28,13 @@ from workers.contract.errors import TrialError
 from workers.contract.job import Job
 from workers.contract.message import Message, Released
 from workers.engines.base import engine_class
-from workers.hardware.host import Host, cores, describe
+from workers.hardware.host import Host, cores, describe, gpu_memory_used
 
 CLEAN_BYTES = 256 * 2**20
 """Growth of the idle process, over its first idle state, that still counts as clean: the
 code, thread pools and allocator arenas that the first engine leaves behind."""
+GPU_WAIT_S = 60.0
+"""Wait for memory of an earlier process to leave a GPU, seconds."""
 
 
 @ray.remote(max_restarts=0, max_task_retries=0)
@@ -52,7 +55,9 @@ class EngineHost:
 
     def run(self, job: Job) -> Iterator[Message]:
         """Measures a group; see `workers.runner.run`. Ends with `Released`."""
-        _log_to(job.log)
+        if job.log is not None:
+            _log_to(job.log)
+        _wait_for_gpus()
         if self._idle_bytes is None:
             with contextlib.suppress(TrialError):  # the runner meets it again and records it
                 engine_class(job.tickets[0].trial.engine.kind).prepare()
@@ -62,7 +67,6 @@ class EngineHost:
         yield self._released()
 
     def _released(self) -> Released:
-        memory.trim()
         assert self._idle_bytes is not None
         grown = memory.status("VmRSS") - self._idle_bytes
         left = [child for child in psutil.Process().children(recursive=True) if child.is_running()]
@@ -81,6 +85,25 @@ def describe_node() -> Host:
     return describe()
 
 
+def _wait_for_gpus() -> None:
+    """Waits until nobody else's memory is on this process's GPUs.
+
+    Ray grants a device again when its last process is dead, which can be before the driver
+    has taken the memory back. Memory that stays is left to the engine to refuse, in its own
+    words.
+    """
+    visible = [one for one in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if one]
+    torch = sys.modules.get("torch")
+    if not visible or (torch is not None and torch.cuda.is_initialized()):
+        return
+    deadline = time.monotonic() + GPU_WAIT_S
+    while any(gpu_memory_used(one) > CLEAN_BYTES for one in visible):
+        if time.monotonic() > deadline:
+            print(f"after {GPU_WAIT_S:.0f} s memory is still in use on GPU {visible}")
+            return
+        time.sleep(0.5)
+
+
 def _held_on_gpu() -> list[str]:
     """What this process still holds on its GPUs beyond an empty CUDA context."""
     torch = sys.modules.get("torch")
@@ -91,13 +114,10 @@ def _held_on_gpu() -> list[str]:
     return [f"{held / 2**20:.0f} MiB still reserved on the GPU"] if held > CLEAN_BYTES else []
 
 
-def _log_to(path: str | None) -> None:
+def _log_to(path: str) -> None:
     """Sends file descriptors 1 and 2, and with them every library's output, to a file."""
-    if path is None:
-        handle, path = tempfile.mkstemp(prefix="moe-engine-", suffix=".log")
-    else:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     sys.stdout.flush()
     sys.stderr.flush()
     os.dup2(handle, 1)

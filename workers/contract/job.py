@@ -35,7 +35,7 @@ class Job:
     profile: str
     tickets: tuple[Ticket, ...]
     log: str | None = None
-    """File for the engine's output on the host; null writes to one of the host's own."""
+    """File for the engine's output on the host; null leaves it to Ray's log of the process."""
     log_name: str | None = None
     """The same file as the record names it, relative to the dataset."""
     scratch: str | None = None

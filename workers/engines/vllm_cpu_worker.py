@@ -31,7 +31,6 @@ class LimitedCPUWorker(CPUWorker):
     weights_bytes: int | None = None
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        memory.trim()
         memory.reset_peak()
         self.idle_bytes = memory.status("VmRSS")
         limit = self.vllm_config.additional_config.get(LIMIT_KEY)

@@ -194,7 +194,7 @@ class VllmEngine:
         self._memory = self._read_memory()
         return Loaded(
             version=host.engine_version() or "unknown",
-            args=json.loads(json.dumps(args, default=str)),
+            args=_told(args, trial.model.name, scratch),
             architecture=read(config),
             threads=max(1, host.cores() // trial.layout.devices) if self._on_cpu else None,
         )
@@ -269,6 +269,14 @@ class VllmEngine:
             share = self._limit_gib / host.describe().memory_gib
             args["gpu_memory_utilization"] = min(1.0, share)
         return args | settings.args
+
+
+def _told(args: dict[str, Any], name: str, scratch: Path) -> dict[str, Any]:
+    """The arguments as JSON data, with the name of a skeleton in place of its folder."""
+    if Path(args["model"]).is_relative_to(scratch):
+        args = args | {"model": name}
+    told: dict[str, Any] = json.loads(json.dumps(args, default=str))
+    return told
 
 
 class _Output:

@@ -84,6 +84,26 @@ def version(distribution: str) -> str | None:
         return None
 
 
+def gpu_memory_used(device: str) -> int:
+    """Bytes in use on a GPU that `CUDA_VISIBLE_DEVICES` names by index or UUID; 0 without
+    an NVIDIA driver. What the driver reserves for itself is not counted."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return 0
+    try:
+        handle = (
+            pynvml.nvmlDeviceGetHandleByIndex(int(device))
+            if device.isdecimal()
+            else pynvml.nvmlDeviceGetHandleByUUID(device)
+        )
+        return int(pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2).used)
+    finally:
+        pynvml.nvmlShutdown()
+
+
 @cache
 def _cpu_name() -> str:
     for line in Path("/proc/cpuinfo").read_text().splitlines():

@@ -1,0 +1,114 @@
+"""The command line as a process: exit statuses, one-line errors, what is loaded."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+GOOD = """\
+name: s
+base:
+  model: {name: mixtral-8x7b, weights: dummy}
+grid:
+  model.top_k: [1, 2]
+"""
+
+
+def _run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "orchestrator", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+BAD = {
+    "unknown key": (GOOD.replace("top_k", "topk"), (), r"s.yaml:5: grid.model.topk: unknown key"),
+    "wrong type": (GOOD.replace("[1, 2]", "[one]"), (), "s.yaml:5: grid.model.top_k"),
+    "empty axis": (GOOD.replace("[1, 2]", "[]"), (), "s.yaml:5: grid.model.top_k"),
+    "unknown model": (GOOD.replace("8x7b", "8x8b"), (), "s.yaml:3: base.model.name"),
+    "hostile where": (
+        GOOD + 'where: [\'__import__("os").system("true")\']\n',
+        (),
+        "s.yaml:6: where",
+    ),
+    "hostile name": (GOOD.replace("name: s", "name: ../../s"), (), "s.yaml:1: name"),
+    "broken YAML": (GOOD + "where: [\n", (), "s.yaml:"),
+    "not YAML at all": ("\x00\x01", (), "s.yaml"),
+    "bad override": (GOOD, ("base.workload.batch=4",), "command line: base.workload.batch=4"),
+    "unknown profile": (GOOD, ("--profile", "h900"), "unknown device class 'h900'"),
+    "unknown outcome": (GOOD, ("--rerun", "bad"), "bad: no such outcome"),
+    "nothing to do": (GOOD, ("--limit", "0"), "--limit"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("mode", ["--dry-run", "--json"])
+def test_what_the_user_can_get_wrong_ends_in_status_2_and_one_line(
+    case: str, mode: str, tmp_path: Path
+) -> None:
+    text, arguments, words = BAD[case]
+    path = tmp_path / "s.yaml"
+    path.write_text(text)
+    done = _run(path, *arguments, mode, "--out", tmp_path / "out")
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    done = _run(tmp_path / "no.yaml")
+    assert done.returncode == 2
+    assert "no.yaml" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_top_k_above_experts_everywhere_is_infeasible_not_wrong(tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text(GOOD.replace("[1, 2]", "[9, 10]"))
+    done = _run(path, "--dry-run", "--json", "--profile", "h100")
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(done.stdout)
+    assert plan["groups"] == [] and len(plan["infeasible"]) == 2
+    assert plan["infeasible"][0]["reason"] == "top_k 9 is above the 8 experts of a layer"
+
+
+def test_dry_run_answers_what_is_promised(tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text(GOOD)
+    plan = json.loads(_run(path, "--dry-run", "--json", "--profile", "h100").stdout)
+    assert {"sweep", "points", "trials", "dropped", "infeasible", "groups"} <= plan.keys()
+    assert plan["predicted_seconds"] > 0 and plan["predicted_device_hours"] > 0
+    keys = {"group_id", "devices", "trials", "predicted_memory_gib", "predicted_seconds"}
+    assert all(keys <= group.keys() for group in plan["groups"])
+    shown = _run(path, "--dry-run", "--profile", "h100")
+    assert "2 points, 2 trials, 2 engines" in shown.stdout
+    assert "top_k 1" in shown.stdout
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["{sweep}", "--dry-run"]])
+def test_neither_help_nor_dry_run_loads_an_engine_or_ray(
+    arguments: list[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text(GOOD)
+    argv = ["orchestrator", *(one.format(sweep=path) for one in arguments)]
+    code = (
+        "import sys; from orchestrator.__main__ import main\n"
+        f"sys.argv = {argv!r}\n"
+        "try: main()\n"
+        "except SystemExit as end: assert end.code == 0, end.code\n"
+        "assert not {'ray', 'vllm', 'torch', 'transformers'} & set(sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr

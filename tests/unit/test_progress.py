@@ -1,0 +1,120 @@
+"""What a display is told, on a clock of our own."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from orchestrator.plan import Group, Plan, Planned
+from orchestrator.progress import Tracker
+from orchestrator.schedule import Lane, Node
+from workers.contract.layout import Layout
+from workers.contract.message import Finished, Progress, Released
+from workers.contract.model import Model
+from workers.contract.record import RECORDS, rows
+from workers.contract.trial import Trial
+from workers.contract.workload import Workload
+from workers.hardware.device import device
+from workers.hardware.roofline import predict
+from workers.moe.architecture import resolve
+
+NODE = Node(node_id="n", hostname="box", devices=2, cpu_only=True)
+
+
+class _Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def _group(name: str, trials: int = 1) -> Group:
+    model = Model(name="mixtral-8x7b", weights="dummy")
+    a = resolve(model)
+    assert a is not None
+    workload = Workload(batch_size=1, input_tokens=8, output_tokens=8)
+    planned = Planned(
+        trial=Trial(model=model, workload=workload),
+        trial_id="",
+        axes={},
+        prediction=predict(a, model, Layout(), workload, device("h100")),
+    )
+    return Group(group_id=name, devices=1, trials=(planned,) * trials, label=f"group {name}")
+
+
+def _tracker(clock: _Clock, *groups: Group) -> Tracker:
+    plan = Plan(sweep="s", profile="cpu", points=9, dropped={}, infeasible=(), groups=tuple(groups))
+    return Tracker(
+        plan, list(groups), {"n": NODE}, device="a cpu", resumed={"t": "oom"}, clock=clock
+    )
+
+
+def _finished(outcome: str, throughput: float | None = None) -> Finished:
+    record = rows(RECORDS, [{"outcome": outcome}])
+    return Finished(
+        trial_id="t",
+        outcome=outcome,  # type: ignore[arg-type]
+        record=record,
+        throughput_tok_s=throughput,
+    )
+
+
+def test_counts_lanes_and_groups() -> None:
+    clock = _Clock()
+    tracker = _tracker(clock, _group("a", trials=2), _group("b"))
+    lane = Lane(lane_id=0, node_id="n", devices=1)
+    tracker.opened(lane)
+    tracker.assigned(0, _group("a", trials=2))
+    clock.now = 4.0
+    tracker.heard(0, Progress(stage="warmup"))
+    clock.now = 5.0
+    tracker.heard(0, Progress(stage="run", detail="repeat 1", busy_s=2.0))
+    tracker.heard(0, _finished("ok", 123.0))
+    shown = tracker.snapshot()
+    assert (shown.trials_total, shown.resumed) == (4, 1)
+    assert shown.counts == {"oom": 1, "ok": 1}
+    (row,) = shown.lanes
+    assert (row.node, row.devices, row.label) == ("box", "2 cores", "group a")
+    assert (row.stage, row.trial, row.since_s) == ("run", "repeat 1", 0.0)
+    assert (row.trials_done, row.trials_total) == (1, 2)
+    first, second = shown.groups
+    assert (first.state, first.done, first.throughput_tok_s) == ("running", 1, 123.0)
+    assert second.state == "waiting"
+    assert shown.busy_share == pytest.approx(2 / 5)
+
+
+def test_eta_is_the_prediction_corrected_by_what_groups_really_took() -> None:
+    clock = _Clock()
+    groups = [_group(name) for name in "abc"]
+    tracker = _tracker(clock, *groups)
+    assert tracker.eta_s() is None
+    tracker.opened(Lane(lane_id=0, node_id="n", devices=1))
+    tracker.assigned(0, groups[0])
+    clock.now = 30.0
+    tracker.heard(0, _finished("oom"))
+    tracker.heard(0, Released(clean=True))
+    tracker.assigned(0, groups[1])
+    assert tracker.eta_s() == pytest.approx(60.0)
+    clock.now = 40.0
+    assert tracker.eta_s() == pytest.approx(50.0)
+    assert tracker.snapshot().last_oom == ("group a",)
+
+
+def test_time_held_goes_on_counting_after_a_lane_is_closed() -> None:
+    clock = _Clock()
+    tracker = _tracker(clock, _group("a"))
+    tracker.opened(Lane(lane_id=0, node_id="n", devices=1))
+    tracker.assigned(0, _group("a"))
+    clock.now = 10.0
+    tracker.heard(0, Progress(stage="run", busy_s=5.0))
+    tracker.closed(0)
+    clock.now = 100.0
+    assert tracker.busy_share() == pytest.approx(0.5)
+
+
+def test_infeasible_points_count_without_a_group() -> None:
+    tracker = _tracker(_Clock(), _group("a"))
+    tracker.ended(None, "infeasible")
+    assert tracker.counts == Counter({"oom": 1, "infeasible": 1})
+    assert tracker.snapshot().trials_total == 3
