@@ -40,6 +40,7 @@ CONDITIONS: tuple[str, ...] = (
     "batch_size",
     "input_tokens",
     "output_tokens",
+    "temperature",
     "seed",
 )
 """Columns of which a figure holds one value each, unless it varies them on purpose."""

@@ -142,6 +142,7 @@ def _row(
         "batch_size": trial.workload.batch_size,
         "input_tokens": trial.workload.input_tokens,
         "output_tokens": trial.workload.output_tokens,
+        "temperature": trial.workload.temperature,
         "seed": trial.workload.seed,
         "memory_limit_gib": trial.engine.memory_limit_gib,
         "predicted_e2e_s": ticket.predicted_e2e_s,

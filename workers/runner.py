@@ -158,7 +158,13 @@ class _Run:
             index=trial.next_index(),
         )
         with _blaming(trial):
-            one = engine.generate(prompts, output_tokens, kind=kind, repeat=trial.count(kind))
+            one = engine.generate(
+                prompts,
+                output_tokens,
+                kind=kind,
+                repeat=trial.count(kind),
+                temperature=trial.ticket.trial.workload.temperature,
+            )
         trial.passes.append(one)
         self.busy_s += one.e2e_s
 

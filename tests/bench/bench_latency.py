@@ -1,148 +1,104 @@
-"""Our timed passes against vLLM's own latency benchmark, interleaved.
+"""Our timed passes against vLLM's own latency benchmark, pass by pass on one engine.
 
-    python tests/bench/bench_latency.py [--rounds 4] [--batch-size 16] [--ffn-dim 7168] …
+    PYTHONPATH=. python tests/bench/bench_latency.py [--pairs 40] [--batch-size 16] …
 
-Each round runs two fresh processes, one after the other and in alternating order: ours
-(the runner on one trial) and `vllm.benchmarks.latency.main`, with the same engine
-arguments, batch and lengths. The medians over all passes of all rounds are compared. The
-two differ in what they do around the engine: ours steps it by hand and takes a stamp per
-token, sampling greedily; vLLM's calls `LLM.generate` and samples at temperature 1.
+An engine is built once, as a sweep builds it. Then `VllmEngine.generate` and
+`vllm.benchmarks.latency.main` (its code unchanged, one iteration a call, handed the engine
+that is there in place of building another) take turns, in alternating order. Two processes
+on a shared machine differ by 10 to 20 % from one start to the next, so only passes of one
+engine, next to each other, tell whether the two ways of measuring agree.
+
+They differ around the engine: ours steps it by hand and takes a stamp per token, vLLM's
+calls `LLM.generate`. Their code samples at temperature 1, so ours does too here; what greedy
+sampling, the default of a sweep, takes is measured beside it.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from workers.contract.engine import EngineSettings
-from workers.contract.measure import Measure
 from workers.contract.model import Model
 from workers.contract.trial import Trial
 from workers.contract.workload import Workload
+from workers.engines.vllm_engine import VllmEngine
+from workers.metrics import interval
+from workers.moe.architecture import bend, configuration
+from workers.prompts import random_ids
 
-PASSES = 5
-WARMUP = 2
-
-OURS = """
-import json, sys
-from workers.contract.job import Job, Ticket
-from workers.contract.message import Finished
-from workers import runner
-from tests.bench.bench_latency import trial
-one = trial(json.loads(sys.argv[1]))
-job = Job(sweep="bench", run_id="bench", group_id="bench", profile="cpu",
-          tickets=(Ticket(trial=one, trial_id=one.trial_id),))
-(done,) = [m for m in runner.run(job) if isinstance(m, Finished)]
-assert done.outcome == "ok", done.record.to_pylist()
-row = done.record.to_pylist()[0]
-samples = [s["e2e_s"] for s in done.samples.to_pylist() if s["kind"] == "timed"]
-json.dump({"latencies": samples, "args": json.loads(row["engine_args"])}, open(sys.argv[2], "w"))
-"""
-
-THEIRS = """
-import json, sys
-from vllm.utils.argparse_utils import FlexibleArgumentParser
-from vllm.benchmarks import latency
-parser = FlexibleArgumentParser()
-latency.add_cli_args(parser)
-latency.main(parser.parse_args(json.loads(sys.argv[1])))
-"""
+WARMUP = 3
 
 
-def trial(options: dict[str, Any]) -> Trial:
-    """The trial that both sides run."""
-    return Trial(
-        model=Model(
-            name="mixtral-8x7b",
-            weights="dummy",
-            scale=0.125,
-            num_layers=4,
-            ffn_dim=options["ffn_dim"],
-            num_experts=options["num_experts"],
-            top_k=options["top_k"],
-        ),
-        workload=Workload(
-            batch_size=options["batch_size"],
-            input_tokens=options["input_tokens"],
-            output_tokens=options["output_tokens"],
-        ),
-        engine=EngineSettings(eager=True),
-        measure=Measure(warmup=WARMUP, repeats=PASSES),
-    )
-
-
-def _run(code: str, *arguments: str) -> None:
-    from workers.engines.vllm_engine import ENVIRONMENT
-
-    cores = sorted(os.sched_getaffinity(0))
-    environment = {
-        "OMP_NUM_THREADS": str(len(cores)),
-        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
-    }
-    subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        env=os.environ | ENVIRONMENT | environment,
-        check=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-
-
-def _ours(options: dict[str, Any], folder: Path) -> tuple[list[float], dict[str, Any]]:
-    out = folder / "ours.json"
-    _run(OURS, json.dumps(options), str(out))
-    found = json.loads(out.read_text())
-    return found["latencies"], found["args"]
-
-
-def _theirs(options: dict[str, Any], folder: Path, args: dict[str, Any]) -> list[float]:
-    from workers.moe.architecture import bend, configuration
-
-    skeleton = folder / "skeleton"
-    skeleton.mkdir(exist_ok=True)
+def skeleton(options: argparse.Namespace, folder: Path) -> Path:
+    """A Mixtral at 1/8 of its widths; vLLM's benchmark draws token ids up to 10,000."""
     config = configuration("mixtral-8x7b")
     assert config is not None
-    bent = bend(config, trial(options).model)
-    (skeleton / "config.json").write_text(json.dumps(bent))
-    out = folder / "theirs.json"
-    _run(
-        THEIRS,
-        json.dumps(
+    model = Model(
+        name="mixtral-8x7b",
+        weights="dummy",
+        scale=0.125,
+        num_layers=4,
+        ffn_dim=options.ffn_dim,
+        num_experts=options.num_experts,
+        top_k=options.top_k,
+    )
+    (folder / "config.json").write_text(json.dumps(bend(config, model) | {"vocab_size": 10016}))
+    return folder
+
+
+class Theirs:
+    """vLLM's benchmark on an engine that is already built."""
+
+    def __init__(self, engine: VllmEngine, workload: Workload, folder: Path) -> None:
+        from vllm import LLM
+        from vllm.benchmarks import latency
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+        LLM.from_engine_args = staticmethod(lambda args: engine._llm)
+        parser = FlexibleArgumentParser()
+        latency.add_cli_args(parser)
+        self._out = folder / "theirs.json"
+        self._main = latency.main
+        args = engine.loaded.args
+        self._args: Any = parser.parse_args(
             [
-                f"--model={skeleton}",
+                f"--model={args['model']}",
                 "--load-format=dummy",
                 "--skip-tokenizer-init",
                 f"--dtype={args['dtype']}",
                 "--enforce-eager",
                 f"--max-model-len={args['max_model_len']}",
                 f"--max-num-seqs={args['max_num_seqs']}",
-                f"--kv-cache-memory-bytes={args['kv_cache_memory_bytes']}",
-                f"--input-len={options['input_tokens']}",
-                f"--output-len={options['output_tokens']}",
-                f"--batch-size={options['batch_size']}",
-                f"--num-iters-warmup={WARMUP}",
-                f"--num-iters={PASSES}",
+                f"--input-len={workload.input_tokens}",
+                f"--output-len={workload.output_tokens}",
+                f"--batch-size={workload.batch_size}",
+                "--num-iters-warmup=0",
+                "--num-iters=1",
                 "--disable-detokenize",
-                f"--output-json={out}",
+                f"--output-json={self._out}",
             ]
-        ),
-    )
-    found: list[float] = json.loads(out.read_text())["latencies"]
-    return found
+        )
+
+    def one(self) -> float:
+        """Latency of one batch as their code measures it, seconds."""
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            self._main(self._args)
+        (latency,) = json.loads(self._out.read_text())["latencies"]
+        return float(latency)
 
 
 def main() -> None:
-    """Runs the rounds and prints both medians and their ratio."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=4)
+    """Runs the pairs and prints both medians and the median of the paired ratios."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     for name, default in {
+        "pairs": 40,
         "batch-size": 16,
         "input-tokens": 64,
         "output-tokens": 64,
@@ -151,32 +107,53 @@ def main() -> None:
         "top-k": 2,
     }.items():
         parser.add_argument(f"--{name}", type=int, default=default)
-    options = vars(parser.parse_args())
-    rounds = options.pop("rounds")
-    ours: list[float] = []
-    theirs: list[float] = []
+    options = parser.parse_args()
+    workload = Workload(
+        batch_size=options.batch_size,
+        input_tokens=options.input_tokens,
+        output_tokens=options.output_tokens,
+    )
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
-        folder = Path(name)
-        args: dict[str, Any] = {}
-        for index in range(rounds):
-            if index % 2 == 0 or not args:
-                latencies, args = _ours(options, folder)
-                ours += latencies
-                theirs += _theirs(options, folder, args)
+        folder = skeleton(options, Path(name))
+        trial = Trial(
+            model=Model(name=str(folder), weights="dummy"),
+            workload=workload,
+            engine=EngineSettings(eager=True),
+        )
+        engine = VllmEngine(trial, [workload], folder)
+        theirs = Theirs(engine, workload, folder)
+
+        def ours(index: int, temperature: float = 1.0) -> float:
+            prompts = random_ids(workload, vocab_size=10_000, index=index)
+            return engine.generate(
+                prompts,
+                workload.output_tokens,
+                kind="timed",
+                repeat=index,
+                temperature=temperature,
+            ).e2e_s
+
+        for index in range(WARMUP):
+            ours(index)
+            theirs.one()
+        mine, other, greedy = [], [], []
+        for index in range(options.pairs):
+            if index % 2:
+                other.append(theirs.one())
+                mine.append(ours(WARMUP + index))
             else:
-                theirs += _theirs(options, folder, args)
-                ours += _ours(options, folder)[0]
-            print(
-                f"round {index + 1}: ours {statistics.median(ours[-PASSES:]):.4f} s, "
-                f"vLLM's {statistics.median(theirs[-PASSES:]):.4f} s",
-                flush=True,
-            )
-    mine, other = statistics.median(ours), statistics.median(theirs)
-    tokens = options["batch_size"] * (options["input_tokens"] + options["output_tokens"])
-    print(f"{options}")
-    print(f"ours    median {mine:.4f} s  {tokens / mine:8.0f} tok/s  ({len(ours)} passes)")
-    print(f"vLLM's  median {other:.4f} s  {tokens / other:8.0f} tok/s  ({len(theirs)} passes)")
-    print(f"ratio   {mine / other:.4f}")
+                mine.append(ours(WARMUP + index))
+                other.append(theirs.one())
+            greedy.append(ours(WARMUP + index, temperature=0.0))
+        engine.close()
+    tokens = workload.batch_size * workload.tokens_per_request
+    ratio = interval([a / b for a, b in zip(mine, other, strict=True)])
+    print({key: value for key, value in vars(options).items()})
+    for label, values in (("ours", mine), ("vLLM's", other), ("greedy", greedy)):
+        median = statistics.median(values)
+        print(f"{label:7} median {median:.4f} s, {tokens / median:.0f} tokens/s")
+    print(f"ratio of medians {statistics.median(mine) / statistics.median(other):.4f}")
+    print(f"paired ratio     {ratio.median:.4f}  [{ratio.low:.4f}, {ratio.high:.4f}]")
 
 
 if __name__ == "__main__":

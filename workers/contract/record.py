@@ -80,6 +80,7 @@ _RECORD: tuple[tuple[str, pa.DataType, str], ...] = (
     ("batch_size", _INT, "Requests in flight together."),
     ("input_tokens", _INT, "Prompt tokens per request."),
     ("output_tokens", _INT, "Generated tokens per request."),
+    ("temperature", _FLOAT, "Sampling temperature; 0 is greedy."),
     ("seed", _INT, "Seed of the prompts."),
     ("repeats", _INT, "Timed passes made."),
     # latency and throughput

@@ -19,6 +19,8 @@ class Workload:
     """Generated tokens of each request, exact (end-of-sequence is ignored)."""
     seed: int = 0
     """Seed of the prompts' token ids."""
+    temperature: float = 0.0
+    """Sampling temperature; 0 is greedy, so that every pass of the same prompts repeats."""
     arrivals: str | None = None
     """Arrival process; null submits the whole batch at once."""
     dataset: str | None = None
@@ -28,6 +30,7 @@ class Workload:
         for key in ("batch_size", "input_tokens", "output_tokens"):
             at_least(f"workload.{key}", getattr(self, key), 1)
         at_least("workload.seed", self.seed, 0)
+        at_least("workload.temperature", self.temperature, 0)
 
     @property
     def tokens_per_request(self) -> int:

@@ -64,7 +64,13 @@ class Engine(Protocol):
         """Why this engine cannot do what `trial` asks for; null if it can try."""
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], output_tokens: int, *, kind: PassKind, repeat: int
+        self,
+        prompts: Sequence[Sequence[int]],
+        output_tokens: int,
+        *,
+        kind: PassKind,
+        repeat: int,
+        temperature: float = 0.0,
     ) -> Pass:
         """Sends all prompts at once and waits for exactly `output_tokens` of each.
 
@@ -73,6 +79,7 @@ class Engine(Protocol):
             output_tokens: tokens to generate per prompt; end-of-sequence is ignored.
             kind: what the pass is for.
             repeat: its position among the passes of its kind.
+            temperature: of sampling; 0 is greedy.
 
         Raises:
             EngineError: out of memory (stage `run`), or the engine's death.

@@ -121,13 +121,19 @@ class VllmEngine:
         return None
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], output_tokens: int, *, kind: PassKind, repeat: int
+        self,
+        prompts: Sequence[Sequence[int]],
+        output_tokens: int,
+        *,
+        kind: PassKind,
+        repeat: int,
+        temperature: float = 0.0,
     ) -> Pass:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         sampling = SamplingParams(
-            temperature=0.0,
+            temperature=temperature,
             max_tokens=output_tokens,
             ignore_eos=True,
             detokenize=False,
