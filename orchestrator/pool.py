@@ -26,6 +26,7 @@ from workers.contract.job import Job, Ticket
 from workers.contract.message import Finished, Message, Progress
 from workers.contract.outcome import OomStage
 from workers.failures import from_log
+from workers.memory import shared_segments
 
 GRACE_S = 30.0
 """Silence allowed beyond a trial's own deadline, for imports and for slow disks, seconds."""
@@ -57,7 +58,9 @@ class _Process:
         self.placement = placement
         host: Any = EngineHost
         self.actor: Any = host.options(**placement.options).remote()
+        self.pid: Any = self.actor.pid.remote()  # answered before the first group
         self.stream: Any = None
+        self.shared: set[Path] = set()
         self.log: Path | None = None
         self.stage: str = "load"
         self.trial_id: str | None = None
@@ -151,11 +154,19 @@ class Pool:
                 yield process.lane.lane_id, self._overdue(process)
 
     def close(self, lane_id: int) -> None:
-        """Ends a lane's process and everything it started."""
+        """Ends a lane's process and everything it started.
+
+        A killed rank cannot remove its shared memory; where that is on this machine, it is
+        removed here.
+        """
         process = self._processes.pop(lane_id, None)
-        if process is not None:
-            ray.kill(process.actor)
-            process.placement.release()
+        if process is None:
+            return
+        self._note_shared(process)
+        ray.kill(process.actor)
+        process.placement.release()
+        for segment in process.shared:
+            segment.unlink(missing_ok=True)
 
     def close_all(self) -> None:
         """Ends every lane."""
@@ -172,7 +183,18 @@ class Pool:
             process.stream = None
             return self._died(process, error)
         process.hear(message)
+        if isinstance(message, Progress):
+            self._note_shared(process)
         return message
+
+    def _note_shared(self, process: _Process) -> None:
+        """Remembers the shared memory of a lane on this machine, for when it is killed."""
+        if process.lane.node_id != self._cluster.driver_node:
+            return
+        try:
+            process.shared |= shared_segments(ray.get(process.pid, timeout=0))
+        except ray.exceptions.RayError:
+            return  # not started yet, or gone
 
     def _overdue(self, process: _Process) -> Lost:
         process.stream = None

@@ -14,7 +14,12 @@ import gc
 import resource
 from pathlib import Path
 
+import psutil
+
 _KIB = 1024
+_SHARED = Path("/dev/shm")
+_OF_ENGINES = ("psm_", "sem.mp-", "vllm_dist_")
+"""How names begin that Python's multiprocessing and vLLM give; Ray's own stay."""
 
 
 def status(field: str) -> int:
@@ -51,8 +56,27 @@ def sweep_shared(folder: Path) -> None:
     engine's `folder` for temporary files and outlives a crash there.
     """
     for rendezvous in folder.rglob("vllm_dist_*"):
-        for segment in Path("/dev/shm").glob(f"{rendezvous.name}*"):
+        for segment in _SHARED.glob(f"{rendezvous.name}*"):
             segment.unlink(missing_ok=True)
+
+
+def shared_segments(pid: int) -> set[Path]:
+    """Shared memory and semaphores of engine ranks that a process tree has mapped.
+
+    Their owners remove them when they end by themselves, not when they are killed.
+    """
+    found: set[Path] = set()
+    try:
+        tree = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return found
+    for process in tree:
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines():
+                path = Path(line.partition("/")[1] + line.partition("/")[2])
+                if path.parent == _SHARED and path.name.startswith(_OF_ENGINES):
+                    found.add(path)
+    return found
 
 
 def limit(added_bytes: int) -> None:

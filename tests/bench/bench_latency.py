@@ -148,7 +148,7 @@ def main() -> None:
         engine.close()
     tokens = workload.batch_size * workload.tokens_per_request
     ratio = interval([a / b for a, b in zip(mine, other, strict=True)])
-    print({key: value for key, value in vars(options).items()})
+    print(vars(options))
     for label, values in (("ours", mine), ("vLLM's", other), ("greedy", greedy)):
         median = statistics.median(values)
         print(f"{label:7} median {median:.4f} s, {tokens / median:.0f} tokens/s")

@@ -115,6 +115,31 @@ def test_ctrl_c_keeps_what_finished_and_leaves_nothing(tmp_path: Path, presses: 
     assert records(tmp_path / "tiny")["trial_id"].n_unique() == 4
 
 
+def test_killed_ranks_leave_no_shared_memory(tmp_path: Path) -> None:
+    """Tensor-parallel ranks are processes with shared memory of their own."""
+    before = footprint()
+    base = _base(
+        layout={"tensor": 2},
+        workload={"batch_size": 1, "input_tokens": 16, "output_tokens": 8000},
+    )
+    driver = start(sweep_file(tmp_path, base=base), "--out", tmp_path, "--plain")
+    try:
+        shared = Path("/dev/shm")
+        until(lambda: any(one.name.startswith("vllm_dist_") for one in shared.iterdir()))
+        until(lambda: _logged(tmp_path, "init engine"))
+        driver.send_signal(signal.SIGINT)
+        _, err = driver.communicate(timeout=60)
+    finally:
+        driver.kill()
+    assert driver.returncode == 130, err
+    assert not gone(before)
+
+
+def _logged(folder: Path, words: str) -> bool:
+    logs = (folder / "tiny" / "logs").rglob("*.log")
+    return any(words in one.read_text() for one in logs if one.name != "driver.log")
+
+
 def test_a_killed_engine_ends_its_trial_and_no_other(tmp_path: Path) -> None:
     path = sweep_file(
         tmp_path,

@@ -78,7 +78,12 @@ def test_every_node_asks_for_the_token_and_reports_to_nobody(
     config: dict[str, Any], role: str
 ) -> None:
     command = _ray_start(config, role)
-    for setting in ("RAY_AUTH_MODE=token", "RAY_USAGE_STATS_ENABLED=0", "VLLM_NO_USAGE_STATS=1"):
+    for setting in (
+        "RAY_AUTH_MODE=token",
+        "RAY_worker_niceness=0",
+        "RAY_USAGE_STATS_ENABLED=0",
+        "VLLM_NO_USAGE_STATS=1",
+    ):
         assert f"{setting} " in command.partition("ray start")[0]
     token = "~/.ray/auth_token"
     assert config["file_mounts"][token] == token
