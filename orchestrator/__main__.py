@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from orchestrator.plan import Plan
     from orchestrator.run import Request, Summary
 
+PIPE_WIDTH = 120
+"""Columns of a plan that goes to a file or a pipe."""
 OUTCOME_NAMES = ("ok", "oom", "infeasible", "unsupported", "timeout", "crashed", "skipped")
 
 
@@ -134,7 +136,10 @@ def _show_plan(plan: Plan, *, as_json: bool) -> None:
 
     from orchestrator.display.preview import preview
 
-    Console().print(preview(plan))
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=PIPE_WIDTH)
+    console.print(preview(plan))
 
 
 def _show_summary(summary: Summary, *, as_json: bool) -> None:
