@@ -13,21 +13,22 @@ from typing import TYPE_CHECKING
 
 import click
 
+from workers.contract.outcome import OUTCOMES, Outcome
+
 if TYPE_CHECKING:
     from orchestrator.plan import Plan
     from orchestrator.run import Request, Summary
 
 PIPE_WIDTH = 120
 """Columns of a plan that goes to a file or a pipe."""
-OUTCOME_NAMES = ("ok", "oom", "infeasible", "unsupported", "timeout", "crashed", "skipped")
 
 
-def _outcomes(ctx: click.Context, param: click.Parameter, value: str) -> frozenset[str]:
-    asked = frozenset(part.strip() for part in value.split(",") if part.strip())
-    if unknown := sorted(asked.difference(OUTCOME_NAMES)):
-        known = ", ".join(OUTCOME_NAMES)
+def _outcomes(ctx: click.Context, param: click.Parameter, value: str) -> frozenset[Outcome]:
+    asked = {part.strip() for part in value.split(",") if part.strip()}
+    if unknown := sorted(asked.difference(OUTCOMES)):
+        known = ", ".join(OUTCOMES)
         raise click.BadParameter(f"{', '.join(unknown)}: no such outcome; known are {known}")
-    return asked
+    return frozenset(outcome for outcome in OUTCOMES if outcome in asked)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -72,7 +73,7 @@ def main(
     as_json: bool,
     plain: bool,
     fresh: bool,
-    rerun: frozenset[str],
+    rerun: frozenset[Outcome],
     limit: int | None,
     no_skip: bool,
 ) -> None:
@@ -94,7 +95,7 @@ def main(
         profile=profile,
         address=address,
         fresh=fresh,
-        rerun=rerun,  # type: ignore[arg-type]  # checked by _outcomes
+        rerun=rerun,
         limit=limit,
         plain=plain,
         json=as_json,

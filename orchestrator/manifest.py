@@ -28,7 +28,7 @@ import psutil
 
 from orchestrator.store import StoreError, place, stage
 from workers.contract.outcome import OUTCOMES, Outcome
-from workers.hardware.host import version
+from workers.hardware.host import cpu_name, version
 
 MANIFEST_VERSION = 1
 """Version of the file's layout. Fields may be added without raising it."""
@@ -195,7 +195,7 @@ def environment() -> dict[str, Any]:
         "host": platform.node(),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "cpu": _cpu_model(),
+        "cpu": cpu_name(),
         "cpus": psutil.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 2),
         "packages": {name: version(name) for name in PACKAGES},
@@ -289,17 +289,6 @@ def _run(manifest: Manifest, run_id: str) -> Run:
 def _replaced(manifest: Manifest, run: Run) -> Manifest:
     runs = [run if old["run_id"] == run["run_id"] else old for old in manifest["runs"]]
     return {**manifest, "runs": runs}
-
-
-def _cpu_model() -> str | None:
-    try:
-        for line in Path("/proc/cpuinfo").read_text("utf-8").splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name":
-                return value.strip()
-    except OSError:
-        pass
-    return platform.processor() or None
 
 
 def _git(folder: Path) -> dict[str, Any] | None:

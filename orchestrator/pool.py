@@ -30,8 +30,6 @@ from workers.memory import shared_segments
 
 GRACE_S = 30.0
 """Silence allowed beyond a trial's own deadline, for imports and for slow disks, seconds."""
-START_S = 300.0
-"""Wait for Ray to start an actor's process, seconds."""
 LOG_TAIL = 256 * 1024
 """Bytes at the end of a log in which a cause is looked for."""
 
@@ -229,7 +227,7 @@ class Pool:
 
 
 def _oom_stage(stage: str) -> OomStage:
-    return stage if stage in ("load", "warmup") else "run"  # type: ignore[return-value]
+    return "load" if stage == "load" else "warmup" if stage == "warmup" else "run"
 
 
 def _tail(log: Path | None) -> str:

@@ -38,8 +38,8 @@ from workers.contract.errors import TrialError
 from workers.contract.job import Job, Ticket
 from workers.contract.message import Finished, Progress, Released
 from workers.contract.outcome import FAULTS, Outcome
-from workers.hardware.device import CPU, device
-from workers.hardware.host import Host, describe
+from workers.hardware.device import device
+from workers.hardware.host import Host, describe, device_class
 
 if TYPE_CHECKING:
     from orchestrator.cluster import Cluster
@@ -103,8 +103,12 @@ def prepare(request: Request, profile: str) -> tuple[Sweep, Plan]:
 
 
 def local_profile() -> str:
-    """The device class of this machine; `cpu` where its GPU is not in the catalogue."""
-    return describe().device_class or CPU
+    """The device class of this machine.
+
+    Raises:
+        UnknownDevice: its GPU is not in the catalogue.
+    """
+    return device_class(describe())
 
 
 def execute(request: Request) -> Summary:
@@ -327,7 +331,7 @@ class _Run:
 
 
 def _cluster_profile(cluster: Cluster) -> str:
-    classes = {cluster.hosts[node.node_id].device_class or CPU for node in cluster.nodes}
+    classes = {device_class(cluster.hosts[node.node_id]) for node in cluster.nodes}
     return sorted(classes)[0]
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from workers.contract.layout import Layout
 from workers.contract.model import Model
 from workers.contract.workload import Workload
 from workers.hardware.device import UnknownDevice, classify, device
+from workers.hardware.host import describe, device_class
 from workers.hardware.roofline import distinct_experts, predict
 from workers.moe.architecture import resolve
 
@@ -24,6 +27,14 @@ def test_devices_are_found_by_class_alias_and_driver_name() -> None:
 def test_an_unknown_device_says_where_to_add_it() -> None:
     with pytest.raises(UnknownDevice, match=r"unknown device class 'h900'.*devices\.yaml"):
         device("h900")
+
+
+def test_a_gpu_outside_the_catalogue_is_never_taken_for_another_class() -> None:
+    here = describe()
+    odd = replace(here, device="Tesla K80", device_class=classify("Tesla K80"), gpus=1)
+    with pytest.raises(UnknownDevice, match=r"Tesla K80 on .* --profile"):
+        device_class(odd)
+    assert device_class(replace(here, device_class="h100")) == "h100"
 
 
 def test_the_cpu_is_measured() -> None:

@@ -172,10 +172,9 @@ class VllmEngine:
 
     def memory(self) -> Memory:
         try:
-            self._memory = self._read_memory()
+            return self._read_memory()
         except Exception as error:
             raise self._explain(error) from error
-        return self._memory
 
     def close(self) -> None:
         llm, self._llm, self._engine = self._llm, None, None
@@ -197,7 +196,6 @@ class VllmEngine:
         self._llm = llm(**args)
         self._engine = self._llm.llm_engine
         config = self._engine.vllm_config.model_config.hf_config.to_dict()
-        self._memory = self._read_memory()
         return Loaded(
             version=host.engine_version() or "unknown",
             args=_told(args, trial.model.name, scratch),

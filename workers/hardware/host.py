@@ -15,7 +15,7 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-from workers.hardware.device import CPU, classify
+from workers.hardware.device import CPU, UnknownDevice, classify
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,7 +26,7 @@ class Host:
     device: str
     """Device as the driver (GPU) or the operating system (CPU) names it."""
     device_class: str | None
-    """Class in the device catalogue; null if it is not there."""
+    """Class in the device catalogue; null for a GPU that is not there."""
     gpus: int
     """GPUs that this process may use."""
     cpus: int
@@ -42,6 +42,21 @@ class Host:
     system: str
 
 
+def device_class(host: Host) -> str:
+    """The device class that a sweep on `host` is planned for.
+
+    Raises:
+        UnknownDevice: its GPU is not in the catalogue. Falling back on another class would
+            run another profile of the sweep than the user thinks.
+    """
+    if host.device_class is None:
+        raise UnknownDevice(
+            f"{host.device} on {host.hostname} is not in workers/hardware/catalog/devices.yaml: "
+            "add it there, or name the class to plan for with --profile"
+        )
+    return host.device_class
+
+
 def describe() -> Host:
     """This machine, as the calling process may use it."""
     import psutil
@@ -49,7 +64,7 @@ def describe() -> Host:
     names, driver, gpu_memory = _gpus()
     return Host(
         hostname=socket.gethostname(),
-        device=names[0] if names else f"{_cpu_name()}, {cores()} cores",
+        device=names[0] if names else f"{cpu_name()}, {cores()} cores",
         device_class=classify(names[0]) if names else CPU,
         gpus=len(names),
         cpus=cores(),
@@ -105,7 +120,8 @@ def gpu_memory_used(device: str) -> int:
 
 
 @cache
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor as the operating system names it."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
