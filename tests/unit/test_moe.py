@@ -41,7 +41,7 @@ def test_scale_shrinks_widths_and_keeps_ratios() -> None:
     a = resolve(Model(name="mixtral-8x7b", weights="dummy", scale=0.125, ffn_dim=1792))
     assert a is not None
     assert (a.hidden_size, a.ffn_dim, a.num_heads, a.num_kv_heads) == (512, 224, 4, 1)
-    assert (a.head_dim, a.vocab_size, a.num_layers) == (128, 4000, 32)
+    assert (a.layers[0].attention.qk_dim, a.vocab_size, a.num_layers) == (128, 4000, 32)
 
 
 def test_a_folder_is_read_and_a_hub_id_is_left_to_the_engine(tmp_path: Path) -> None:

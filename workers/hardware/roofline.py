@@ -69,9 +69,9 @@ def predict(
     a: Architecture, model: Model, layout: Layout, workload: Workload, device: Device
 ) -> Prediction | None:
     """Roofline of one trial; null where the structure's parameters are not spelled out."""
-    total = a.params_total
-    if total is None:
+    if not a.exact:
         return None
+    total = a.params_total
     dtype = run_dtype(a, model)
     size = DTYPE_BYTES[dtype]
     devices = layout.devices
@@ -86,7 +86,7 @@ def predict(
         read = (always + experts * a.expert_params) * size
         read += workload.batch_size * context * a.kv_values_per_token * size
         active = always + a.num_layers * a.top_k * a.expert_params
-        attention = 4 * a.num_layers * a.num_heads * a.head_dim * context
+        attention = 4 * a.num_layers * a.num_heads * a.layers[0].attention.qk_dim * context
         flops = tokens * (2 * active + attention)
         return max(read / bandwidth, flops / compute) + device.step_s
 

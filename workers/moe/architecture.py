@@ -1,21 +1,15 @@
-"""The structure of an MoE model, read from its Hugging Face configuration.
+"""From what a sweep asks for to the structure that runs.
 
-Everything that costs something follows from a handful of dimensions: how many layers,
-how wide, how many experts and how many of them a token uses. They come from the model's
-own configuration (a catalogue entry, a folder, or what a loaded engine reports), never
-from the model's name, and a skeleton is the same configuration with some of them bent.
-So the numbers in a plan, in a record and in the engine are one and the same.
-
-Parameter counts are given only for structures that are spelled out here (the Mixtral
-family: grouped-query attention, every layer an MoE layer, three matrices per expert, no
-biases); for others they are null rather than guessed.
+A model is named (a catalogue entry, a folder, a hub id) and bent (other widths, other
+numbers of experts); its configuration is the one source of its dimensions. What a loaded
+engine reports is read by the same function, so the numbers in a plan, in a record and in
+the engine are one and the same.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -24,6 +18,8 @@ from typing import Any
 from workers.contract.errors import Infeasible
 from workers.contract.layout import Layout
 from workers.contract.model import Model
+from workers.moe.families import read
+from workers.moe.structure import Architecture
 
 DTYPE_BYTES: Mapping[str, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -35,71 +31,6 @@ _TOP_K = ("num_experts_per_tok", "moe_topk")
 
 class UnknownModel(ValueError):
     """No catalogue entry, no folder with a configuration, and not the form of a hub id."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Architecture:
-    """Dimensions of one model, and what they imply."""
-
-    family: str
-    """`model_type` of the configuration."""
-    num_layers: int
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    ffn_dim: int
-    """Width of one routed expert (of the dense FFN where there are no experts)."""
-    num_experts: int
-    """Routed experts per MoE layer; 1 is a dense model."""
-    top_k: int
-    shared_experts: int
-    vocab_size: int
-    tied: bool
-    """Input and output embeddings are one matrix."""
-    config: Mapping[str, Any]
-    """The configuration behind it, with every override applied."""
-
-    @property
-    def spelled_out(self) -> bool:
-        """Whether parameters are counted exactly for this structure."""
-        return self.family == "mixtral"
-
-    @property
-    def expert_params(self) -> int:
-        """Parameters of one routed expert: gate, up and down projections."""
-        return 3 * self.hidden_size * self.ffn_dim
-
-    @property
-    def attention_params(self) -> int:
-        """Parameters of the attention projections of one layer."""
-        queries = self.num_heads * self.head_dim
-        keys = self.num_kv_heads * self.head_dim
-        return self.hidden_size * (2 * queries + 2 * keys)
-
-    @property
-    def params_total(self) -> int | None:
-        """All parameters; null where the structure is not spelled out."""
-        return self._params(self.num_experts)
-
-    @property
-    def params_active(self) -> int | None:
-        """Parameters that one token uses, input embedding included."""
-        return self._params(self.top_k)
-
-    def _params(self, experts: int) -> int | None:
-        if not self.spelled_out:
-            return None
-        router = self.hidden_size * self.num_experts
-        norms = 2 * self.hidden_size
-        layer = self.attention_params + router + norms + experts * self.expert_params
-        embeddings = self.vocab_size * self.hidden_size * (1 if self.tied else 2)
-        return embeddings + self.num_layers * layer + self.hidden_size
-
-    @property
-    def kv_values_per_token(self) -> int:
-        """Numbers that one token leaves in the KV cache, over all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
 
 
 def resolve(model: Model) -> Architecture | None:
@@ -169,27 +100,6 @@ def bend(config: Mapping[str, Any], model: Model) -> dict[str, Any]:
     return bent
 
 
-def read(config: Mapping[str, Any]) -> Architecture:
-    """The structure in a Hugging Face configuration (the language part of a nested one)."""
-    config = config.get("text_config") or config
-    experts = _first(config, _EXPERTS)
-    return Architecture(
-        family=str(config.get("model_type", "")),
-        num_layers=config["num_hidden_layers"],
-        hidden_size=config["hidden_size"],
-        num_heads=config["num_attention_heads"],
-        num_kv_heads=_kv_heads(config),
-        head_dim=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
-        ffn_dim=_first(config, _FFN) or 0,
-        num_experts=experts or 1,
-        top_k=(_first(config, _TOP_K) or 1) if experts else 1,
-        shared_experts=config.get("n_shared_experts") or 0,
-        vocab_size=config["vocab_size"],
-        tied=bool(config.get("tie_word_embeddings", False)),
-        config=config,
-    )
-
-
 def check(architecture: Architecture, layout: Layout) -> None:
     """Whether this structure can run in this layout at all.
 
@@ -240,10 +150,6 @@ def _key(config: Mapping[str, Any], keys: tuple[str, ...], name: str) -> str:
         if config.get(key) is not None:
             return key
     raise Infeasible(f"model {name} has none of {', '.join(keys)}: there is nothing to override")
-
-
-def _first(config: Mapping[str, Any], keys: tuple[str, ...]) -> int | None:
-    return next((config[key] for key in keys if config.get(key) is not None), None)
 
 
 def _kv_heads(config: Mapping[str, Any]) -> int:
