@@ -21,7 +21,8 @@ from workers.contract.model import Model
 from workers.contract.trial import Trial
 from workers.hardware.device import Device
 from workers.hardware.roofline import Prediction, predict
-from workers.moe.architecture import Architecture, UnknownModel, check, resolve
+from workers.moe.architecture import UnknownModel, check, resolve
+from workers.moe.structure import Architecture
 
 ENGINE_SECTIONS = ("model", "layout", "engine")
 """Sections of a trial that its engine is built from."""

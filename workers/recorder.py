@@ -20,7 +20,8 @@ from workers.contract.outcome import Outcome
 from workers.contract.record import RECORDS, SAMPLES, SCHEMA_VERSION, rows
 from workers.hardware.host import Host
 from workers.metrics import figures
-from workers.moe.architecture import Architecture, UnknownModel, resolve, run_dtype
+from workers.moe.architecture import UnknownModel, resolve, run_dtype
+from workers.moe.structure import Architecture
 
 _GIB = 2**30
 

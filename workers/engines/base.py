@@ -17,7 +17,7 @@ from workers.contract.errors import Unsupported
 from workers.contract.measurement import Memory, Pass, PassKind
 from workers.contract.trial import Trial
 from workers.contract.workload import Workload
-from workers.moe.architecture import Architecture
+from workers.moe.structure import Architecture
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -40,9 +40,9 @@ from workers.moe.architecture import (
     bend,
     catalogue,
     configuration,
-    read,
     run_dtype,
 )
+from workers.moe.families import read
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

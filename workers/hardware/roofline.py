@@ -18,7 +18,8 @@ from workers.contract.layout import Layout
 from workers.contract.model import Model
 from workers.contract.workload import Workload
 from workers.hardware.device import Device
-from workers.moe.architecture import DTYPE_BYTES, Architecture, run_dtype
+from workers.moe.architecture import DTYPE_BYTES, run_dtype
+from workers.moe.structure import Architecture
 
 GIB = 2**30
 BLOCK_TOKENS = 128
