@@ -1,0 +1,635 @@
+"""What one forward pass must read, write and compute, part by part.
+
+A pass is described by what is fed to it: sequences, new tokens, tokens already cached. From
+that and the list of weights (`workers.moe.structure`) follow the bytes and FLOPs of every
+part of the model: each weight is read once per pass, a routed expert only where the batch
+activates it, the cache once per sequence, as far as a layer's window reaches. All of it is
+linear in a few sums over the batch (tokens, query-key pairs, cached tokens seen), so a cost
+is a sheet of coefficients per kind of layer times those sums, and a thousand decode steps
+cost no more to add up than one.
+
+A multiply-add counts 2 FLOPs. Softmax, norms, activations and rotary embeddings are left
+out, as in MoE-CAP §4.2 and in torch's own counter.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from itertools import accumulate
+from math import ceil
+from typing import Literal
+
+from workers.contract.layout import Layout
+from workers.moe.precision import Precision
+from workers.moe.structure import Architecture, Attention, Experts, Layer, Part, Weight
+
+VOCAB_PADDING = 64
+"""vLLM pads the vocabulary to a multiple of it before it cuts it."""
+
+SINGLE = Layout()
+"""One device holds all."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Slice:
+    """Sequences that stand at the same point of a forward pass."""
+
+    sequences: int
+    new: int
+    """Tokens of each that are fed in this pass; 1 is a decode step."""
+    context: float
+    """Tokens of each that are cached already; a mean may be fractional."""
+
+
+def prefill(batch: int, tokens: int, cached: int = 0) -> tuple[Slice, ...]:
+    """`batch` prompts of `tokens` new tokens, `cached` tokens of each computed before."""
+    return (Slice(sequences=batch, new=tokens, context=cached),)
+
+
+def decode(batch: int, context: float) -> tuple[Slice, ...]:
+    """One decode step of `batch` sequences with `context` tokens cached in each."""
+    return (Slice(sequences=batch, new=1, context=context),)
+
+
+def distinct_experts(experts: int, top_k: int, tokens: float) -> float:
+    """Expected experts of one layer that `tokens` independent tokens activate.
+
+    Uniform routing: E·(1 - (1 - k/E)^B), an upper bound for independent tokens.
+    """
+    missed: float = (1 - top_k / experts) ** tokens
+    return experts * (1 - missed)
+
+
+def expected_activation(a: Architecture, tokens: float) -> tuple[float, ...]:
+    """Distinct routed experts of each layer under uniform routing; 0.0 without experts."""
+    return tuple(
+        distinct_experts(layer.experts.num, layer.experts.top_k, tokens) if layer.experts else 0.0
+        for layer in a.layers
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cost:
+    """Bytes and FLOPs of some work, by part of the model. Costs add up and scale."""
+
+    attention_bytes: float = 0.0
+    router_bytes: float = 0.0
+    expert_bytes: float = 0.0
+    """Routed experts that were activated, each once per pass."""
+    shared_bytes: float = 0.0
+    """Shared experts and their gate."""
+    dense_bytes: float = 0.0
+    norm_bytes: float = 0.0
+    embedding_bytes: float = 0.0
+    """Rows looked up."""
+    head_bytes: float = 0.0
+    kv_read_bytes: float = 0.0
+    kv_write_bytes: float = 0.0
+    attention_flops: float = 0.0
+    """Projections."""
+    score_flops: float = 0.0
+    """Queries times keys, and probabilities times values."""
+    router_flops: float = 0.0
+    expert_flops: float = 0.0
+    shared_flops: float = 0.0
+    dense_flops: float = 0.0
+    head_flops: float = 0.0
+    activated: float = 0.0
+    """Distinct routed experts, over layers and passes."""
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            attention_bytes=self.attention_bytes + other.attention_bytes,
+            router_bytes=self.router_bytes + other.router_bytes,
+            expert_bytes=self.expert_bytes + other.expert_bytes,
+            shared_bytes=self.shared_bytes + other.shared_bytes,
+            dense_bytes=self.dense_bytes + other.dense_bytes,
+            norm_bytes=self.norm_bytes + other.norm_bytes,
+            embedding_bytes=self.embedding_bytes + other.embedding_bytes,
+            head_bytes=self.head_bytes + other.head_bytes,
+            kv_read_bytes=self.kv_read_bytes + other.kv_read_bytes,
+            kv_write_bytes=self.kv_write_bytes + other.kv_write_bytes,
+            attention_flops=self.attention_flops + other.attention_flops,
+            score_flops=self.score_flops + other.score_flops,
+            router_flops=self.router_flops + other.router_flops,
+            expert_flops=self.expert_flops + other.expert_flops,
+            shared_flops=self.shared_flops + other.shared_flops,
+            dense_flops=self.dense_flops + other.dense_flops,
+            head_flops=self.head_flops + other.head_flops,
+            activated=self.activated + other.activated,
+        )
+
+    def times(self, copies: int) -> Cost:
+        """The cost of doing the same `copies` times."""
+        if copies == 1:
+            return self
+        return Cost(**{name: copies * getattr(self, name) for name in self.__slots__})
+
+    @property
+    def weight_bytes(self) -> float:
+        """Weights read, embedding rows included."""
+        return self._layer_bytes + self.router_bytes + self.norm_bytes + self._ends_bytes
+
+    @property
+    def read_bytes(self) -> float:
+        """All that is read: weights and cache."""
+        return self.weight_bytes + self.kv_read_bytes
+
+    @property
+    def flops(self) -> float:
+        """All FLOPs."""
+        return self.flops_paper + self.head_flops
+
+    @property
+    def active_bytes_paper(self) -> float:
+        """S_act of MoE-CAP Eq 4: attention, activated experts, shared experts, dense FFNs.
+
+        The text under Eq 4 makes a dense layer one expert that is always active, so dense
+        FFNs count; router, norms, embedding and head have no term. The batch-8 shares of
+        parameters that follow (DeepSeek-V2-Lite 57.15 %, Qwen1.5-MoE 47.60 %, DeepSeek-R1
+        24.19 % of the same parts in full) come out to the last digit only this way.
+        """
+        return self._layer_bytes
+
+    @property
+    def flops_paper(self) -> float:
+        """Eq 5: attention with its scores, router, top-k and shared experts, dense FFNs."""
+        return (
+            self.attention_flops
+            + self.score_flops
+            + self.router_flops
+            + self.expert_flops
+            + self.shared_flops
+            + self.dense_flops
+        )
+
+    @property
+    def _layer_bytes(self) -> float:
+        return self.attention_bytes + self.expert_bytes + self.shared_bytes + self.dense_bytes
+
+    @property
+    def _ends_bytes(self) -> float:
+        return self.embedding_bytes + self.head_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassCost:
+    """Cost of one pass, layer by layer, on one device."""
+
+    layers: tuple[Cost, ...]
+    """One for each decoder layer of the device's pipeline stage."""
+    outside: Cost
+    """Embedding, final norm and head, as far as the stage has them."""
+
+    @cached_property
+    def total(self) -> Cost:
+        """All together."""
+        total = self.outside
+        for cost, copies in _counted(self.layers):
+            total += cost.times(copies)
+        return total
+
+
+def forward(
+    a: Architecture,
+    precision: Precision,
+    slices: Iterable[Slice],
+    *,
+    activated: Sequence[float] | None = None,
+    layout: Layout = SINGLE,
+    stage: int = 0,
+    logits: Literal["last", "all"] = "last",
+    absorbed: bool = True,
+    causal: bool = True,
+) -> PassCost:
+    """Cost of one forward pass on one device of pipeline stage `stage`.
+
+    `slices` are those of one data-parallel replica. Experts are cut over the tensor × data
+    devices (each expert in slices, or with expert parallelism whole experts), and so they
+    see the tokens of every replica.
+
+    Args:
+        activated: distinct routed experts of each decoder layer of the model over the whole
+            batch, as traced; null for the expectation under uniform routing.
+        logits: whether the head runs for the last token of each sequence, or for all.
+        absorbed: an MLA decode step attends to latents, as vLLM does it, and the cache holds
+            latents; false: keys and values are expanded once and cached, as transformers
+            does it.
+        causal: false counts scores over the full rectangle of queries and keys, as a kernel
+            that masks afterwards computes them and torch's counter counts them.
+
+    Raises:
+        ValueError: `activated` is not one number per decoder layer.
+    """
+    slices = tuple(slices)
+    if activated is not None and len(activated) != a.num_layers:
+        raise ValueError(f"activated has {len(activated)} numbers for {a.num_layers} layers")
+    sheets = _sheets(a, precision, layout, stage, absorbed)
+    tokens = sum(one.sequences * one.new for one in slices)
+
+    @cache
+    def seen(window: int | None, chunked: bool) -> _Seen:
+        return _one_pass(slices, window, chunked, absorbed=absorbed, causal=causal)
+
+    sums = _Sums(
+        passes=1,
+        tokens=tokens,
+        logits=tokens if logits == "all" else sum(one.sequences for one in slices),
+        seen=seen,
+    )
+    kinds: dict[tuple[int, float | None], Cost] = {}
+    layers = []
+    for index, sheet in zip(sheets.layers, sheets.of_layer, strict=True):
+        traced = None if activated is None else activated[index]
+        key = (id(sheet), traced)
+        if key not in kinds:
+            kinds[key] = sheet.cost(sums, traced)
+        layers.append(kinds[key])
+    return PassCost(layers=tuple(layers), outside=sheets.outside(sums))
+
+
+def decode_total(
+    a: Architecture,
+    precision: Precision,
+    batch: int,
+    input_tokens: int,
+    output_tokens: int,
+    *,
+    layout: Layout = SINGLE,
+    stage: int = 0,
+    absorbed: bool = True,
+) -> Cost:
+    """Cost of all `output_tokens - 1` decode passes of a batch, on one device of a stage.
+
+    Exact and without a loop: over one sequence the passes see what the tokens of a prompt
+    of that length see, and that sum is closed. Activation is the uniform expectation.
+    """
+    steps = output_tokens - 1
+    if steps < 1:
+        return Cost()
+    sheets = _sheets(a, precision, layout, stage, absorbed)
+
+    @cache
+    def seen(window: int | None, chunked: bool) -> _Seen:
+        pairs = batch * _pairs(steps, input_tokens, window, chunked)
+        return _Seen(pairs=pairs, latent=pairs if absorbed else 0.0, again=0.0, cached=pairs)
+
+    sums = _Sums(passes=steps, tokens=batch * steps, logits=batch * steps, seen=seen)
+    total = sheets.outside(sums)
+    for sheet, copies in sheets.kinds:
+        total += sheet.cost(sums, None).times(copies)
+    return total
+
+
+def weight_bytes(
+    a: Architecture, precision: Precision, layout: Layout = SINGLE, stage: int = 0
+) -> int:
+    """Weights that one device of a pipeline stage holds, as vLLM allocates them, in bytes.
+
+    Vocabulary padded to a multiple of 64, key-value heads repeated where there are more
+    devices than heads, experts over tensor × data devices, a tied head once per device.
+    What an engine makes of weights besides (repacked copies, MLA's absorbed ones) is not
+    in it.
+    """
+    first, last = stage == 0, stage == layout.pipeline - 1
+    total = 0
+    for index in stage_layers(a.num_layers, layout.pipeline)[stage]:
+        layer = a.layers[index]
+        total += sum(
+            precision.bytes(_local(weight, layer, layout), index) for weight in layer.always()
+        )
+        if layer.experts:
+            ranks = layout.tensor * layout.data
+            held = ceil(layer.experts.num / ranks) if layout.expert else layer.experts.num
+            total += held * sum(
+                precision.bytes(_local(weight, layer, layout), index) for weight in layer.expert()
+            )
+    ends: list[tuple[Weight, int]] = []
+    if first:
+        ends += [(weight, 1) for weight in a.embedding] + list(a.apart)
+    if last:
+        ends += [(weight, 1) for weight in a.final]
+        if not (a.tied and first):
+            ends.append((a.head, 1))
+    return total + sum(
+        copies * precision.bytes(_local(_padded(weight), None, layout)) for weight, copies in ends
+    )
+
+
+def kv_cache_bytes(
+    a: Architecture,
+    precision: Precision,
+    tokens_per_request: int,
+    batch: int,
+    layout: Layout = SINGLE,
+    stage: int = 0,
+    block: int = 16,
+) -> int:
+    """KV cache that one device of a stage holds for `batch` requests at that length, in bytes.
+
+    Tokens are rounded up to blocks of `block`. A layer with a window keeps the blocks that
+    the window can touch, as vLLM frees those that fell out of it.
+    """
+    total = 0.0
+    for index in stage_layers(a.num_layers, layout.pipeline)[stage]:
+        attention = a.layers[index].attention
+        blocks = ceil(tokens_per_request / block)
+        if attention.window is not None:
+            # A sliding window begins anywhere in a block, so it touches one more.
+            touched = ceil(attention.window / block) + (0 if attention.chunked else 1)
+            blocks = min(blocks, touched)
+        total += blocks * block * _cached_values(attention, layout.tensor) * precision.kv_bytes
+    return ceil(batch * total)
+
+
+def stage_layers(num_layers: int, pipeline: int) -> tuple[range, ...]:
+    """Decoder layers of each pipeline stage, divided as vLLM divides them.
+
+    Layers left over go to the stages before the last, the last but one first.
+    """
+    each, left = divmod(num_layers, pipeline)
+    sizes = [
+        each + (1 if pipeline - 1 - left <= stage < pipeline - 1 else 0)
+        for stage in range(pipeline)
+    ]
+    ends = list(accumulate(sizes))
+    return tuple(range(end - size, end) for size, end in zip(sizes, ends, strict=True))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Seen:
+    """What the attention of one layer looks at, summed over sequences and passes."""
+
+    pairs: float
+    """Query-key pairs."""
+    latent: float
+    """Those of them that are computed on latents; 0 unless absorbed."""
+    again: float
+    """Cached latents that are expanded once more, for a prefill that goes on."""
+    cached: float
+    """Tokens whose cache is read, the new ones included."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Sums:
+    """All that a cost depends on besides the weights."""
+
+    passes: int
+    tokens: float
+    logits: float
+    """Tokens that the head runs for."""
+    seen: Callable[[int | None, bool], _Seen]
+    """By a layer's window."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Sheet:
+    """Coefficients of the cost of one kind of layer on one device."""
+
+    attention: Attention
+    experts: Experts | None
+    bytes: dict[Part, int]
+    """Of what every pass reads; under `expert`, of one routed expert."""
+    flops: dict[Part, int]
+    """Per token; under `expert`, per token and expert chosen."""
+    replicas: int
+    """Whose tokens the experts see."""
+    share: float
+    """Of the experts activated anywhere, those that this device reads."""
+    choices: float
+    """Experts that this device computes, per token of a replica."""
+    score_flops: int
+    """Per query-key pair."""
+    latent_flops: int
+    """Per pair of a decode step; other than `score_flops` only where latents are absorbed."""
+    expand_flops: int
+    """Per cached latent that is expanded again."""
+    kv_bytes: float
+    """Per cached token."""
+
+    def cost(self, sums: _Sums, traced: float | None) -> Cost:
+        """Cost of one such layer."""
+        n, tokens = sums.passes, sums.tokens
+        seen = sums.seen(self.attention.window, self.attention.chunked)
+        if traced is not None:
+            activated = traced
+        elif self.experts:
+            activated = n * distinct_experts(
+                self.experts.num, self.experts.top_k, tokens / n * self.replicas
+            )
+        else:
+            activated = 0.0
+        return Cost(
+            attention_bytes=n * self.bytes["attention"],
+            router_bytes=n * self.bytes["router"],
+            expert_bytes=activated * self.share * self.bytes["expert"],
+            shared_bytes=n * self.bytes["shared"],
+            dense_bytes=n * self.bytes["dense"],
+            norm_bytes=n * self.bytes["norm"],
+            kv_read_bytes=seen.cached * self.kv_bytes,
+            kv_write_bytes=tokens * self.kv_bytes,
+            attention_flops=tokens * self.flops["attention"] + seen.again * self.expand_flops,
+            score_flops=(seen.pairs - seen.latent) * self.score_flops
+            + seen.latent * self.latent_flops,
+            router_flops=tokens * self.flops["router"],
+            expert_flops=tokens * self.choices * self.flops["expert"],
+            shared_flops=tokens * self.flops["shared"],
+            dense_flops=tokens * self.flops["dense"],
+            activated=activated * self.share,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Sheets:
+    """Coefficients of one pipeline stage."""
+
+    layers: range
+    of_layer: tuple[_Sheet, ...]
+    kinds: tuple[tuple[_Sheet, int], ...]
+    """Each kind of layer, and how many there are."""
+    row_bytes: float
+    """Embedding, per token."""
+    norm_bytes: int
+    head_bytes: int
+    head_flops: int
+    """Per token that has logits."""
+
+    def outside(self, sums: _Sums) -> Cost:
+        """Cost of what stands before the first and after the last layer."""
+        return Cost(
+            embedding_bytes=sums.tokens * self.row_bytes,
+            norm_bytes=sums.passes * self.norm_bytes,
+            head_bytes=sums.passes * self.head_bytes,
+            head_flops=sums.logits * self.head_flops,
+        )
+
+
+_SHEETS: dict[int, dict[tuple[Precision, Layout, int, bool], _Sheets]] = {}
+"""By `id` of an architecture, for as long as it lives."""
+
+
+def _sheets(
+    a: Architecture, precision: Precision, layout: Layout, stage: int, absorbed: bool
+) -> _Sheets:
+    known = _SHEETS.get(id(a))
+    if known is None:
+        known = _SHEETS[id(a)] = {}
+        weakref.finalize(a, _SHEETS.pop, id(a), None)
+    key = (precision, layout, stage, absorbed)
+    if key not in known:
+        known[key] = _stage_sheets(a, precision, layout, stage, absorbed)
+    return known[key]
+
+
+def _stage_sheets(
+    a: Architecture, precision: Precision, layout: Layout, stage: int, absorbed: bool
+) -> _Sheets:
+    layers = stage_layers(a.num_layers, layout.pipeline)[stage]
+    kinds: dict[tuple[int, tuple[int, ...]], _Sheet] = {}
+    copies: dict[tuple[int, tuple[int, ...]], int] = {}
+    of_layer = []
+    for index in layers:
+        layer = a.layers[index]
+        weights = [_local(weight, layer, layout) for weight in (*layer.always(), *layer.expert())]
+        sizes = tuple(precision.bytes(weight, index) for weight in weights)
+        kind = (id(layer), sizes)
+        if kind not in kinds:
+            kinds[kind] = _sheet(layer, weights, sizes, precision, layout, absorbed)
+        copies[kind] = copies.get(kind, 0) + 1
+        of_layer.append(kinds[kind])
+    first, last = stage == 0, stage == layout.pipeline - 1
+    head = _local(a.head, None, layout)
+    return _Sheets(
+        layers=layers,
+        of_layer=tuple(of_layer),
+        kinds=tuple((kinds[kind], number) for kind, number in copies.items()),
+        row_bytes=sum(precision.bytes(_local(w, None, layout)) / w.shape[0] for w in a.embedding)
+        if first
+        else 0.0,
+        norm_bytes=sum(precision.bytes(weight) for weight in a.final) if last else 0,
+        head_bytes=precision.bytes(head) if last else 0,
+        head_flops=2 * head.values if last else 0,
+    )
+
+
+def _sheet(
+    layer: Layer,
+    weights: Sequence[Weight],
+    sizes: Sequence[int],
+    precision: Precision,
+    layout: Layout,
+    absorbed: bool,
+) -> _Sheet:
+    at, experts = layer.attention, layer.experts
+    size: dict[Part, int] = dict.fromkeys(_PARTS, 0)
+    flops: dict[Part, int] = dict.fromkeys(_PARTS, 0)
+    for weight, stored in zip(weights, sizes, strict=True):
+        size[weight.part] += stored
+        if weight.multiplies:
+            flops[weight.part] += 2 * weight.values
+    # With expert parallelism a device has whole experts: its share of those activated.
+    share = 1 / (layout.tensor * layout.data) if layout.expert else 1.0
+    heads = ceil(at.heads / layout.tensor)
+    latent = at.latent if absorbed else 0
+    scores = 2 * heads * (at.qk_dim + at.v_dim)
+    if at.latent and not absorbed:
+        cached = heads * (at.qk_dim + at.v_dim)
+    else:
+        cached = _cached_values(at, layout.tensor)
+    return _Sheet(
+        attention=at,
+        experts=experts,
+        bytes=size,
+        flops=flops,
+        replicas=layout.data,
+        share=share,
+        choices=experts.top_k * layout.data * share if experts else 0.0,
+        score_flops=scores,
+        latent_flops=2 * heads * (2 * latent + at.rope) if latent else scores,
+        expand_flops=2 * heads * latent * (at.qk_dim - at.rope + at.v_dim),
+        kv_bytes=cached * precision.kv_bytes,
+    )
+
+
+_PARTS: tuple[Part, ...] = ("attention", "norm", "router", "expert", "shared", "dense")
+
+
+def _counted(layers: Iterable[Cost]) -> list[tuple[Cost, int]]:
+    """Each cost once, and how many layers have it; layers that are alike share one object."""
+    numbers = Counter(map(id, layers))
+    return [(cost, numbers[key]) for key, cost in {id(cost): cost for cost in layers}.items()]
+
+
+def _one_pass(
+    slices: Iterable[Slice], window: int | None, chunked: bool, *, absorbed: bool, causal: bool
+) -> _Seen:
+    pairs = latent = again = cached = 0.0
+    for one in slices:
+        past = _visible(one.context, window, chunked)
+        if causal:
+            seen = one.sequences * _pairs(one.new, one.context, window, chunked)
+        else:
+            seen = one.sequences * one.new * (past + one.new)
+        pairs += seen
+        cached += one.sequences * (past + one.new)
+        if absorbed and one.new == 1:
+            latent += seen
+        else:
+            again += one.sequences * past
+    return _Seen(pairs=pairs, latent=latent, again=again, cached=cached)
+
+
+def _visible(context: float, window: int | None, chunked: bool) -> float:
+    """Cached tokens that the next token can see."""
+    if window is None:
+        return context
+    return context % window if chunked else min(context, window - 1)
+
+
+def _pairs(new: int, context: float, window: int | None, chunked: bool) -> float:
+    """Keys that `new` tokens after `context` see together, themselves included."""
+    if window is None:
+        return new * context + new * (new + 1) / 2
+    if chunked:
+        return _chunked(context + new, window) - _chunked(context, window)
+    growing = min(max(int(window - context), 0), new)
+    return growing * context + growing * (growing + 1) / 2 + (new - growing) * window
+
+
+def _chunked(tokens: float, chunk: int) -> float:
+    """Keys that the first `tokens` tokens of a sequence see in chunks."""
+    whole, rest = divmod(tokens, chunk)
+    return whole * chunk * (chunk + 1) / 2 + rest * (rest + 1) / 2
+
+
+def _cached_values(attention: Attention, tensor: int) -> int:
+    """Numbers that one token leaves in the cache of one device; latents are on all."""
+    if attention.latent:
+        return attention.cached_values
+    return ceil(attention.kv_heads / tensor) * (attention.qk_dim + attention.v_dim)
+
+
+def _padded(weight: Weight) -> Weight:
+    if weight.cut != "vocab":
+        return weight
+    rows = -(-weight.shape[0] // VOCAB_PADDING) * VOCAB_PADDING
+    return replace(weight, shape=(rows, *weight.shape[1:]))
+
+
+def _local(weight: Weight, layer: Layer | None, layout: Layout) -> Weight:
+    """The part of `weight` that one device holds."""
+    parts = layout.tensor
+    if weight.part == "expert":
+        parts = 1 if layout.expert else layout.tensor * layout.data
+    if parts == 1 or weight.cut == "none":
+        return weight
+    if weight.cut == "kv" and layer is not None:
+        parts = min(parts, layer.attention.kv_heads)
+    axis = len(weight.shape) - 1 if weight.cut == "in" else 0
+    shape = list(weight.shape)
+    shape[axis] = ceil(shape[axis] / parts)
+    return replace(weight, shape=tuple(shape))
