@@ -9,10 +9,7 @@ for this machine, else by a quick estimate that is good enough to order a plan.
 
 from __future__ import annotations
 
-import math
-import os
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -51,7 +48,9 @@ class Device:
     bandwidth_gb_s: float
     """Memory bandwidth, 10⁹ bytes per second."""
     bf16_tflops: float
-    """Dense BF16 peak, 10¹² FLOP per second; FP16 runs at the same rate on all of them."""
+    """Dense BF16 peak, 10¹² FLOP per second."""
+    fp16_tflops: float | None = None
+    """Dense FP16 peak where it is not that of BF16: on CPUs."""
     fp8_tflops: float | None = None
     """Dense FP8 peak."""
     int8_tflops: float | None = None
@@ -94,8 +93,10 @@ class Device:
             ValueError: `compute` is none of `COMPUTE`.
         """
         match compute:
-            case "bf16" | "fp16":
+            case "bf16":
                 return self.bf16_tflops
+            case "fp16":
+                return self.fp16_tflops or self.bf16_tflops
             case "fp8":
                 return self.fp8_tflops or self.bf16_tflops
             case "int8":
@@ -131,7 +132,9 @@ def device(name: str) -> Device:
         UnknownDevice: with what is known and how to add or calibrate one.
     """
     if name == CPU:
-        return _cpu()
+        from workers.hardware.cpu import cpu  # which needs this module first
+
+        return cpu()
     if name not in _spellings():
         raise UnknownDevice(
             f"unknown device class {name!r}: known are {', '.join(names())}; {_HOW_TO_ADD}"
@@ -211,51 +214,3 @@ def _catalogue() -> dict[str, Any]:
 
     text = (resources.files("workers.hardware") / "catalog" / "devices.yaml").read_text()
     return dict(yaml.safe_load(text))
-
-
-def _cpu() -> Device:
-    return _estimated_cpu()
-
-
-@cache
-def _estimated_cpu() -> Device:
-    """Read bandwidth and single-precision product, in about half a second.
-
-    The engine computes in BF16 with kernels of its own, so this orders a plan and feeds an
-    ETA; it is no peak for a utilisation.
-    """
-    import numpy as np
-    import psutil
-
-    block = np.ones(2**24, dtype=np.float64)
-    read_s = _fastest(lambda: block.sum())
-    side = 1024
-    square = np.ones((side, side), dtype=np.float32)
-    product_s = _fastest(lambda: square @ square)
-    memory = psutil.virtual_memory().total
-    return Device(
-        name=CPU,
-        kind="cpu",
-        source="quick estimate with numpy; BF16 taken as FP32",
-        verified=False,
-        bandwidth_gb_s=block.nbytes / read_s / 1e9 * _cores(),
-        bf16_tflops=2 * side**3 / product_s / 1e12,
-        memory_gb=memory / 1e9,
-        memory_gib=memory / 2**30,
-        rebuild_s=4.0,
-        load_gib_s=0.2,
-        step_s=4e-3,
-    )
-
-
-def _fastest(work: Callable[[], object], times: int = 3) -> float:
-    best = math.inf
-    for _ in range(times):
-        start = time.perf_counter()
-        work()
-        best = min(best, time.perf_counter() - start)
-    return best
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0))
