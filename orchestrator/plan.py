@@ -26,6 +26,8 @@ from workers.moe.structure import Architecture
 
 ENGINE_SECTIONS = ("model", "layout", "engine")
 """Sections of a trial that its engine is built from."""
+ROOFLINE_S = 0.01
+"""A trial of the roofline engine, seconds: it only computes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,12 +43,18 @@ class Planned:
 
     @property
     def predicted_s(self) -> float:
-        """Warm-ups and repeats, each with its one-token pass, in seconds; 0 if unknown."""
-        if self.prediction is None:
+        """Warm-ups and repeats, each with its one-token pass, in seconds.
+
+        0 if unknown, and where it is predicted to run out of memory: that takes as long as
+        building the engine.
+        """
+        if self.prediction is None or self.prediction.oom is not None:
+            return 0.0
+        if self.trial.engine.kind == "roofline":
             return 0.0
         measure = self.trial.measure
         passes = measure.warmup + measure.repeats
-        return passes * (self.prediction.e2e_s + self.prediction.ttft_s)
+        return passes * (self.prediction.e2e_s + self.prediction.prefill_s)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,10 +68,21 @@ class Group:
     """What sets this engine apart within the sweep."""
 
     @property
+    def predicted_load_s(self) -> float:
+        """Building the engine once, in seconds; 0 if unknown."""
+        if self.trials[0].trial.engine.kind == "roofline":
+            return ROOFLINE_S
+        return max((one.prediction.load_s for one in self.trials if one.prediction), default=0.0)
+
+    @property
+    def predicted_passes_s(self) -> float:
+        """Warm-ups and repeats of every trial, in seconds; 0 if unknown."""
+        return sum(one.predicted_s for one in self.trials)
+
+    @property
     def predicted_s(self) -> float:
         """Building the engine once and measuring every trial, in seconds."""
-        load = max((one.prediction.load_s for one in self.trials if one.prediction), default=0.0)
-        return load + sum(one.predicted_s for one in self.trials)
+        return self.predicted_load_s + self.predicted_passes_s
 
     @property
     def predicted_memory_gib(self) -> float | None:
@@ -73,8 +92,15 @@ class Group:
 
     @property
     def memory_limit_gib(self) -> float | None:
-        """Limit that the sweep sets for one device."""
-        return self.trials[0].trial.engine.memory_limit_gib
+        """What one device may use: the sweep's limit, else the device's memory."""
+        asked = self.trials[0].trial.engine.memory_limit_gib
+        known = [one.prediction.limit_gib for one in self.trials if one.prediction]
+        return asked if asked is not None else max(known, default=None)
+
+    @property
+    def predicted_oom(self) -> int:
+        """Trials that are predicted to run out of memory."""
+        return sum(1 for one in self.trials if one.prediction and one.prediction.oom)
 
     def only(self, trial_ids: Iterable[str]) -> Group | None:
         """This group with the given trials left, or null if none is."""
@@ -133,6 +159,7 @@ class Plan:
                     "trials": len(group.trials),
                     "predicted_memory_gib": group.predicted_memory_gib,
                     "memory_limit_gib": group.memory_limit_gib,
+                    "predicted_oom": group.predicted_oom,
                     "predicted_seconds": group.predicted_s,
                 }
                 for group in self.groups
@@ -201,7 +228,7 @@ def _plan(sweep: Sweep, point: Point, device: Device) -> Planned:
         architecture = _structure(trial.model)
         if architecture is not None:
             check(architecture, trial.layout)
-            prediction = predict(architecture, trial.model, trial.layout, trial.workload, device)
+            prediction = predict(architecture, trial, device)
     except UnknownModel as error:
         raise sweep.place("model.name", trial.model.name).error(str(error)) from error
     except Infeasible as error:

@@ -117,9 +117,7 @@ class Pool:
                     trial_id=one.trial_id,
                     attempt=attempts[one.trial_id],
                     axes=one.axes,
-                    predicted_e2e_s=one.prediction.e2e_s if one.prediction else None,
-                    predicted_ttft_s=one.prediction.ttft_s if one.prediction else None,
-                    predicted_memory_gib=one.prediction.memory_gib if one.prediction else None,
+                    predicted=one.prediction.columns() if one.prediction else {},
                 )
                 for one in group.trials
             ),

@@ -1,16 +1,17 @@
 """How far a run is, and when it will be done.
 
 The roofline knows the shape of the remaining work but not the machine's overheads, so its
-seconds are scaled by what finished groups really took. The share of the lanes' time that
-went into passes is kept beside it: it tells how much of a night is measuring and how much
-is loading.
+seconds are scaled by what was really taken so far: those of building engines and those of
+passes each by their own factor, for they depend on different things. The share of the
+lanes' time that went into passes is kept beside it: it tells how much of a night is
+measuring and how much is loading.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from orchestrator.display.base import GroupView, LaneView, Snapshot
@@ -19,6 +20,8 @@ from orchestrator.schedule import Lane, Node
 from workers.contract.message import Finished, Message, Progress
 from workers.contract.outcome import Outcome
 
+PRIOR_GROUPS = 1.0
+"""Weight of the roofline's own seconds against what was measured, in mean groups."""
 LAST_OOM = 5
 """Out-of-memory trials that the display keeps in sight."""
 
@@ -31,6 +34,9 @@ class _Lane:
     stage: str = "idle"
     detail: str = ""
     since: float = 0.0
+    """When the stage began."""
+    counted: float = 0.0
+    """Up to when its time is in the group's sums."""
 
 
 @dataclass(slots=True)
@@ -38,8 +44,14 @@ class _Group:
     group: Group
     outcomes: Counter[Outcome] = field(default_factory=Counter)
     throughput: float | None = None
-    started_at: float | None = None
-    took_s: float | None = None
+    loading_s: float = 0.0
+    """Building and closing its engine."""
+    passing_s: float = 0.0
+    """Warm-ups and repeats."""
+    started: bool = False
+    building: bool = True
+    """Its engine does not stand yet."""
+    done: bool = False
 
 
 class Tracker:
@@ -79,22 +91,27 @@ class Tracker:
     def assigned(self, lane_id: int, group: Group) -> None:
         """A lane took a group."""
         lane = self._lanes[lane_id]
-        lane.group_id, lane.stage, lane.since = group.group_id, "load", self._clock()
+        lane.group_id, lane.stage = group.group_id, "load"
+        lane.since = lane.counted = self._clock()
         state = self._groups[group.group_id]
-        if state.started_at is None:
-            state.started_at = self._clock()
+        state.started = state.building = True
 
     def heard(self, lane_id: int, message: Message) -> None:
         """A lane's process said something."""
         lane = self._lanes[lane_id]
+        self._count(lane)
         if isinstance(message, Progress):
             self._busy_s += message.busy_s
             if message.stage != lane.stage:
                 lane.since = self._clock()
             lane.stage, lane.detail = message.stage, message.detail
+            if lane.group_id and message.stage != "load":
+                self._groups[lane.group_id].building = False
         elif isinstance(message, Finished):
             self.ended(lane.group_id, message.outcome, message.throughput_tok_s)
         else:
+            if lane.group_id:
+                self._groups[lane.group_id].done = True
             lane.stage, lane.group_id, lane.since = "idle", None, self._clock()
 
     def ended(
@@ -111,24 +128,41 @@ class Tracker:
         if outcome == "oom":
             self._oom.append(state.group.label)
         if sum(state.outcomes.values()) == len(state.group.trials):
-            assert state.started_at is not None
-            state.took_s = self._clock() - state.started_at
+            state.done = True
 
     def eta_s(self) -> float | None:
-        """Seconds until the last group is done; null while nothing is known."""
-        done = [one for one in self._groups.values() if one.took_s is not None]
-        left = [one for one in self._groups.values() if one.took_s is None]
+        """Seconds until the last group is done; null where nothing can be predicted."""
+        for lane in self._lanes.values():
+            self._count(lane)
+        groups = self._groups.values()
+        left = [one for one in groups if not one.done]
         if not left:
             return 0.0
-        predicted = sum(one.group.predicted_s for one in done)
-        if not predicted:
+        if not any(one.group.predicted_s for one in left):
             return None
-        factor = sum(one.took_s or 0.0 for one in done) / predicted
+        done = [one for one in groups if one.done]
+        loading = _factor([(one.loading_s, one.group.predicted_load_s) for one in done], groups)
+        passing = _factor(
+            [(one.passing_s, one.group.predicted_passes_s) for one in done if one.passing_s],
+            groups,
+        )
         work = 0.0
         for one in left:
-            spent = self._clock() - one.started_at if one.started_at is not None else 0.0
-            work += max(0.0, one.group.predicted_s * factor - spent)
+            if one.building:
+                work += max(0.0, one.group.predicted_load_s * loading - one.loading_s)
+            work += max(0.0, one.group.predicted_passes_s * passing - one.passing_s)
         return work / max(1, len(self._lanes))
+
+    def _count(self, lane: _Lane) -> None:
+        """Adds the time since the last message to the sums of the lane's group."""
+        now = self._clock()
+        if lane.group_id is not None:
+            state = self._groups[lane.group_id]
+            if lane.stage in ("warmup", "run"):
+                state.passing_s += now - lane.counted
+            else:
+                state.loading_s += now - lane.counted
+        lane.counted = now
 
     def busy_share(self) -> float | None:
         """Time in passes over time in which lanes were held."""
@@ -175,7 +209,6 @@ class Tracker:
 
     def _group_view(self, one: _Group) -> GroupView:
         done = sum(one.outcomes.values())
-        waiting = one.started_at is None
         return GroupView(
             group_id=one.group.group_id,
             label=one.group.label,
@@ -184,5 +217,12 @@ class Tracker:
             done=done,
             outcomes=dict(one.outcomes),
             throughput_tok_s=one.throughput,
-            state="waiting" if waiting else "running" if one.took_s is None else "done",
+            state="done" if one.done else "running" if one.started else "waiting",
         )
+
+
+def _factor(seen: list[tuple[float, float]], groups: Collection[_Group]) -> float:
+    """Seconds really taken over those predicted, drawn towards 1 while little was seen."""
+    prior = PRIOR_GROUPS * sum(one.group.predicted_s for one in groups) / len(groups)
+    taken, predicted = (sum(column) for column in zip(*seen, strict=True)) if seen else (0.0, 0.0)
+    return (taken + prior) / (predicted + prior) if predicted + prior else 1.0

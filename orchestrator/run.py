@@ -38,6 +38,7 @@ from workers.contract.errors import TrialError
 from workers.contract.job import Job, Ticket
 from workers.contract.message import Finished, Progress, Released
 from workers.contract.outcome import FAULTS, Outcome
+from workers.hardware import roofline
 from workers.hardware.device import device
 from workers.hardware.host import Host, describe, device_class
 
@@ -293,10 +294,22 @@ class _Run:
             return {}
         records = self._dataset.finished()
         done: dict[str, Outcome] = {}
-        for host in self._cluster.hosts.values():
-            guard = Guard(engine_version=host.engine_version, device=host.device)
+        for guard in self._guards():
             done |= settled(records, guard=guard, rerun=self._request.rerun)
         return done
+
+    def _guards(self) -> Iterator[Guard]:
+        """The environments in which a result would be made now."""
+        groups = self._plan.groups
+        kinds = {group.trials[0].trial.engine.kind for group in groups}
+        kinds |= {one.trial.engine.kind for one in self._plan.infeasible}
+        for kind in kinds:
+            if kind == "roofline":
+                target = roofline.device_name(device(self._sweep.profile))
+                yield Guard(engine=kind, engine_version=roofline.VERSION, device=target)
+                continue
+            for host in self._cluster.hosts.values():
+                yield Guard(engine=kind, engine_version=host.engine_version, device=host.device)
 
     def _due(self) -> tuple[list[Group], list[Planned]]:
         """Groups and infeasible points that still owe a record, cut to `--limit`."""

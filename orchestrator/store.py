@@ -357,12 +357,16 @@ class Guard:
 
     engine_version: str | None
     device: str | None
+    engine: str | None = None
+    """Kind of engine: versions and devices of different kinds have nothing to do with each
+    other."""
 
 
 RESUME = (
     *KEYS["records"],
     "outcome",
     "skipped_by",
+    "engine",
     "engine_version",
     "device",
     "finished_at",
@@ -387,7 +391,12 @@ def settled(
         rerun: outcomes to run again.
     """
     fitting = records
-    for column, wanted in (("engine_version", guard.engine_version), ("device", guard.device)):
+    asked = (
+        ("engine", guard.engine),
+        ("engine_version", guard.engine_version),
+        ("device", guard.device),
+    )
+    for column, wanted in asked:
         if wanted is not None:
             fitting = fitting.filter(pl.col(column).is_null() | (pl.col(column) == wanted))
     fitting = fitting.sort("finished_at", "attempt", nulls_last=False, maintain_order=True)

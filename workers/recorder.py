@@ -13,11 +13,13 @@ from typing import Any
 
 import pyarrow as pa
 
+from workers import usage
 from workers.contract.errors import OutOfMemory, TrialError
 from workers.contract.job import Job, Ticket
 from workers.contract.measurement import Measurement, Memory
 from workers.contract.outcome import Outcome
 from workers.contract.record import RECORDS, SAMPLES, SCHEMA_VERSION, rows
+from workers.hardware.device import Device
 from workers.hardware.host import Host
 from workers.metrics import figures
 from workers.moe.architecture import UnknownModel, resolve, run_dtype
@@ -31,9 +33,17 @@ def ok(
     ticket: Ticket,
     measurement: Measurement,
     architecture: Architecture,
+    device: Device | None,
+    measured: bool = True,
     **columns: Any,
 ) -> pa.RecordBatch:
-    """The row of a trial that was measured."""
+    """The row of a trial that was measured, or predicted by an engine that only predicts.
+
+    Args:
+        device: what one device can do, for utilisations; null where that is not known.
+        measured: false where the passes were predicted.
+        columns: further columns of the row.
+    """
     derived = figures(measurement, output_tokens=ticket.trial.workload.output_tokens)
     started = min(one.started_at for one in measurement.passes)
     return _row(
@@ -42,10 +52,11 @@ def ok(
         "ok",
         architecture,
         {
-            "measured": True,
+            "measured": measured,
             "started_at": datetime.fromtimestamp(started, UTC),
             **_memory(measurement.memory),
             **derived,
+            **usage.columns(ticket.trial, architecture, measurement.of("timed"), device),
             **columns,
         },
     )
@@ -146,9 +157,7 @@ def _row(
         "temperature": trial.workload.temperature,
         "seed": trial.workload.seed,
         "memory_limit_gib": trial.engine.memory_limit_gib,
-        "predicted_e2e_s": ticket.predicted_e2e_s,
-        "predicted_ttft_s": ticket.predicted_ttft_s,
-        "predicted_memory_gib": ticket.predicted_memory_gib,
+        **ticket.predicted,
         **_structure(ticket, architecture),
     }
     return rows(RECORDS, [row | {k: v for k, v in columns.items() if v is not None}])
@@ -173,8 +182,8 @@ def _structure(ticket: Ticket, architecture: Architecture | None) -> dict[str, A
         "top_k": a.top_k,
         "shared_experts": a.shared_experts,
         "dtype": run_dtype(a, model),
-        "params_total": a.params_total,
-        "params_active": a.params_active,
+        "params_total": a.params_total if a.exact else None,
+        "params_active": a.params_active if a.exact else None,
     }
 
 

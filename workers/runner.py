@@ -29,9 +29,12 @@ from workers.contract.errors import TimedOut, TrialError, Unsupported
 from workers.contract.job import Job, Ticket
 from workers.contract.measurement import Measurement, Pass, PassKind
 from workers.contract.message import Finished, Message, Progress, Stage
-from workers.engines.base import Engine, engine_class
+from workers.engines.base import Engine, Site, engine_class
+from workers.hardware.device import Device, device
+from workers.hardware.hand import in_hand
 from workers.hardware.host import Host, describe
 from workers.metrics import interval
+from workers.moe.architecture import run_dtype
 from workers.prompts import random_ids
 
 
@@ -46,6 +49,8 @@ class _Trial:
     def __init__(self, ticket: Ticket) -> None:
         self.ticket = ticket
         self.passes: list[Pass] = []
+        self.repeatable = False
+        """Every pass would be the same: one is enough."""
 
     def next_index(self) -> int:
         """Index of the next pass; it seeds the prompts, so no two passes share them."""
@@ -61,6 +66,8 @@ class _Trial:
         """The stop rule of `Measure`."""
         measure = self.ticket.trial.measure
         done = self.count("timed")
+        if self.repeatable:
+            return done > 0
         if done < measure.repeats:
             return False
         if measure.ci_width is None or done >= measure.most_repeats:
@@ -83,6 +90,8 @@ class _Run:
     host: Host
     columns: dict[str, Any] = field(default_factory=dict)
     """Columns of every record of the engine at hand."""
+    target: Device | None = None
+    """Device that its figures are of."""
     busy_s: float = 0.0
     """Seconds of passes since the last message that told of them."""
 
@@ -110,9 +119,11 @@ class _Run:
         self.columns["started_at"] = datetime.now(UTC)
         with _scratch(self.job.scratch) as folder:
             try:
-                start = time.perf_counter()
                 kind = engine_class(tickets[0].trial.engine.kind)
-                engine = kind(tickets[0].trial, [one.trial.workload for one in tickets], folder)
+                hand = in_hand(self.host) if kind.measures else None
+                start = time.perf_counter()
+                site = Site(scratch=folder, device=self.job.profile)
+                engine = kind(tickets[0].trial, [one.trial.workload for one in tickets], site)
                 self.columns["engine_load_s"] = time.perf_counter() - start
             except TrialError as error:
                 for ticket in tickets:
@@ -122,6 +133,14 @@ class _Run:
                 self.columns["engine_version"] = engine.loaded.version
                 self.columns["engine_args"] = json.dumps(engine.loaded.args, sort_keys=True)
                 self.columns["threads"] = engine.loaded.threads
+                if hand is None:
+                    self.columns |= {"device": engine.loaded.device, "torch_version": None}
+                    self.target = device(self.job.profile)
+                else:
+                    self.columns |= hand.columns(
+                        run_dtype(engine.loaded.architecture, tickets[0].trial.model)
+                    )
+                    self.target = hand.device
                 del self.columns["started_at"]
                 yield from self._measure(engine, [_Trial(one) for one in tickets])
             except _Failure as failure:
@@ -135,6 +154,9 @@ class _Run:
 
     def _measure(self, engine: Engine, trials: list[_Trial]) -> Iterator[Message]:
         for one in trials:
+            if not engine.measures:
+                one.repeatable = True
+                continue
             yield self._progress("warmup", one)
             for _ in range(one.ticket.trial.measure.warmup):
                 self._pass(engine, one, 1, "warmup")
@@ -185,7 +207,13 @@ class _Run:
             used = engine.memory()
         measurement = Measurement(passes=tuple(trial.passes), memory=used)
         record = recorder.ok(
-            self.job, trial.ticket, measurement, engine.loaded.architecture, **self.columns
+            self.job,
+            trial.ticket,
+            measurement,
+            engine.loaded.architecture,
+            self.target,
+            engine.measures,
+            **self.columns,
         )
         return Finished(
             trial_id=trial.ticket.trial_id,

@@ -23,9 +23,9 @@ def preview(plan: Plan) -> Renderables:
     lines += [f"dropped {count} by  {text}" for text, count in plan.dropped.items() if count]
     reasons = Counter(str(one.infeasible) for one in plan.infeasible)
     lines += [f"infeasible {count}: {reason}" for reason, count in reasons.items()]
-    tight = sum(1 for group in plan.groups if _too_large(group))
+    tight = sum(group.predicted_oom for group in plan.groups)
     if tight:
-        lines.append(f"{tight} engines are predicted not to fit; they are tried all the same")
+        lines.append(f"{tight} trials are predicted to run out of memory; they run all the same")
     lines.append(
         f"predicted: {_span(plan.predicted_s)} one after another, "
         f"{plan.device_hours:.3g} device-hours (roofline, before any measurement)"
@@ -49,8 +49,7 @@ def preview(plan: Plan) -> Renderables:
 
 
 def _too_large(group: Group) -> bool:
-    memory, limit = group.predicted_memory_gib, group.memory_limit_gib
-    return memory is not None and limit is not None and memory > limit
+    return group.predicted_oom > 0
 
 
 def _gib(size: float | None) -> str:

@@ -54,12 +54,11 @@ def test_the_paper_s_grid_and_the_points_that_cannot_fit_four_h100(tmp_path: Pat
     sweep = load(root / "sweeps" / "hparam.yaml", (), "h100")
     plan = build(sweep, expand(sweep, own_dimensions), device("h100"))
     assert (plan.points, plan.trials, len(plan.groups)) == (64, 64, 64)
-    memory = device("h100").memory_gib
     too_large = {
         (one.axes["model.ffn_dim"], one.axes["model.num_experts"])
         for group in plan.groups
         for one in group.trials
-        if (group.predicted_memory_gib or 0) > memory
+        if group.predicted_oom
     }
     assert too_large == {(14336, 64), (14336, 32), (7168, 64)}
 
@@ -67,12 +66,12 @@ def test_the_paper_s_grid_and_the_points_that_cannot_fit_four_h100(tmp_path: Pat
 def test_the_scaled_grid_has_its_boundary_at_the_same_points() -> None:
     root = Path(__file__).resolve().parents[2]
     sweep = load(root / "sweeps" / "hparam.yaml", (), "cpu")
-    plan = build(sweep, expand(sweep, own_dimensions), device("h100"))
+    plan = build(sweep, expand(sweep, own_dimensions), device("cpu"))
     too_large = {
         (one.axes["model.ffn_dim"], one.axes["model.num_experts"])
         for group in plan.groups
         for one in group.trials
-        if (group.predicted_memory_gib or 0) > (group.memory_limit_gib or 0)
+        if group.predicted_oom
     }
     assert too_large == {(14336, 64), (14336, 32), (7168, 64)}
 

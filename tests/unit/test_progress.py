@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
 from orchestrator.plan import Group, Plan, Planned
 from orchestrator.progress import Tracker
 from orchestrator.schedule import Lane, Node
-from workers.contract.layout import Layout
 from workers.contract.message import Finished, Progress, Released
 from workers.contract.model import Model
 from workers.contract.record import RECORDS, rows
@@ -38,7 +38,7 @@ def _group(name: str, trials: int = 1) -> Group:
         trial=Trial(model=model, workload=workload),
         trial_id="",
         axes={},
-        prediction=predict(a, model, Layout(), workload, device("h100")),
+        prediction=predict(a, Trial(model=model, workload=workload), device("h100")),
     )
     return Group(group_id=name, devices=1, trials=(planned,) * trials, label=f"group {name}")
 
@@ -84,21 +84,51 @@ def test_counts_lanes_and_groups() -> None:
     assert shown.busy_share == pytest.approx(2 / 5)
 
 
-def test_eta_is_the_prediction_corrected_by_what_groups_really_took() -> None:
-    clock = _Clock()
-    groups = [_group(name) for name in "abc"]
-    tracker = _tracker(clock, *groups)
-    assert tracker.eta_s() is None
-    tracker.opened(Lane(lane_id=0, node_id="n", devices=1))
-    tracker.assigned(0, groups[0])
-    clock.now = 30.0
-    tracker.heard(0, _finished("oom"))
+def _run(tracker: Tracker, clock: _Clock, group: Group, load_s: float, passes_s: float) -> None:
+    tracker.assigned(0, group)
+    clock.now += load_s
+    tracker.heard(0, Progress(stage="warmup"))
+    clock.now += passes_s
+    tracker.heard(0, _finished("ok"))
     tracker.heard(0, Released(clean=True))
-    tracker.assigned(0, groups[1])
-    assert tracker.eta_s() == pytest.approx(60.0)
-    clock.now = 40.0
-    assert tracker.eta_s() == pytest.approx(50.0)
-    assert tracker.snapshot().last_oom == ("group a",)
+
+
+def test_eta_begins_with_the_prediction_and_follows_what_groups_really_took() -> None:
+    clock = _Clock()
+    groups = [_group(name, trials=500) for name in "abcdefgh"]
+    tracker = _tracker(clock, *groups)
+    tracker.opened(Lane(lane_id=0, node_id="n", devices=1))
+    load, passes = groups[0].predicted_load_s, groups[0].predicted_passes_s
+    assert tracker.eta_s() == pytest.approx(8 * (load + passes))
+    errors = []
+    for index, group in enumerate(groups[:6]):
+        tracker_eta = tracker.eta_s()
+        assert tracker_eta is not None
+        truth = (8 - index) * (load / 2 + passes * 3)
+        errors.append(abs(tracker_eta / truth - 1))
+        _run(tracker, clock, group, load / 2, passes * 3)
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.2 < errors[0]
+
+
+def test_eta_counts_down_while_a_group_runs() -> None:
+    clock = _Clock()
+    tracker = _tracker(clock, _group("a"), _group("b"))
+    tracker.opened(Lane(lane_id=0, node_id="n", devices=1))
+    tracker.assigned(0, _group("a"))
+    before = tracker.eta_s()
+    clock.now = 10.0
+    after = tracker.eta_s()
+    assert before is not None and after == pytest.approx(before - 10.0)
+    tracker.heard(0, Progress(stage="warmup"))  # it stands: what is left of loading is none
+    left = tracker.eta_s()
+    assert left is not None and after is not None and left < after
+
+
+def test_eta_is_null_where_nothing_is_predicted() -> None:
+    unknown = replace(_group("a").trials[0], prediction=None)
+    group = Group(group_id="a", devices=1, trials=(unknown,), label="a")
+    assert _tracker(_Clock(), group).eta_s() is None
 
 
 def test_time_held_goes_on_counting_after_a_lane_is_closed() -> None:

@@ -19,9 +19,8 @@ class Ticket:
     """Executions of this trial in this run, this one included."""
     axes: Mapping[str, Any] = field(default_factory=dict)
     """The sweep's axes at this point, as written."""
-    predicted_e2e_s: float | None = None
-    predicted_ttft_s: float | None = None
-    predicted_memory_gib: float | None = None
+    predicted: Mapping[str, Any] = field(default_factory=dict)
+    """The `predicted_*` columns of its record."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from workers.contract.engine import EngineKind
 from workers.contract.errors import Unsupported
@@ -31,20 +31,34 @@ class Loaded:
     """Structure that it really runs."""
     threads: int | None
     """CPU threads per device; null on GPUs."""
+    device: str | None = None
+    """Device that the figures are of, where it is not the one in hand."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Site:
+    """Where an engine is built."""
+
+    scratch: Path
+    """Folder for files of its own, removed by the caller."""
+    device: str
+    """Class of device that the sweep is planned for."""
 
 
 class Engine(Protocol):
     """A model in memory that generates tokens."""
 
+    measures: ClassVar[bool]
+    """False where a model of a machine answers, not the machine."""
     loaded: Loaded
 
-    def __init__(self, trial: Trial, workloads: Sequence[Workload], scratch: Path) -> None:
+    def __init__(self, trial: Trial, workloads: Sequence[Workload], site: Site) -> None:
         """Builds the engine for `trial`'s engine key and all of `workloads`.
 
         Args:
             trial: any trial of the group.
             workloads: every workload that the engine must carry.
-            scratch: folder for files of its own, removed by the caller.
+            site: where it is built.
 
         Raises:
             EngineError: with the stage at which memory ran out, where it did.
@@ -102,4 +116,10 @@ def engine_class(kind: EngineKind) -> type[Engine]:
         from workers.engines.vllm_engine import VllmEngine
 
         return VllmEngine
-    raise Unsupported(f"engine.kind {kind} is not available in this version; vllm is")
+    if kind == "roofline":
+        from workers.engines.roofline_engine import RooflineEngine
+
+        return RooflineEngine
+    raise Unsupported(
+        f"engine.kind {kind} is not available in this version; vllm and roofline are"
+    )

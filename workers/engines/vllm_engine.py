@@ -21,7 +21,7 @@ import time
 from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from workers import memory
 from workers.contract.errors import Crashed, Infeasible, OutOfMemory, TrialError, Unsupported
@@ -31,18 +31,14 @@ from workers.contract.model import Model
 from workers.contract.outcome import OomStage
 from workers.contract.trial import Trial
 from workers.contract.workload import Workload
-from workers.engines.base import Loaded
+from workers.engines.base import Loaded, Site
 from workers.failures import explain
 from workers.hardware import host
-from workers.hardware.roofline import BLOCK_TOKENS, kv_cache_bytes
-from workers.moe.architecture import (
-    DTYPE_BYTES,
-    bend,
-    catalogue,
-    configuration,
-    run_dtype,
-)
+from workers.hardware.roofline import CPU_BLOCK
+from workers.moe.accounting import kv_cache_bytes
+from workers.moe.architecture import bend, catalogue, configuration
 from workers.moe.families import read
+from workers.moe.precision import precision
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -61,9 +57,10 @@ _STACK_BYTES = 16 * 2**20
 class VllmEngine:
     """One vLLM engine; see `workers.engines.base.Engine`."""
 
+    measures: ClassVar[bool] = True
     loaded: Loaded
 
-    def __init__(self, trial: Trial, workloads: Sequence[Workload], scratch: Path) -> None:
+    def __init__(self, trial: Trial, workloads: Sequence[Workload], site: Site) -> None:
         self._stage: OomStage = "load"
         self._ids = count()
         self._output = _Output()
@@ -79,7 +76,7 @@ class VllmEngine:
         self._limit_gib = trial.engine.memory_limit_gib
         failure: TrialError | None = None
         try:
-            self.loaded = self._build(LLM, trial, workloads, scratch)
+            self.loaded = self._build(LLM, trial, workloads, site.scratch)
         except Exception as error:  # noqa: BLE001  the edge: whatever comes becomes an outcome
             failure = self._explain(error)
         if failure is not None:
@@ -265,7 +262,7 @@ class VllmEngine:
                 settings.speculative.model, settings.speculative.tokens
             )
         if self._on_cpu:
-            args["kv_cache_memory_bytes"] = _kv_cache_room(model, source, layout, workloads)
+            args["kv_cache_memory_bytes"] = _kv_cache_room(trial, source, workloads)
             args["worker_cls"] = "workers.engines.vllm_cpu_worker.LimitedCPUWorker"
             if self._limit_gib is not None:
                 args["additional_config"] = {"memory_limit_bytes": int(self._limit_gib * 2**30)}
@@ -324,19 +321,26 @@ def _source(model: Model, scratch: Path) -> tuple[str, dict[str, Any]]:
     return name, {key: value for key, value in bent.items() if config.get(key) != value}
 
 
-def _kv_cache_room(model: Model, source: str, layout: Layout, workloads: Sequence[Workload]) -> int:
+def _kv_cache_room(trial: Trial, source: str, workloads: Sequence[Workload]) -> int:
     """Bytes of KV cache per rank that the largest workload needs, and a little to spare.
 
-    Spare: one block per request and one that vLLM keeps for itself. vLLM on CPU uses
-    blocks of 128 tokens.
+    Spare: one block per request and one that vLLM keeps for itself.
     """
-    config = configuration(model.name) or json.loads((Path(source) / "config.json").read_text())
-    a = read(bend(config, model))
-    dtype = run_dtype(a, model)
-    ranks = min(layout.tensor, a.num_kv_heads) * layout.pipeline
-    block = BLOCK_TOKENS * a.kv_values_per_token * DTYPE_BYTES[dtype]
-    largest = max(kv_cache_bytes(a, one, dtype) + (one.batch_size + 1) * block for one in workloads)
-    return -(-largest // ranks)
+    name, layout = trial.model.name, trial.layout
+    config = configuration(name) or json.loads((Path(source) / "config.json").read_text())
+    a = read(bend(config, trial.model))
+    stored = precision(a, trial.model, kv_cache_dtype=trial.engine.args.get("kv_cache_dtype"))
+
+    def room(tokens: int, requests: int) -> int:
+        return max(
+            kv_cache_bytes(a, stored, tokens, requests, layout, stage, CPU_BLOCK)
+            for stage in range(layout.pipeline)
+        )
+
+    return max(
+        room(one.tokens_per_request, one.batch_size) + room(CPU_BLOCK, one.batch_size + 1)
+        for one in workloads
+    )
 
 
 def _executor(layout: Layout, *, on_cpu: bool) -> str:

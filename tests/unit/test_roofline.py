@@ -1,0 +1,127 @@
+"""The roofline, against arithmetic by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from workers.contract.engine import EngineSettings
+from workers.contract.layout import Layout
+from workers.contract.model import Model
+from workers.contract.trial import Trial
+from workers.contract.workload import Workload
+from workers.hardware.assumptions import assumptions
+from workers.hardware.device import device
+from workers.hardware.roofline import GIB, Prediction, predict
+from workers.moe.architecture import resolve
+
+H100 = device("h100")
+MIXTRAL = Model(name="mixtral-8x7b", weights="dummy")
+ONE = Workload(batch_size=1, input_tokens=1, output_tokens=1)
+
+
+def _predict(model: Model = MIXTRAL, target: str = "h100", **parts: Any) -> Prediction:
+    a = resolve(model)
+    assert a is not None
+    found = predict(a, Trial(model=model, **parts), device(target))
+    assert found is not None
+    return found
+
+
+def test_weights_and_cache_of_mixtral_on_four_devices() -> None:
+    workload = Workload(batch_size=16, input_tokens=2048, output_tokens=2048)
+    one = _predict(layout=Layout(tensor=4), workload=workload)
+    router_and_norms = 32 * (4096 * 8 + 2 * 4096) + 4096  # every rank has them
+    assert one.weights_gib * GIB == pytest.approx(
+        ((46_702_792_704 - router_and_norms) / 4 + router_and_norms) * 2
+    )
+    assert one.kv_cache_gib * GIB == 16 * 4096 * 131_072 / 4
+    assert one.oom is None and one.waves == 1
+
+
+def test_decode_of_one_sequence_is_bound_by_the_bytes_it_reads() -> None:
+    short, long = (_predict(workload=replace(ONE, output_tokens=n)) for n in (1, 101))
+    step = (long.e2e_s - short.e2e_s) / 100
+    assumed = assumptions(H100)
+    read = 12_748_853_248 * 2 / (3350e9 * assumed.bandwidth_share)  # without the embedding
+    assert step == pytest.approx(read + assumed.step_s + 32 * assumed.layer_s, rel=0.01)
+    assert long.tpot_s == pytest.approx(step, rel=0.01)
+    assert short.tpot_s is None
+
+
+def test_prefill_of_a_long_prompt_is_bound_by_arithmetic() -> None:
+    one = _predict(workload=Workload(batch_size=4, input_tokens=4096, output_tokens=1))
+    flops = 4 * 4096 * 25.2e9
+    assert one.prefill_s > flops / (989e12 * assumptions(H100).compute_share)
+    assert one.prefill_passes == 1
+    longer = _predict(workload=Workload(batch_size=8, input_tokens=4096, output_tokens=1))
+    assert longer.prefill_passes == 2
+    assert longer.prefill_s == pytest.approx(2 * one.prefill_s, rel=0.05)
+    assert longer.ttft_s == pytest.approx(longer.prefill_s / 2)
+
+
+def test_more_devices_are_faster_and_their_talk_costs_something() -> None:
+    workload = Workload(batch_size=16, input_tokens=512, output_tokens=512)
+    alone = _predict(workload=workload)
+    four = _predict(workload=workload, layout=Layout(tensor=4))
+    assert alone.e2e_s / 4 < four.e2e_s < alone.e2e_s
+    stages = _predict(workload=workload, layout=Layout(pipeline=4))
+    assert stages.weights_gib < alone.weights_gib / 3.5
+    assert stages.e2e_s == pytest.approx(alone.e2e_s, rel=0.05)  # one batch, stage after stage
+    experts = _predict(workload=workload, layout=Layout(tensor=4, expert=True))
+    assert experts.weights_gib == pytest.approx(four.weights_gib)
+
+
+def test_what_does_not_fit_says_where() -> None:
+    wide = replace(MIXTRAL, num_experts=64)
+    weights = _predict(wide)
+    assert weights.oom is not None and weights.oom.stage == "load"
+    assert "weights need" in str(weights.oom)
+    tight = Workload(batch_size=1, input_tokens=8192, output_tokens=8192)
+    settings = EngineSettings(memory_limit_gib=90.5)
+    cache = _predict(engine=settings, workload=tight, target="h200")
+    assert cache.oom is not None and cache.oom.stage == "kv_cache"
+    roomy = _predict(engine=EngineSettings(memory_limit_gib=95), workload=tight, target="h200")
+    assert roomy.oom is None
+
+
+def test_a_gpu_runs_a_batch_in_rounds_where_its_cache_does_not_fit_whole() -> None:
+    workload = Workload(batch_size=64, input_tokens=4096, output_tokens=4096)
+    one = _predict(workload=workload, layout=Layout(tensor=2))
+    assert one.oom is None and one.waves > 1
+    assert one.memory_gib > one.limit_gib
+    small = _predict(workload=replace(workload, batch_size=8), layout=Layout(tensor=2))
+    assert small.waves == 1
+
+
+def test_arguments_of_the_engine_that_change_the_cost_are_heeded() -> None:
+    workload = Workload(batch_size=8, input_tokens=2048, output_tokens=16)
+
+    def with_args(**args: Any) -> Prediction:
+        return _predict(workload=workload, engine=EngineSettings(args=args))
+
+    plain = with_args()
+    assert with_args(kv_cache_dtype="fp8").kv_cache_gib == pytest.approx(plain.kv_cache_gib / 2)
+    assert with_args(max_num_batched_tokens=4096).prefill_passes == 4
+    assert with_args(gpu_memory_utilization=0.5).limit_gib == pytest.approx(H100.memory_gib / 2)
+    starved = with_args(kv_cache_memory_bytes=1000)
+    assert starved.oom is not None and starved.oom.stage == "kv_cache"
+
+
+def test_columns_are_those_of_a_record() -> None:
+    from workers.contract.record import RECORDS
+
+    columns = _predict().columns()
+    assert set(columns) <= set(RECORDS.names)
+    assert all(name.startswith("predicted_") for name in columns)
+    assert columns["predicted_device"] == "h100"
+
+
+def test_no_prediction_for_what_is_not_spelled_out() -> None:
+    a = resolve(MIXTRAL)
+    assert a is not None
+    assert predict(replace(a, exact=False), Trial(model=MIXTRAL), H100) is None
+    odd = replace(MIXTRAL, quantization="no-such-method")
+    assert predict(a, Trial(model=odd), H100) is None

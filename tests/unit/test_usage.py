@@ -1,0 +1,120 @@
+"""Which forward passes a batch's stamps show, and what they used."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from workers.contract.engine import EngineSettings, Speculative
+from workers.contract.layout import Layout
+from workers.contract.measurement import Pass
+from workers.contract.model import Model
+from workers.contract.trial import Trial
+from workers.contract.workload import Workload
+from workers.hardware.device import device
+from workers.moe.accounting import Slice
+from workers.moe.architecture import resolve
+from workers.usage import columns, decodes, prefills
+
+TRIAL = Trial(model=Model(name="mixtral-8x7b", weights="dummy"))
+ARCHITECTURE = resolve(TRIAL.model)
+H100 = device("h100")
+
+
+def _pass(*rows: tuple[float, ...], prompt: int = 10) -> Pass:
+    return Pass(
+        kind="timed",
+        repeat=0,
+        started_at=0.0,
+        e2e_s=max(row[-1] for row in rows),
+        input_tokens=prompt,
+        token_s=rows,
+        step_s=tuple(sorted({stamp for row in rows for stamp in row})),
+    )
+
+
+def _columns(*passes: Pass, trial: Trial = TRIAL) -> dict[str, object]:
+    assert ARCHITECTURE is not None
+    return columns(trial, ARCHITECTURE, passes, H100)
+
+
+def test_a_batch_in_lockstep() -> None:
+    one = _pass((1.0, 1.5, 2.5), (1.0, 1.5, 2.5))
+    (first,) = prefills(one)
+    assert first.slices == (Slice(sequences=2, new=10, context=0),)
+    assert first.latency_s == 1.0
+    assert [(one.slices, one.latency_s) for one in decodes(one)] == [
+        ((Slice(sequences=2, new=1, context=10),), 0.5),
+        ((Slice(sequences=2, new=1, context=11),), 1.0),
+    ]
+
+
+def test_prompts_that_end_in_different_passes_of_a_prefill() -> None:
+    one = _pass((1.0, 3.0), (2.0, 3.0))
+    assert [(one.slices[0].sequences, one.latency_s) for one in prefills(one)] == [
+        (1, 1.0),
+        (1, 1.0),
+    ]
+    (step,) = decodes(one)
+    assert step.slices == (Slice(sequences=2, new=1, context=10),) and step.latency_s == 1.0
+
+
+def test_a_mixed_step_is_charged_to_neither_phase() -> None:
+    one = _pass((1.0, 2.0, 3.0, 4.0), (2.0, 3.0, 4.0, 5.0))
+    assert prefills(one) == []  # the second step fed a prompt and decoded
+    steps = decodes(one)
+    assert [step.latency_s for step in steps] == [1.0, 1.0, 1.0]
+    assert {(s.sequences, s.context) for s in steps[0].slices} == {(1, 11), (1, 10)}
+    assert steps[2].slices == (Slice(sequences=1, new=1, context=12),)
+
+
+def test_the_closed_form_and_the_sum_over_passes_agree() -> None:
+    lockstep = _pass((1.0, 1.5, 2.5, 3.0), (1.0, 1.5, 2.5, 3.0))
+    nearly = _pass((1.0, 1.5, 2.5, 3.0), (0.99, 1.5, 2.5, 3.0))
+    aside = _pass((1.0, 1.5, 2.5, 3.0), (1.0, 1.5, 2.5, 3.0 + 1e-9))
+    closed, summed = _columns(lockstep), _columns(aside)
+    for name in ("mbu", "mfu", "s_mbu", "s_mbu_paper", "s_mfu"):
+        assert _columns(nearly)[name] == pytest.approx(closed[name])
+    for name in ("mfu", "s_mfu"):
+        assert summed[name] == pytest.approx(closed[name], rel=1e-6)
+    # One more pass, of a billionth of a second, that reads the weights once more.
+    assert isinstance(summed["mbu"], float) and isinstance(closed["mbu"], float)
+    assert summed["mbu"] > closed["mbu"]
+
+
+def test_ratios_of_sums_and_not_means_of_ratios() -> None:
+    fast, slow = _pass((1.0, 2.0)), _pass((1.0, 4.0))
+    both = _columns(fast, slow)["s_mbu"]
+    each = [_columns(one)["s_mbu"] for one in (fast, slow)]
+    assert isinstance(both, float) and all(isinstance(one, float) for one in each)
+    assert both == pytest.approx(2 / (1 / each[0] + 1 / each[1]))  # type: ignore[operator]
+
+
+def test_mbu_of_one_token_by_hand() -> None:
+    row = _columns(_pass((1.0, 2.0), prompt=1))
+    active = 12_748_853_248 * 2  # without the embedding, of which one row is read
+    assert row["s_mbu"] == pytest.approx(active / 3350e9, rel=0.001)
+    assert row["mbu"] == pytest.approx(46_702_792_704 * 2 / 3350e9, rel=0.001)
+    assert row["peak_bandwidth_gb_s"] == 3350 and row["peak_tflops"] == 989
+    assert (row["peak_source"], row["activation_source"]) == ("catalogue", "uniform")
+    assert row["kv_cache_dtype"] == "bfloat16"
+
+
+def test_devices_share_the_work() -> None:
+    one = _pass((1.0, 2.0))
+    four = _columns(one, trial=replace(TRIAL, layout=Layout(tensor=4)))
+    alone = _columns(one)
+    assert four["s_mbu_paper"] == pytest.approx(alone["s_mbu_paper"] / 4)  # type: ignore[operator]
+    assert isinstance(four["s_mbu"], float)
+    assert four["s_mbu"] > alone["s_mbu"] / 4  # type: ignore[operator]  # router and norms on each
+
+
+def test_null_where_there_is_no_telling() -> None:
+    assert ARCHITECTURE is not None
+    one = _pass((1.0, 2.0))
+    assert columns(TRIAL, ARCHITECTURE, [one], None) == {}
+    drafted = replace(TRIAL, engine=EngineSettings(speculative=Speculative(model="ngram")))
+    assert "s_mbu" not in _columns(one, trial=drafted)
+    single = _columns(_pass((1.0,)), trial=replace(TRIAL, workload=Workload(output_tokens=1)))
+    assert single["s_mbu"] is None and single["prefill_s_mbu"] is not None

@@ -1,0 +1,161 @@
+"""An engine that predicts instead of generating.
+
+With `engine.kind: roofline` any sweep can be planned for hardware that one does not own:
+the same grid, the same records, the same figures, from `workers.hardware.roofline` for
+the device class that the sweep's profile names. It says `measured = false` in every
+record, and it runs out of memory where the prediction does.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import ClassVar
+
+from workers.contract.errors import Infeasible, Unsupported
+from workers.contract.measurement import Memory, Pass, PassKind
+from workers.contract.trial import Trial
+from workers.contract.workload import Workload
+from workers.engines.base import Loaded, Site
+from workers.hardware.device import UnknownDevice, device
+from workers.hardware.roofline import GIB, VERSION, Prediction, device_name, predict
+from workers.moe.architecture import UnknownModel, check, resolve
+from workers.moe.structure import Architecture
+
+
+class RooflineEngine:
+    """Predicted passes; see `workers.engines.base.Engine`."""
+
+    measures: ClassVar[bool] = False
+    loaded: Loaded
+
+    def __init__(self, trial: Trial, workloads: Sequence[Workload], site: Site) -> None:
+        self._trial = trial
+        self._architecture = _structure(trial)
+        try:
+            self._device = device(site.device)
+        except UnknownDevice as error:
+            raise Unsupported(str(error)) from error
+        predictions = [self._predict(one) for one in workloads]
+        for one in predictions:
+            if one.oom is not None and one.oom.stage in ("load", "kv_cache"):
+                raise one.oom
+        self._largest = max(predictions, key=lambda one: one.memory_gib)
+        self.loaded = Loaded(
+            version=VERSION,
+            args=asdict(self._device),
+            architecture=self._architecture,
+            threads=None,
+            device=device_name(self._device),
+        )
+
+    @classmethod
+    def prepare(cls) -> None:
+        """Nothing is imported that is not there already."""
+
+    @classmethod
+    def refuses(cls, trial: Trial) -> str | None:
+        asked = {
+            "workload.arrivals": trial.workload.arrivals,
+            "workload.dataset": trial.workload.dataset,
+            "model.prune": trial.model.prune,
+            "engine.routing": trial.engine.routing,
+            "engine.speculative": trial.engine.speculative,
+            "measure.activation": trial.measure.activation,
+            "measure.accuracy": trial.measure.accuracy,
+            "measure.energy": trial.measure.energy,
+        }
+        for key, value in asked.items():
+            if value:
+                return f"engine roofline does not predict {key}"
+        return None
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        output_tokens: int,
+        *,
+        kind: PassKind,
+        repeat: int,
+        temperature: float = 0.0,
+    ) -> Pass:
+        workload = replace(
+            self._trial.workload,
+            batch_size=len(prompts),
+            input_tokens=len(prompts[0]),
+            output_tokens=output_tokens,
+        )
+        prediction = self._predict(workload)
+        if prediction.oom is not None:
+            raise prediction.oom
+        tokens, steps = _stamps(prediction, len(prompts), output_tokens)
+        return Pass(
+            kind=kind,
+            repeat=repeat,
+            started_at=time.time(),
+            e2e_s=tokens[-1][-1],
+            input_tokens=workload.input_tokens,
+            token_s=tokens,
+            step_s=steps,
+        )
+
+    def memory(self) -> Memory:
+        one = self._largest
+        return Memory(
+            weights=round(one.weights_gib * GIB),
+            kv_cache=round(one.kv_cache_gib * GIB),
+            peak=round(min(one.memory_gib, one.limit_gib) * GIB),
+            limit=round(one.limit_gib * GIB),
+        )
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def _predict(self, workload: Workload) -> Prediction:
+        trial = replace(self._trial, workload=workload)
+        prediction = predict(self._architecture, trial, self._device)
+        if prediction is None:
+            raise Unsupported(
+                f"the roofline cannot tell what {trial.model.name} costs: its structure, or how "
+                "its weights are quantised, is not spelled out"
+            )
+        return prediction
+
+
+def _structure(trial: Trial) -> Architecture:
+    try:
+        architecture = resolve(trial.model)
+        if architecture is not None:
+            check(architecture, trial.layout)
+            return architecture
+    except (UnknownModel, Infeasible) as error:
+        raise Unsupported(str(error)) from error
+    raise Unsupported(
+        f"the configuration of {trial.model.name} is not on this machine: name a folder or a "
+        "catalogue entry"
+    )
+
+
+def _stamps(
+    one: Prediction, batch: int, output_tokens: int
+) -> tuple[tuple[tuple[float, ...], ...], tuple[float, ...]]:
+    """When each request's tokens come, and when each pass ends: wave after wave, the
+    prompts in as many passes as they need, then decode in lockstep."""
+    per_wave = -(-batch // one.waves)
+    decode = one.tpot_s or 0.0
+    wave_s = one.prefill_s + (output_tokens - 1) * decode
+    tokens: list[tuple[float, ...]] = []
+    steps: list[float] = []
+    for wave in range(-(-batch // per_wave)):
+        start = wave * wave_s
+        prefills = [
+            start + one.prefill_s * (i + 1) / one.prefill_passes for i in range(one.prefill_passes)
+        ]
+        later = tuple(start + one.prefill_s + (i + 1) * decode for i in range(output_tokens - 1))
+        steps += [*prefills, *later]
+        size = min(per_wave, batch - wave * per_wave)
+        tokens += [
+            (prefills[request * one.prefill_passes // size], *later) for request in range(size)
+        ]
+    return tuple(tokens), tuple(steps)
