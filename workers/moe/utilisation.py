@@ -112,6 +112,16 @@ def decode_utilisation(
     return _shares(a, precision, layout, peaks, needed, read, tokens, steps, seconds)
 
 
+def practical_bandwidth_gb_s(needed_bytes: float, seconds: float, s_mbu: float) -> float:
+    """Peak bandwidth that reads `needed_bytes` in `seconds` at that S-MBU (Eq 7), GB/s."""
+    return needed_bytes / seconds / s_mbu / 1e9
+
+
+def practical_tflops(needed_flops: float, seconds: float, s_mfu: float) -> float:
+    """Peak compute that does `needed_flops` in `seconds` at that S-MFU (Eq 8), TFLOP/s."""
+    return needed_flops / seconds / s_mfu / 1e12
+
+
 def _shares(
     a: Architecture,
     precision: Precision,
