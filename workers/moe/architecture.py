@@ -19,6 +19,7 @@ from workers.contract.errors import Infeasible
 from workers.contract.layout import Layout
 from workers.contract.model import Model
 from workers.moe.families import read
+from workers.moe.fields import UnknownModel as UnknownModel
 from workers.moe.structure import Architecture
 
 DTYPE_BYTES: Mapping[str, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -27,10 +28,6 @@ _WIDTHS = ("hidden_size", "intermediate_size", "moe_intermediate_size", "vocab_s
 _FFN = ("moe_intermediate_size", "intermediate_size")
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _TOP_K = ("num_experts_per_tok", "moe_topk")
-
-
-class UnknownModel(ValueError):
-    """No catalogue entry, no folder with a configuration, and not the form of a hub id."""
 
 
 def resolve(model: Model) -> Architecture | None:
