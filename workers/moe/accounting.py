@@ -216,8 +216,8 @@ def forward(
         activated: distinct routed experts of each decoder layer of the model over the whole
             batch, as traced; null for the expectation under uniform routing.
         logits: whether the head runs for the last token of each sequence, or for all.
-        absorbed: an MLA decode step attends to latents, as vLLM does it, and the cache holds
-            latents; false: keys and values are expanded once and cached, as transformers
+        absorbed: an MLA decode step attends to the cached latents themselves, as vLLM does
+            it; false: every pass expands all of them to keys and values, as transformers 5
             does it.
         causal: false counts scores over the full rectangle of queries and keys, as a kernel
             that masks afterwards computes them and torch's counter counts them.
@@ -228,7 +228,7 @@ def forward(
     slices = tuple(slices)
     if activated is not None and len(activated) != a.num_layers:
         raise ValueError(f"activated has {len(activated)} numbers for {a.num_layers} layers")
-    sheets = _sheets(a, precision, layout, stage, absorbed)
+    sheets = _sheets(a, precision, layout, stage)
     tokens = sum(one.sequences * one.new for one in slices)
 
     @cache
@@ -271,12 +271,14 @@ def decode_total(
     steps = output_tokens - 1
     if steps < 1:
         return Cost()
-    sheets = _sheets(a, precision, layout, stage, absorbed)
+    sheets = _sheets(a, precision, layout, stage)
 
     @cache
     def seen(window: int | None, chunked: bool) -> _Seen:
         pairs = batch * _pairs(steps, input_tokens, window, chunked)
-        return _Seen(pairs=pairs, latent=pairs if absorbed else 0.0, again=0.0, cached=pairs)
+        if absorbed:
+            return _Seen(pairs=pairs, latent=pairs, again=0.0, cached=pairs)
+        return _Seen(pairs=pairs, latent=0.0, again=pairs - batch * steps, cached=pairs)
 
     sums = _Sums(passes=steps, tokens=batch * steps, logits=batch * steps, seen=seen)
     total = sheets.outside(sums)
@@ -369,7 +371,8 @@ class _Seen:
     latent: float
     """Those of them that are computed on latents; 0 unless absorbed."""
     again: float
-    """Cached latents that are expanded once more, for a prefill that goes on."""
+    """Cached latents that are expanded once more: for a prefill that goes on, and unless
+    absorbed for every pass."""
     cached: float
     """Tokens whose cache is read, the new ones included."""
 
@@ -405,7 +408,7 @@ class _Sheet:
     score_flops: int
     """Per query-key pair."""
     latent_flops: int
-    """Per pair of a decode step; other than `score_flops` only where latents are absorbed."""
+    """Per pair on latents; where there are none, as any other pair."""
     expand_flops: int
     """Per cached latent that is expanded again."""
     kv_bytes: float
@@ -468,26 +471,22 @@ class _Sheets:
         )
 
 
-_SHEETS: dict[int, dict[tuple[Precision, Layout, int, bool], _Sheets]] = {}
+_SHEETS: dict[int, dict[tuple[Precision, Layout, int], _Sheets]] = {}
 """By `id` of an architecture, for as long as it lives."""
 
 
-def _sheets(
-    a: Architecture, precision: Precision, layout: Layout, stage: int, absorbed: bool
-) -> _Sheets:
+def _sheets(a: Architecture, precision: Precision, layout: Layout, stage: int) -> _Sheets:
     known = _SHEETS.get(id(a))
     if known is None:
         known = _SHEETS[id(a)] = {}
         weakref.finalize(a, _SHEETS.pop, id(a), None)
-    key = (precision, layout, stage, absorbed)
+    key = (precision, layout, stage)
     if key not in known:
-        known[key] = _stage_sheets(a, precision, layout, stage, absorbed)
+        known[key] = _stage_sheets(a, precision, layout, stage)
     return known[key]
 
 
-def _stage_sheets(
-    a: Architecture, precision: Precision, layout: Layout, stage: int, absorbed: bool
-) -> _Sheets:
+def _stage_sheets(a: Architecture, precision: Precision, layout: Layout, stage: int) -> _Sheets:
     layers = stage_layers(a.num_layers, layout.pipeline)[stage]
     kinds: dict[tuple[int, tuple[int, ...]], _Sheet] = {}
     copies: dict[tuple[int, tuple[int, ...]], int] = {}
@@ -498,7 +497,7 @@ def _stage_sheets(
         sizes = tuple(precision.bytes(weight, index) for weight in weights)
         kind = (id(layer), sizes)
         if kind not in kinds:
-            kinds[kind] = _sheet(layer, weights, sizes, precision, layout, absorbed)
+            kinds[kind] = _sheet(layer, weights, sizes, precision, layout)
         copies[kind] = copies.get(kind, 0) + 1
         of_layer.append(kinds[kind])
     first, last = stage == 0, stage == layout.pipeline - 1
@@ -522,7 +521,6 @@ def _sheet(
     sizes: Sequence[int],
     precision: Precision,
     layout: Layout,
-    absorbed: bool,
 ) -> _Sheet:
     at, experts = layer.attention, layer.experts
     size: dict[Part, int] = dict.fromkeys(_PARTS, 0)
@@ -534,12 +532,7 @@ def _sheet(
     # With expert parallelism a device has whole experts: its share of those activated.
     share = 1 / (layout.tensor * layout.data) if layout.expert else 1.0
     heads = ceil(at.heads / layout.tensor)
-    latent = at.latent if absorbed else 0
     scores = 2 * heads * (at.qk_dim + at.v_dim)
-    if at.latent and not absorbed:
-        cached = heads * (at.qk_dim + at.v_dim)
-    else:
-        cached = _cached_values(at, layout.tensor)
     return _Sheet(
         attention=at,
         experts=experts,
@@ -549,9 +542,9 @@ def _sheet(
         share=share,
         choices=experts.top_k * layout.data * share if experts else 0.0,
         score_flops=scores,
-        latent_flops=2 * heads * (2 * latent + at.rope) if latent else scores,
-        expand_flops=2 * heads * latent * (at.qk_dim - at.rope + at.v_dim),
-        kv_bytes=cached * precision.kv_bytes,
+        latent_flops=2 * heads * (2 * at.latent + at.rope) if at.latent else scores,
+        expand_flops=2 * heads * at.latent * (at.qk_dim - at.rope + at.v_dim),
+        kv_bytes=_cached_values(at, layout.tensor) * precision.kv_bytes,
     )
 
 
