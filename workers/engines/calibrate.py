@@ -13,14 +13,17 @@ On a GPU the same patterns and products run, timed by CUDA events.
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import math
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
+
+import psutil
 
 from workers.hardware import peaks
 from workers.hardware.cpu import cache_bytes, processor
@@ -30,24 +33,27 @@ from workers.hardware.peaks import Calibration
 Kind = Literal["cpu", "cuda"]
 Work = Callable[[], object]
 
+_ROUNDS = 3
+"""Everything is measured in turn, this often: a neighbour's burst of a second or two then
+spoils some repeats of each thing rather than all repeats of one."""
 _ARRAY_BYTES = 2 * 2**30
 _CACHES = 4
 _SHARE_OF_FREE = 4
 """The array is `_ARRAY_BYTES` or `_CACHES` times the caches, within this part of free memory."""
 _ROW = 4096
-_BUDGET_S = {"read": 0.4, "copy": 0.3, "triad": 0.3, "bf16": 0.3, "fp32": 0.2, "fp16": 0.1}
-"""Time for the repeats of one pattern, or of one shape of a product; else `_OTHER_S`."""
-_OTHER_S = 0.15
-_LEAST_REPEATS = 3
-_MOST_REPEATS = 100
+_TRAFFIC_S = 0.25
+_PRODUCT_S = {"bf16": 0.35, "fp32": 0.2}
+_OTHER_S = 0.1
+"""Time for the repeats of one pattern, one shape of a product, anything else: all rounds."""
+_SMALL = 512
 _SHAPES: dict[Kind, tuple[tuple[int, int, int], ...]] = {
-    "cpu": ((256, 256, 256), (1024, 1024, 1024), (4096, 1024, 1024), (2048, 2048, 2048)),
-    "cuda": ((1024, 1024, 1024), (4096, 4096, 4096), (8192, 8192, 8192), (16384, 8192, 8192)),
+    "cpu": ((4096, 1024, 1024), (2048, 2048, 2048)),
+    "cuda": ((4096, 4096, 4096), (8192, 8192, 8192), (16384, 8192, 8192)),
 }
-"""Rows, inner and columns of the products, the small one first: it tells whether the next
-is worth its time."""
+"""Rows, inner and columns of the products. One of `_SMALL` tells first whether they are
+worth their time."""
 _TINY = 64
-_TINY_CALLS = 400
+_TINY_CALLS = 200
 
 
 class Impossible(RuntimeError):
@@ -55,16 +61,25 @@ class Impossible(RuntimeError):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Seconds:
-    """Repeats of one thing."""
+class _Task:
+    """Something to time again and again."""
 
-    best: float
-    median: float
+    name: str
+    amount: float
+    """Bytes moved, operations done or calls made by one run."""
+    work: Work
+    budget_s: float
+    taken: list[float] = field(default_factory=list)
+
+    @property
+    def best(self) -> float:
+        """Amount per second of the fastest run."""
+        return self.amount / min(self.taken)
 
     @property
     def spread(self) -> float:
-        """How far the median rate stays below the best, as a share of the best."""
-        return 1 - self.best / self.median
+        """How far the median run stays below the fastest, as a share of it."""
+        return 1 - min(self.taken) / statistics.median(self.taken)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -75,12 +90,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
     parser.add_argument("--store", action="store_true", help="keep it for this machine")
     asked = parser.parse_args(arguments)
-    threads = _claim(asked.threads)
-    host = describe()
-    kind: Kind = asked.device or ("cuda" if host.gpus else "cpu")
-    if kind == "cpu":
-        host = processor(host)
     try:
+        threads = _claim(asked.threads)
+        host = describe()
+        kind: Kind = asked.device or ("cuda" if host.gpus else "cpu")
+        host = processor(host) if kind == "cpu" else host
         found = measure(host, kind, threads)
         if asked.store:
             peaks.store(found, host)
@@ -101,25 +115,32 @@ def measure(host: Host, kind: Kind, threads: int) -> Calibration:
         Impossible: torch is missing, or has no CUDA where `kind` asks for it.
     """
     torch = _torch(kind, threads)
-    start = time.perf_counter()
-    array_bytes, patterns = _patterns(torch, kind)
+    start, load = time.perf_counter(), _Load()
+    clock = _cuda_seconds if kind == "cuda" else _cpu_seconds
+    size, traffic = _traffic(torch, kind)
     products = _products(torch, kind)
-    overhead = _overhead(torch, kind)
-    found = patterns | products
-    rates = {name: work / seconds.best for name, (work, seconds) in found.items()}
-    traffic = {name: rates[name] / 1e9 for name in patterns}
+    calls = _calls(torch, kind)
+    tasks = [*traffic, *products, calls]
+    for number in range(_ROUNDS):
+        for task in tasks:
+            _repeat(torch, task, clock, warm=number > 0)
+    fastest: dict[str, _Task] = {}
+    for task in tasks:
+        if task.name not in fastest or task.best > fastest[task.name].best:
+            fastest[task.name] = task
+    patterns = {task.name: fastest[task.name].best / 1e9 for task in traffic}
     return Calibration(
         device=host.device,
         kind=kind,
         threads=threads,
         torch_version=host.torch_version or str(torch.__version__),
-        bandwidth_gb_s=max(traffic.values()),
-        patterns_gb_s=traffic,
-        array_gib=array_bytes / 2**30,
-        tflops={name: rates[name] / 1e12 for name in products},
-        overhead_s=overhead.best,
-        spread={name: seconds.spread for name, (_, seconds) in found.items()}
-        | {"overhead": overhead.spread},
+        bandwidth_gb_s=max(patterns.values()),
+        patterns_gb_s=patterns,
+        array_gib=size / 2**30,
+        tflops={task.name: fastest[task.name].best / 1e12 for task in products},
+        overhead_s=1 / calls.best,
+        spread={name: task.spread for name, task in fastest.items()},
+        others=load.others(),
         measured_at=time.time(),
         seconds=time.perf_counter() - start,
     )
@@ -142,10 +163,13 @@ def _claim(threads: int | None) -> int:
 
 
 def _torch(kind: Kind, threads: int) -> Any:
-    if importlib.util.find_spec("torch") is None:
-        raise Impossible("torch is not installed: calibration measures with the engine's library")
-    import torch
-
+    try:
+        import torch
+    except ImportError as error:
+        raise Impossible(
+            f"torch is not installed or cannot be imported ({error}); calibration measures "
+            "with the library that the engine computes with"
+        ) from error
     if kind == "cuda" and not torch.cuda.is_available():
         raise Impossible(f"torch {torch.__version__} finds no CUDA device; try --device cpu")
     torch.set_num_threads(threads)
@@ -153,8 +177,8 @@ def _torch(kind: Kind, threads: int) -> Any:
     return torch
 
 
-def _patterns(torch: Any, kind: Kind) -> tuple[int, dict[str, tuple[float, _Seconds]]]:
-    """Bytes of the array; bytes moved and time taken by access pattern.
+def _traffic(torch: Any, kind: Kind) -> tuple[int, list[_Task]]:
+    """Bytes of the array, and the access patterns over it.
 
     A read is timed as a sum and as a matrix-vector product, which is what decoding one
     token is; the faster counts.
@@ -163,107 +187,109 @@ def _patterns(torch: Any, kind: Kind) -> tuple[int, dict[str, tuple[float, _Seco
         free, _ = torch.cuda.mem_get_info()
         caches = torch.cuda.get_device_properties(0).L2_cache_size
     else:
-        import psutil
-
         free, caches = psutil.virtual_memory().available, cache_bytes()
     size = min(max(_ARRAY_BYTES, _CACHES * caches), free // _SHARE_OF_FREE)
-    rows = size // (4 * 6 * _ROW) * 6  # divides into halves and thirds
+    rows = max(1, size // (4 * 6 * _ROW)) * 6  # divides into halves and thirds
     array = torch.ones(rows, _ROW, dtype=torch.float32, device=kind)
-    size = array.nbytes
     row = torch.ones(_ROW, dtype=torch.float32, device=kind)
-    lower, upper = array[: rows // 2], array[rows // 2 :]
-    a, b, c = array.split(rows // 3)
-    reads = [
-        _repeat(torch, kind, "read", work) for work in (array.sum, lambda: torch.mv(array, row))
+    half, (a, b, c) = rows // 2, array.split(rows // 3)
+    patterns: list[tuple[str, Work]] = [
+        ("read", array.sum),
+        ("read", lambda: torch.mv(array, row)),
+        ("copy", lambda: array[:half].copy_(array[half:])),
+        ("triad", lambda: torch.add(b, c, alpha=0.5, out=a)),
     ]
-    copy = _repeat(torch, kind, "copy", lambda: lower.copy_(upper))
-    triad = _repeat(torch, kind, "triad", lambda: torch.add(b, c, alpha=0.5, out=a))
-    return size, {
-        "read": (size, min(reads, key=lambda seconds: seconds.best)),
-        "copy": (size, copy),
-        "triad": (size, triad),
-    }
+    return array.nbytes, [
+        _Task(name=name, amount=array.nbytes, work=work, budget_s=_TRAFFIC_S)
+        for name, work in patterns
+    ]
 
 
-def _products(torch: Any, kind: Kind) -> dict[str, tuple[float, _Seconds]]:
-    """Operations and time of the fastest large product by data type."""
-    found: dict[str, tuple[float, _Seconds]] = {}
+def _products(torch: Any, kind: Kind) -> list[_Task]:
+    """Large matrix products in every data type that this device and this torch multiply."""
+    tasks = []
     for dtype in ("bf16", "fp32", "fp16", "int8", "fp8"):
-        for operations, seconds in _rising(torch, kind, dtype):
-            if dtype not in found or operations / seconds.best > _rate(found[dtype]):
-                found[dtype] = operations, seconds
-    return found
-
-
-def _rising(torch: Any, kind: Kind, dtype: str) -> Iterator[tuple[float, _Seconds]]:
-    """Products of growing size, until one would take too long or cannot be done."""
-    rate = 0.0
-    budget = _BUDGET_S.get(dtype, _OTHER_S)
-    for rows, inner, columns in _SHAPES[kind]:
-        operations = 2.0 * rows * inner * columns
-        if rate and operations / rate * _LEAST_REPEATS > 3 * budget:
+        if dtype == "fp8" and kind == "cpu":  # CPU engines unpack FP8 weights to BF16
             continue
+        budget = _PRODUCT_S.get(dtype, _OTHER_S)
         try:
-            work = _product(torch, kind, dtype, rows, inner, columns)
-            if work is None:
-                return
-            seconds = _repeat(torch, kind, dtype, work)
+            small = _product(torch, kind, dtype, (_SMALL, _SMALL, _SMALL), budget)
+            clock = _cuda_seconds if kind == "cuda" else _cpu_seconds
+            _repeat(torch, small, clock, warm=False)
+            large = [
+                _product(torch, kind, dtype, shape, budget)
+                for shape in _SHAPES[kind]
+                if 2.0 * math.prod(shape) / small.best < budget
+            ]
         except (RuntimeError, AttributeError, TypeError, ValueError) as error:
-            # This device, or this torch, has no such product; BF16 is had everywhere.
-            if dtype == "bf16":
+            if dtype == "bf16":  # had everywhere, and needed
                 raise
             print(f"{dtype} is left out: {error}", file=sys.stderr)
-            return
-        rate = operations / seconds.best
-        yield operations, seconds
+            continue
+        tasks += large or [small]
+    return tasks
 
 
 def _product(
-    torch: Any, kind: Kind, dtype: str, rows: int, inner: int, columns: int
-) -> Work | None:
-    """A matrix product in `dtype`, ready to run; null where an engine has no use for it."""
+    torch: Any, kind: Kind, dtype: str, shape: tuple[int, int, int], budget_s: float
+) -> _Task:
+    """A matrix product in `dtype`, ready to run."""
+    rows, inner, columns = shape
+    left = torch.randn(rows, inner, device=kind)
+    right = torch.randn(columns, inner, device=kind)
+    work: Work
     if dtype == "fp8":
-        if kind == "cpu":  # CPU engines unpack FP8 weights to BF16
-            return None
-        left = torch.ones(rows, inner, device=kind).to(torch.float8_e4m3fn)
-        right = torch.ones(columns, inner, device=kind).to(torch.float8_e4m3fn).t()
+        a, b = left.to(torch.float8_e4m3fn), right.to(torch.float8_e4m3fn).t()
         one = torch.ones((), device=kind)
-        return lambda: torch._scaled_mm(left, right, one, one, out_dtype=torch.bfloat16)
-    if dtype == "int8":
-        left = torch.ones(rows, inner, dtype=torch.int8, device=kind)
-        right = torch.ones(columns, inner, dtype=torch.int8, device=kind).t()
-        return lambda: torch._int_mm(left, right)
-    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    left = torch.randn(rows, inner, device=kind).to(kinds[dtype])
-    right = torch.randn(inner, columns, device=kind).to(kinds[dtype])
-    out = torch.empty(rows, columns, dtype=kinds[dtype], device=kind)
-    return lambda: torch.mm(left, right, out=out)
+        work = partial(torch._scaled_mm, a, b, one, one, out_dtype=torch.bfloat16)
+    elif dtype == "int8":
+        work = partial(torch._int_mm, left.to(torch.int8), right.to(torch.int8).t())
+    else:
+        to = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+        out = torch.empty(rows, columns, dtype=to, device=kind)
+        work = partial(torch.mm, left.to(to), right.t().contiguous().to(to), out=out)
+    return _Task(name=dtype, amount=2.0 * math.prod(shape), work=work, budget_s=budget_s)
 
 
-def _overhead(torch: Any, kind: Kind) -> _Seconds:
-    """Time of one linear layer with next to nothing to compute, in a row of many."""
+def _calls(torch: Any, kind: Kind) -> _Task:
+    """Linear layers with next to nothing to compute, many in a row."""
     weight = torch.ones(_TINY, _TINY, dtype=torch.bfloat16, device=kind)
     one = torch.ones(1, _TINY, dtype=torch.bfloat16, device=kind)
 
-    def calls() -> None:
+    def work() -> None:
         for _ in range(_TINY_CALLS):
             torch.nn.functional.linear(one, weight)
 
-    row = _repeat(torch, kind, "overhead", calls)
-    return _Seconds(best=row.best / _TINY_CALLS, median=row.median / _TINY_CALLS)
+    return _Task(name="overhead", amount=_TINY_CALLS, work=work, budget_s=_OTHER_S)
 
 
-def _repeat(torch: Any, kind: Kind, name: str, work: Work) -> _Seconds:
-    """Times `work` again and again within its budget, after one run that does not count."""
-    clock = _cuda_seconds if kind == "cuda" else _cpu_seconds
-    clock(torch, work)
-    deadline = time.perf_counter() + _BUDGET_S.get(name, _OTHER_S)
-    taken: list[float] = []
-    while len(taken) < _LEAST_REPEATS or (
-        len(taken) < _MOST_REPEATS and time.perf_counter() < deadline
-    ):
-        taken.append(clock(torch, work))
-    return _Seconds(best=min(taken), median=statistics.median(taken))
+def _repeat(torch: Any, task: _Task, clock: Callable[[Any, Work], float], *, warm: bool) -> None:
+    """Times one round of `task`, at least once, after a run that does not count."""
+    if not warm:
+        clock(torch, task.work)
+    deadline = time.perf_counter() + task.budget_s / _ROUNDS
+    task.taken.append(clock(torch, task.work))
+    while time.perf_counter() < deadline:
+        task.taken.append(clock(torch, task.work))
+
+
+class _Load:
+    """Who else had the cores of this process since it was made."""
+
+    def __init__(self) -> None:
+        self._cores = sorted(os.sched_getaffinity(0))
+        self._start = self._now()
+
+    def others(self) -> float:
+        """Share of the cores' time that other processes and other machines had."""
+        wall, own, busy = (b - a for a, b in zip(self._start, self._now(), strict=True))
+        return max(0.0, (busy - own) / (wall * len(self._cores)))
+
+    def _now(self) -> tuple[float, float, float]:
+        each = psutil.cpu_times(percpu=True)
+        fields = ("user", "nice", "system", "irq", "softirq", "steal")
+        busy = sum(getattr(each[core], name, 0.0) for core in self._cores for name in fields)
+        return time.perf_counter(), time.process_time(), busy
 
 
 def _cpu_seconds(_: Any, work: Work) -> float:
@@ -281,11 +307,6 @@ def _cuda_seconds(torch: Any, work: Work) -> float:
     return float(start.elapsed_time(end)) / 1e3
 
 
-def _rate(found: tuple[float, _Seconds]) -> float:
-    operations, seconds = found
-    return operations / seconds.best
-
-
 def _lines(found: Calibration) -> Iterator[str]:
     """The calibration as a person reads it."""
     yield f"{found.device}, {found.threads} threads, torch {found.torch_version}"
@@ -295,6 +316,7 @@ def _lines(found: Calibration) -> Iterator[str]:
         yield f"  {name:<9}{rate:10.3f} TFLOPS  median {found.spread[name]:.0%} below"
     yield f"  overhead {found.overhead_s * 1e6:10.1f} µs of a tiny linear layer"
     yield f"  over {found.array_gib:.1f} GiB, in {found.seconds:.1f} s"
+    yield f"  others had {found.others:.0%} of the cores"
 
 
 if __name__ == "__main__":

@@ -42,8 +42,9 @@ def cpu() -> Device:
     day = datetime.fromtimestamp(found.measured_at, UTC).date()
     return replace(
         _device(found.bandwidth_gb_s, found.tflops["bf16"]),
-        source=f"calibration of {day} with torch, {found.threads} threads",
-        verified=True,
+        source=f"calibration of {day} with torch, {found.threads} threads"
+        f", others had {found.others:.0%} of the cores",
+        verified=found.others <= peaks.QUIET,
         fp16_tflops=found.tflops.get("fp16"),
         fp32_tflops=found.tflops.get("fp32"),
         int8_tflops=found.tflops.get("int8"),

@@ -28,6 +28,8 @@ from typing import Any, Literal
 
 from workers.hardware.host import Host
 
+QUIET = 0.1
+"""Share of the cores that others may have while a calibration counts as undisturbed."""
 _FORMAT = 1
 """Of the stored file; another one is as if absent."""
 _ROOT = Path(__file__).resolve().parents[2]
@@ -62,6 +64,9 @@ class Calibration:
     spread: Mapping[str, float]
     """How far the median of the repeats stays below the best, as a share of the best; by
     pattern and data type. Large where the machine is shared."""
+    others: float
+    """Share of the cores' time that other processes had meanwhile; above `QUIET` the rates
+    are too low to be called peaks."""
     measured_at: float
     """End of the measurement, seconds since 1970."""
     seconds: float
@@ -99,18 +104,23 @@ def stored(host: Host) -> Calibration | None:
     return found if _holds_for(found, host) else None
 
 
-def store(calibration: Calibration, host: Host) -> Path:
-    """Keeps a calibration for the device of `host`; the file it went to.
+def store(calibration: Calibration, host: Host) -> Calibration:
+    """Keeps a calibration for the device of `host`; the one that is kept from now on.
+
+    An undisturbed one that is there stays, where the new one was disturbed.
 
     Raises:
         OSError: the cache folder cannot be written.
     """
+    there = stored(host)
+    if there is not None and there.others <= QUIET < calibration.others:
+        return there
     path = _path(host)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(f".{os.getpid()}.tmp")
     draft.write_text(calibration.dumps() + "\n")
     draft.replace(path)
-    return path
+    return calibration
 
 
 def calibrated(host: Host, *, timeout_s: float = 120.0) -> Calibration:
@@ -125,7 +135,8 @@ def calibrated(host: Host, *, timeout_s: float = 120.0) -> Calibration:
 def calibrate(host: Host, *, timeout_s: float = 120.0) -> Calibration:
     """Measures the device of `host` (this machine) in a process of its own, and keeps it.
 
-    If another process is measuring already, waits for it and takes its result.
+    If another process is measuring already, waits for it and takes its result. The machine
+    should be idle: what else runs makes the rates too low (see `Calibration.others`).
 
     Raises:
         CalibrationError: torch is missing, the measurement failed or took longer than
@@ -139,8 +150,7 @@ def calibrate(host: Host, *, timeout_s: float = 120.0) -> Calibration:
         with _alone(deadline):
             found = stored(host)
             if found is None or found.measured_at < asked_at:
-                found = _measured(host, deadline - time.monotonic())
-                store(found, host)
+                found = store(_measured(host, deadline - time.monotonic()), host)
             return found
     except OSError as error:
         raise CalibrationError(f"the calibration cannot be kept: {error}") from error
@@ -221,5 +231,8 @@ def _check(data: Mapping[str, Any]) -> None:
     for name, value in {**{key: data[key] for key in alone}, **patterns, **tflops}.items():
         if not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
             raise ValueError(f"{name} is {value!r}, not a positive number")
+    others = data["others"]
+    if not isinstance(others, int | float) or not 0 <= others < math.inf:
+        raise ValueError(f"others is {others!r}, not a share")
     if "bf16" not in tflops:
         raise ValueError("bf16 was not measured")
