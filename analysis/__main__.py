@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from analysis.errors import AnalysisError, DatasetError
+from analysis.catalogue_commands import asks, devices, models, plan
+from analysis.errors import AnalysisError, DatasetError, OptionError
+from analysis.options import Options
 
 if TYPE_CHECKING:
     import polars as pl
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-_WIDE = 500
-"""Characters that a table may take in a file or a pipe; it takes what it needs."""
+    from analysis.figures.figure import Figure
 
 
 class _Refusal(click.ClickException):
@@ -38,7 +38,7 @@ class _Commands(click.Group):
 
 
 _datasets = click.argument(
-    "datasets", metavar="DATASET…", nargs=-1, required=True, type=click.Path(path_type=Path)
+    "datasets", metavar="[DATASET…]", nargs=-1, type=click.Path(path_type=Path)
 )
 _only = click.option(
     "--only",
@@ -50,7 +50,10 @@ _only = click.option(
 
 @click.group(cls=_Commands)
 def main() -> None:
-    """Figures and tables of what was measured. DATASET is a folder DIR/SWEEP."""
+    """Figures and tables of what was measured, and what follows from the catalogues.
+
+    DATASET is a folder DIR/SWEEP.
+    """
 
 
 @main.command()
@@ -78,17 +81,25 @@ def figures() -> None:
     help="File to write, .png, .svg, .html or .csv; repeatable.",
 )
 @_only
+@asks
 def figure(
-    name: str, datasets: tuple[Path, ...], outputs: tuple[Path, ...], only: tuple[str, ...]
+    name: str,
+    datasets: tuple[Path, ...],
+    outputs: tuple[Path, ...],
+    only: tuple[str, ...],
+    **asked: Any,
 ) -> None:
-    """Draw the figure NAME and print what follows from it."""
+    """Draw the figure NAME and print what follows from it.
+
+    Figures of records need a DATASET; figures of the catalogues take --model and so on.
+    """
     from analysis.figures.registry import find
     from analysis.figures.write import check, write
 
     chosen = find(name)
     for path in outputs:
         check(path)
-    frame = chosen.prepare(_records(datasets, only))
+    frame = _frame(chosen, datasets, only, Options(**asked))
     for path in outputs:
         write(chosen, frame, path)
     click.echo(chosen.insight(frame))
@@ -100,20 +111,29 @@ def figure(
 @click.option("--figure", "name", metavar="NAME", help="Show the grid of this figure instead.")
 @click.option("--every", is_flag=True, help="Show superseded records of repeated trials too.")
 @click.option("--json", "as_json", is_flag=True, help="Write a list of objects instead.")
+@asks
 def table(
-    datasets: tuple[Path, ...], only: tuple[str, ...], name: str | None, every: bool, as_json: bool
+    datasets: tuple[Path, ...],
+    only: tuple[str, ...],
+    name: str | None,
+    every: bool,
+    as_json: bool,
+    **asked: Any,
 ) -> None:
     """Show one row per trial, or with --figure what that figure draws."""
     from analysis.figures.registry import find
     from analysis.insights import summary
-    from analysis.tables import pivot_table, reasons, records_table
+    from analysis.tables import console, pivot_table, reasons, records_table
 
     if name is not None:
         chosen = find(name)
-        frame = chosen.prepare(_records(datasets, only, every=every))
+        frame = _frame(chosen, datasets, only, Options(**asked), every=every)
         shown: list[Table | Text] = [pivot_table(pivot) for pivot in chosen.pivots(frame)]
         sentence = chosen.insight(frame)
     else:
+        if not datasets:
+            raise OptionError("a table of records: name a DATASET, or a --figure of the catalogues")
+        Options(**asked).over(Options(), takes=(), what="a table of records")
         frame = _records(datasets, only, every=every).collect()
         shown = [records_table(frame), *reasons(frame)] if len(frame) else []
         sentence = summary(frame)
@@ -121,8 +141,33 @@ def table(
         _write_json(frame)
         return
     if shown:
-        _console().print(*shown, sep="\n")
+        console().print(*shown, sep="\n")
     click.echo(sentence)
+
+
+def _frame(
+    chosen: Figure,
+    datasets: tuple[Path, ...],
+    only: tuple[str, ...],
+    options: Options,
+    *,
+    every: bool = False,
+) -> pl.DataFrame:
+    """What `chosen` draws: from datasets or from the catalogues, never from both."""
+    from analysis.figures.figure import CatalogueFigure, RecordsFigure
+
+    if isinstance(chosen, CatalogueFigure):
+        if datasets or only:
+            given = f"dataset ({datasets[0]})" if datasets else "--only"
+            raise OptionError(
+                f"figure {chosen.name!r} comes from the catalogues: it takes no {given}"
+            )
+        return chosen.frame(options)
+    assert isinstance(chosen, RecordsFigure)
+    if not datasets:
+        raise OptionError(f"figure {chosen.name!r} is drawn from records: name a DATASET")
+    options.over(Options(), takes=(), what=f"figure {chosen.name!r}")
+    return chosen.prepare(_records(datasets, only, every=every))
 
 
 def _records(
@@ -149,10 +194,8 @@ def _write_json(frame: pl.DataFrame) -> None:
     sys.stdout.write("\n")
 
 
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else _WIDE, highlight=False)
+for _command in (plan, models, devices):
+    main.add_command(_command)
 
 
 def _names(name: str, aliases: tuple[str, ...]) -> str:

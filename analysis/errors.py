@@ -2,9 +2,10 @@
 
     AnalysisError
     ├── DatasetError     a file or folder that is not what it should be; the message names it
-    └── SelectionError   the records do not answer the question: mixed conditions, none left
+    ├── SelectionError   the records do not answer the question: mixed conditions, none left
+    └── OptionError      a model, a device or a number that cannot be computed with
 
-Both come from the user's input, hence ValueError. The command line prints the message and
+All come from the user's input, hence ValueError. The command line prints the message and
 ends with status 2; every other exception is a defect of ours and keeps its traceback.
 """
 
@@ -24,6 +25,10 @@ class DatasetError(AnalysisError):
 
 class SelectionError(AnalysisError):
     """The chosen records do not fit what was asked of them."""
+
+
+class OptionError(AnalysisError):
+    """An option that names nothing, or that what was asked has no place for."""
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> str:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+
 import polars as pl
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -12,12 +15,19 @@ from analysis.figures.figure import Pivot
 from analysis.insights import percent
 from analysis.subtitle import subtitle
 
+_WIDE = 500
+"""Characters that a table may take in a file or a pipe; it takes what it needs."""
 _MOST_REASONS = 8
 _STYLES = {"ok": "green", "oom": "yellow", "crashed": "red", "timeout": "red"}
 _HEADINGS = (
     *("tokens/s", "TTFT\nms", "TPOT\nms", "ITL\nms"),
     *("peak\nGiB", "limit\nGiB", "time ÷\npredicted"),
 )
+
+
+def console() -> Console:
+    """Standard output: as wide as the terminal, or as a table needs where there is none."""
+    return Console(width=None if sys.stdout.isatty() else _WIDE, highlight=False)
 
 
 def records_table(records: pl.DataFrame) -> Table:

@@ -1,8 +1,11 @@
-"""What a figure is: a question to a dataset, answered as a frame, a picture and a sentence.
+"""What a figure is: a question, answered as a frame, a picture and a sentence.
 
 `prepare` decides what is shown and refuses what must not be mixed; everything after it is
 a function of the prepared frame alone. So the CSV beside a picture holds exactly what the
 picture shows, and a sentence can be checked against it.
+
+The question goes to datasets (`RecordsFigure`) or to the catalogues of models and devices
+(`CatalogueFigure`); what comes after `prepare` does not know which.
 """
 
 from __future__ import annotations
@@ -12,6 +15,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import polars as pl
+
+from analysis.options import Options
 
 if TYPE_CHECKING:
     import altair as alt
@@ -31,7 +36,7 @@ class Pivot:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Figure:
-    """A named figure."""
+    """A named figure, apart from where its frame comes from."""
 
     name: str
     aliases: tuple[str, ...]
@@ -39,12 +44,40 @@ class Figure:
     title: str
     paper: str
     """The paper's figure that this reproduces."""
-    prepare: Callable[[pl.LazyFrame], pl.DataFrame]
-    """From records as `load` gives them to exactly what is drawn, one row per point.
-    Raises SelectionError where the records do not make one figure."""
     chart: Callable[[pl.DataFrame], alt.TopLevelMixin]
     """The picture of a prepared frame."""
     pivots: Callable[[pl.DataFrame], list[Pivot]]
     """The same as tables, one per panel."""
     insight: Callable[[pl.DataFrame], str]
     """What follows from a prepared frame, in whole sentences."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RecordsFigure(Figure):
+    """A figure of what trials gave."""
+
+    prepare: Callable[[pl.LazyFrame], pl.DataFrame]
+    """From records as `load` gives them to exactly what is drawn, one row per point.
+    Raises SelectionError where the records do not make one figure."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CatalogueFigure(Figure):
+    """A figure of what follows from structure and data sheets: computed, never measured."""
+
+    takes: tuple[str, ...]
+    """Fields of `Options` that it can be asked for."""
+    defaults: Options
+    """What is drawn where nothing is asked for: the paper's choice."""
+    prepare: Callable[[Options], pl.DataFrame]
+    """From options, `defaults` filled in, to exactly what is drawn.
+    Raises OptionError for a model or device that cannot be drawn."""
+
+    def frame(self, asked: Options) -> pl.DataFrame:
+        """The prepared frame for what was asked, defaults for the rest.
+
+        Raises:
+            OptionError: as `prepare`, and for an option that the figure does not take.
+        """
+        what = f"figure {self.name!r}"
+        return self.prepare(asked.over(self.defaults, takes=self.takes, what=what))

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import textwrap
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,7 @@ import altair as alt
 import polars as pl
 
 from analysis.conditions import constant
+from analysis.figures.style import FAINT, LETTERS, caption, styled
 from analysis.insights import MISSING, feasible
 from analysis.keys import Axes, Key
 from analysis.subtitle import subtitle
@@ -29,12 +29,9 @@ _ROW, _GAP = 16, 8
 """A row of the strip, and the space above the first, in pixels."""
 _DODGE = 5
 """Pixels between the bars of neighbouring lines at one x."""
-_LETTERS = 76
-"""Characters of the caption that fit under one panel."""
 _SHAPES = ["circle", "square", "diamond", "triangle-up", "triangle-down", "cross"]
 MARKS = {"oom": "×", "skipped": "○", "unsupported": "–", "timeout": "?", "crashed": "!"}
 """What stands in the strip, by outcome."""
-_INK, _FAINT = "#333333", "#f2f2f2"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,14 +105,7 @@ def draw(frame: pl.DataFrame, *, axes: Axes, title: str, insight: str) -> alt.VC
         strip=pl.col(axes.line.column).replace_strict(scale.places(), default=None),
         beside=_beside(drawn, axes),
     )
-    caption = [
-        text.replace("\N{NO-BREAK SPACE}", " ")
-        for paragraph in (insight, _explanation(drawn))
-        for text in textwrap.wrap(
-            paragraph.replace(" %", "\N{NO-BREAK SPACE}%"), _LETTERS * max(columns, 2)
-        )
-    ]
-    note = alt.TitleParams(caption, orient="bottom", fontSize=12, fontWeight="normal", offset=14)
+    note = caption([insight, _explanation(drawn)], LETTERS * max(columns, 2))
     facets = (
         _panel(drawn, axes, scale)
         .facet(
@@ -127,7 +117,7 @@ def draw(frame: pl.DataFrame, *, axes: Axes, title: str, insight: str) -> alt.VC
         .resolve_axis(x="independent", y="independent")
     )
     head = alt.TitleParams(title, subtitle=subtitle(drawn))
-    return _styled(alt.vconcat(facets, title=head, description=f"{title}. {insight}"))
+    return styled(alt.vconcat(facets, title=head, description=f"{title}. {insight}"))
 
 
 def _panel(drawn: pl.DataFrame, axes: Axes, scale: _Scale) -> alt.LayerChart:
@@ -150,7 +140,7 @@ def _panel(drawn: pl.DataFrame, axes: Axes, scale: _Scale) -> alt.LayerChart:
     layers = [
         alt.Chart()
         .transform_aggregate(points="count()")
-        .mark_rect(color=_FAINT, tooltip=None)
+        .mark_rect(color=FAINT, tooltip=None)
         .encode(y=alt.YDatum(scale.floor, **y), y2=alt.Y2Datum(0)),
         # Points without a value stay in: a line breaks there.
         base.mark_line(strokeWidth=1.8, tooltip=None).encode(y=alt.Y("throughput_tok_s:Q", **y)),
@@ -237,49 +227,3 @@ def _ticks(top: float) -> list[float]:
     unit = 10 ** math.floor(math.log10(top))
     step = next(step for share in (0.1, 0.2, 0.25, 0.5, 1.0) if top / (step := share * unit) < 8)
     return [index * step for index in range(math.floor(top / step) + 1)]
-
-
-def _styled(chart: alt.VConcatChart) -> alt.VConcatChart:
-    chart.config = alt.Config(
-        font="sans-serif",
-        background="white",
-        padding=14,
-        view=alt.ViewConfig(stroke="#cccccc"),
-        title=alt.TitleConfig(
-            anchor="start",
-            color=_INK,
-            fontSize=17,
-            lineHeight=17,
-            offset=14,
-            subtitleColor="#555555",
-            subtitleFontSize=12,
-            subtitleLineHeight=16,
-            subtitlePadding=6,
-        ),
-        axis=alt.AxisConfig(
-            domainColor="#888888",
-            gridColor="#e3e3e3",
-            labelColor=_INK,
-            labelFontSize=11.5,
-            tickColor="#888888",
-            titleColor=_INK,
-            titleFontSize=12,
-            titleFontWeight="normal",
-        ),
-        header=alt.HeaderConfig(labelColor=_INK, labelFontSize=13, labelFontWeight="bold"),
-        legend=alt.LegendConfig(
-            columnPadding=16,
-            direction="horizontal",
-            labelColor=_INK,
-            labelFontSize=12,
-            orient="top",
-            symbolOpacity=1,
-            symbolSize=90,
-            titleColor=_INK,
-            titleFontSize=12,
-            titleFontWeight="normal",
-            titleLimit=0,
-            titleOrient="left",
-        ),
-    )
-    return chart

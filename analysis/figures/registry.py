@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from analysis.errors import SelectionError, unknown
 from analysis.figures.figure import Figure
+from analysis.figures.layers import LAYERS
+from analysis.figures.power import POWER
 from analysis.figures.scaling import scaling
+from analysis.figures.sparsity import SPARSITY
 from analysis.insights import absent, memory_boundary, overall, per_panel
 from analysis.keys import FFN_DIM, NUM_EXPERTS, TOP_K, Axes
 
@@ -33,6 +36,9 @@ FIGURES: tuple[Figure, ...] = (
         axes=Axes(x=TOP_K, panel=FFN_DIM, line=NUM_EXPERTS),
         parts=(per_panel, absent),
     ),
+    LAYERS,
+    POWER,
+    SPARSITY,
 )
 
 

@@ -14,7 +14,7 @@ import polars as pl
 
 from analysis.conditions import CONDITIONS, refuse_mixed, refuse_repeated
 from analysis.errors import SelectionError
-from analysis.figures.figure import Figure, Pivot
+from analysis.figures.figure import Pivot, RecordsFigure
 from analysis.insights import MISSING, feasible, percent
 from analysis.keys import Axes
 
@@ -52,7 +52,7 @@ def scaling(
     paper: str,
     axes: Axes,
     parts: tuple[Part, ...],
-) -> Figure:
+) -> RecordsFigure:
     """A figure of throughput over `axes`, whose insight is the sentences of `parts`."""
 
     def chart(frame: pl.DataFrame) -> alt.TopLevelMixin:
@@ -63,7 +63,7 @@ def scaling(
     def insight(frame: pl.DataFrame) -> str:
         return " ".join(filter(None, (part(frame, axes) for part in parts)))
 
-    return Figure(
+    return RecordsFigure(
         name=name,
         aliases=aliases,
         title=title,

@@ -14,18 +14,24 @@ import pytest
 
 from analysis import load
 from analysis.errors import AnalysisError, SelectionError
-from analysis.figures.figure import Figure
+from analysis.figures.figure import RecordsFigure
 from analysis.figures.registry import FIGURES, find
 from analysis.figures.write import write as write_figure
 from tests.unit.test_analysis_dataset import failure, grid, record, write
 
-NAMES = [figure.name for figure in FIGURES]
+NAMES = [figure.name for figure in FIGURES if isinstance(figure, RecordsFigure)]
 
 
 @pytest.fixture
 def records(tmp_path: Path) -> pl.LazyFrame:
     write(tmp_path / "hparam", grid())
     return load(tmp_path / "hparam")
+
+
+def of_records(name: str) -> RecordsFigure:
+    figure = find(name)
+    assert isinstance(figure, RecordsFigure)
+    return figure
 
 
 def layers(spec: dict[str, Any]) -> list[dict[str, Any]]:
@@ -39,7 +45,7 @@ def points_of(spec: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def spec_of(figure: Figure, records: pl.LazyFrame) -> dict[str, Any]:
+def spec_of(figure: RecordsFigure, records: pl.LazyFrame) -> dict[str, Any]:
     spec: dict[str, Any] = figure.chart(figure.prepare(records)).to_dict()
     return spec
 
@@ -55,13 +61,13 @@ def spec_of(figure: Figure, records: pl.LazyFrame) -> dict[str, Any]:
 def test_roles_are_the_papers(
     records: pl.LazyFrame, alias: str, name: str, x: str, panel: str, line: str
 ) -> None:
-    figure = find(alias)
+    figure = of_records(alias)
     assert figure.name == name
     assert alias.removeprefix("fig") in figure.paper
     spec = spec_of(figure, records)
     points = next(one for one in layers(spec) if one["mark"]["type"] == "point")
     assert spec["vconcat"][0]["facet"]["field"] == panel
-    run = find(alias).prepare(records).get_column(x).unique().sort().to_list()
+    run = of_records(alias).prepare(records).get_column(x).unique().sort().to_list()
     assert points["encoding"]["x"]["axis"]["values"] == run
     assert points["encoding"]["color"]["field"] == points["encoding"]["shape"]["field"] == line
 
@@ -74,7 +80,7 @@ def test_names_are_unique_and_a_wrong_one_is_answered() -> None:
 
 
 def test_prepare_keeps_every_point_with_its_outcome(records: pl.LazyFrame) -> None:
-    frame = find("fig9").prepare(records)
+    frame = of_records("fig9").prepare(records)
     assert frame.columns[:3] == ["ffn_dim", "num_experts", "top_k"]
     assert frame.select(frame.columns[:3]).rows() == [
         (f, e, k) for f in (224, 448, 896) for e in (8, 16) for k in (1, 2, 4)
@@ -94,26 +100,26 @@ def test_prepare_keeps_every_point_with_its_outcome(records: pl.LazyFrame) -> No
 def test_a_trial_skipped_for_another_cause_did_not_run_out_of_memory(tmp_path: Path) -> None:
     dead = failure("b", "crashed", top_k=4)
     write(tmp_path, [record("a"), dead, failure("c", "skipped", top_k=8, skipped_by="b")])
-    frame = find("fig9").prepare(load(tmp_path))
+    frame = of_records("fig9").prepare(load(tmp_path))
     assert not frame.get_column("out_of_memory").any()
 
 
 def test_mixed_records_are_refused(tmp_path: Path) -> None:
     write(tmp_path, [*grid(), record("gpu", profile="h100")])
     with pytest.raises(SelectionError, match="profile"):
-        find("fig7").prepare(load(tmp_path))
+        of_records("fig7").prepare(load(tmp_path))
 
 
 def test_what_cannot_be_drawn_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SelectionError, match="no records yet"):
-        find("fig7").prepare(load(tmp_path))
+        of_records("fig7").prepare(load(tmp_path))
     write(tmp_path, [failure("a", "infeasible")])
     with pytest.raises(SelectionError, match="infeasible"):
-        find("fig7").prepare(load(tmp_path))
+        of_records("fig7").prepare(load(tmp_path))
 
 
 def test_holes_stand_in_rows_of_their_own_below_zero(records: pl.LazyFrame) -> None:
-    spec = spec_of(find("fig9"), records)
+    spec = spec_of(of_records("fig9"), records)
     drawn = points_of(spec)
     marks = {(one["top_k"], one["mark"]): one["strip"] for one in drawn if one["mark"]}
     assert set(marks) == {(2, "×"), (4, "○")}
@@ -123,14 +129,14 @@ def test_holes_stand_in_rows_of_their_own_below_zero(records: pl.LazyFrame) -> N
     assert [value for value in axis["values"] if value < 0] == [*{*marks.values()}]
     assert json.dumps(["16 experts"]) in axis["labelExpr"]
 
-    by_top_k = points_of(spec_of(find("fig8"), records))
+    by_top_k = points_of(spec_of(of_records("fig8"), records))
     assert len({one["strip"] for one in by_top_k if one["mark"]}) == 2
 
 
 def test_a_line_breaks_where_a_point_is_missing(tmp_path: Path) -> None:
     points = [record(str(k), top_k=k) for k in (1, 4)] + [failure("2", "timeout", top_k=2)]
     write(tmp_path, points)
-    spec = spec_of(find("fig9"), load(tmp_path))
+    spec = spec_of(of_records("fig9"), load(tmp_path))
     line = next(one for one in layers(spec) if one["mark"]["type"] == "line")
     assert "transform" not in line  # the null point is kept, and breaks the path
     assert [one["mark"] for one in points_of(spec)] == [None, "?", None]
@@ -138,13 +144,13 @@ def test_a_line_breaks_where_a_point_is_missing(tmp_path: Path) -> None:
 
 def test_predictions_are_labelled(tmp_path: Path) -> None:
     write(tmp_path, grid(measured=False, engine="roofline"))
-    spec = spec_of(find("fig7"), load(tmp_path))
+    spec = spec_of(of_records("fig7"), load(tmp_path))
     assert spec["title"]["subtitle"][0] == "Predicted by a model (roofline), not measured"
     assert layers(spec)[1]["encoding"]["y"]["title"].startswith("Predicted")
 
 
 def test_pivots_are_the_panels_as_text(records: pl.LazyFrame) -> None:
-    figure = find("fig9")
+    figure = of_records("fig9")
     first, *_, last = figure.pivots(figure.prepare(records))
     assert (first.title, first.columns) == ("FFN 224", ("1", "2", "4"))
     assert first.rows[0] == ("8 experts", "1,000 ±1 %", "900 ±1 %", "800 ±1 %")
@@ -153,7 +159,7 @@ def test_pivots_are_the_panels_as_text(records: pl.LazyFrame) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_csv_holds_what_is_drawn(records: pl.LazyFrame, tmp_path: Path, name: str) -> None:
-    figure = find(name)
+    figure = of_records(name)
     frame = figure.prepare(records)
     write_figure(figure, frame, tmp_path / "x.csv")
     assert pl.read_csv(tmp_path / "x.csv", schema=frame.schema).equals(frame)
@@ -163,7 +169,7 @@ def test_csv_holds_what_is_drawn(records: pl.LazyFrame, tmp_path: Path, name: st
 def test_svg_shows_panels_marks_and_sentence(
     records: pl.LazyFrame, tmp_path: Path, name: str
 ) -> None:
-    figure = find(name)
+    figure = of_records(name)
     frame = figure.prepare(records)
     write_figure(figure, frame, tmp_path / "x.svg")
     root = ElementTree.parse(tmp_path / "x.svg").getroot()
@@ -179,7 +185,7 @@ def test_svg_shows_panels_marks_and_sentence(
 
 
 def test_png_is_a_picture_of_double_density(records: pl.LazyFrame, tmp_path: Path) -> None:
-    figure = find("fig9")
+    figure = of_records("fig9")
     write_figure(figure, figure.prepare(records), tmp_path / "x.png")
     data = (tmp_path / "x.png").read_bytes()
     width, height = struct.unpack(">II", data[16:24])
@@ -192,7 +198,7 @@ def test_png_is_a_picture_of_double_density(records: pl.LazyFrame, tmp_path: Pat
 def test_html_stands_alone_and_cannot_be_broken_out_of(
     records: pl.LazyFrame, tmp_path: Path
 ) -> None:
-    figure = find("fig9")
+    figure = of_records("fig9")
     write_figure(figure, figure.prepare(records), tmp_path / "x.html")
     page = (tmp_path / "x.html").read_text()
     scripts = re.findall(r"<script([^>]*)>", page)
@@ -212,7 +218,7 @@ def test_html_stands_alone_and_cannot_be_broken_out_of(
 def test_bad_outputs_are_explained(
     records: pl.LazyFrame, tmp_path: Path, name: str, message: str
 ) -> None:
-    figure = find("fig9")
+    figure = of_records("fig9")
     with pytest.raises(AnalysisError, match=message):
         write_figure(figure, figure.prepare(records), tmp_path / name)
 
@@ -221,7 +227,7 @@ def test_a_file_that_cannot_be_written_leaves_nothing(
     records: pl.LazyFrame, tmp_path: Path
 ) -> None:
     (tmp_path / "x.csv").mkdir()
-    figure = find("fig9")
+    figure = of_records("fig9")
     with pytest.raises(AnalysisError, match=r"x\.csv: cannot be written"):
         write_figure(figure, figure.prepare(records), tmp_path / "x.csv")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hparam", "x.csv"]
@@ -230,6 +236,6 @@ def test_a_file_that_cannot_be_written_leaves_nothing(
 def test_all_out_of_memory_is_still_a_picture(tmp_path: Path) -> None:
     points = [failure(str(k), "oom", top_k=k) for k in (1, 2, 4)]
     write(tmp_path, points)
-    figure = find("fig7")
+    figure = of_records("fig7")
     write_figure(figure, figure.prepare(load(tmp_path)), tmp_path / "x.svg")
     assert (tmp_path / "x.svg").read_text().count(">×<") == 3

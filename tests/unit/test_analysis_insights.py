@@ -10,17 +10,17 @@ import pytest
 
 from analysis import load
 from analysis.aggregate import compare, steps
-from analysis.figures.registry import FIGURES, find
 from analysis.insights import summary
 from tests.unit.test_analysis_dataset import failure, grid, record, write
+from tests.unit.test_analysis_figures import of_records
 
-FFN, EXPERTS, TOP_K = (figure.name for figure in FIGURES)
+FFN, EXPERTS, TOP_K = "hparam-ffn", "hparam-experts", "hparam-topk"
 INTERVAL = ("throughput_tok_s_ci_low", "throughput_tok_s_ci_high")
 
 
 def insight(folder: Path, name: str, values: list[dict[str, Any]]) -> str:
     write(folder, values)
-    figure = find(name)
+    figure = of_records(name)
     return figure.insight(figure.prepare(load(folder)))
 
 

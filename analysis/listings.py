@@ -1,0 +1,158 @@
+"""What the catalogues hold, as facts for programs and as tables for people."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from workers.hardware.device import CPU, Device, provenance
+from workers.moe.architecture import catalogue
+from workers.moe.structure import Architecture
+
+_KV_BYTES = 2
+"""Of one cached value in bf16."""
+
+Facts = dict[str, Any]
+
+
+def model_facts(name: str, a: Architecture) -> Facts:
+    """Dimensions and parameters of a model; nothing that depends on how it is stored."""
+    entry = catalogue().get(name, {})
+    return {
+        "name": name,
+        "hub_id": entry.get("hub_id"),
+        "family": a.family,
+        "params_total": a.params_total,
+        "params_active": a.params_active,
+        "params_active_no_embedding": a.params_active_no_embedding,
+        "params_vision": a.params_vision,
+        "num_layers": a.num_layers,
+        "hidden_size": a.hidden_size,
+        "ffn_dim": a.ffn_dim,
+        "num_experts": a.num_experts,
+        "top_k": a.top_k,
+        "shared_experts": a.shared_experts,
+        "expert_params": a.expert_params,
+        "attention_params_per_layer": a.attention_params,
+        "kv_bytes_per_token": a.kv_values_per_token * _KV_BYTES,
+        "exact": a.exact,
+        "verified": entry.get("verified"),
+        "papers": list(entry.get("papers", ())),
+    }
+
+
+def models_table(facts: Sequence[Facts]) -> Table:
+    """One row per model."""
+    columns = (
+        *("total\nbillion", "active\nbillion", "without\nembedding"),
+        *("layers", "hidden", "FFN", "experts", "top-k", "shared"),
+        *("one expert\nmillion", "attention\nper layer\nmillion", "KV bytes\nper token\nbf16"),
+    )
+    table = _table("model", columns)
+    for one in facts:
+        table.add_row(
+            one["name"] + ("" if one["verified"] is not False else " (unverified)"),
+            *(
+                f"{one[key] / 1e9:,.3f}"
+                for key in ("params_total", "params_active", "params_active_no_embedding")
+            ),
+            *(str(one[key]) for key in ("num_layers", "hidden_size", "ffn_dim", "num_experts")),
+            *(str(one[key]) for key in ("top_k", "shared_experts")),
+            f"{one['expert_params'] / 1e6:,.3f}" if one["expert_params"] else "–",
+            f"{one['attention_params_per_layer'] / 1e6:,.3f}",
+            f"{one['kv_bytes_per_token']:,}",
+        )
+    return table
+
+
+def about(name: str, *, whole: bool) -> Iterator[str]:
+    """What the papers print otherwise, and with `whole` the entry's source and notes."""
+    entry: Mapping[str, Any] = catalogue().get(name, {})
+    if whole and entry:
+        yield f"{entry['hub_id']}: {entry['source']}"
+    for error in entry.get("papers", ()):
+        yield (
+            f"{name}: {error['paper']} prints {error['key']} {error['printed']}, "
+            f"the configuration has {error['true']}."
+        )
+    if whole:
+        yield from entry.get("notes", ())
+
+
+def device_facts(one: Device) -> Facts:
+    """Figures of a device as the catalogue has them; null where it has none."""
+    return {
+        "name": one.name,
+        "kind": one.kind,
+        "bandwidth_gb_s": one.bandwidth_gb_s,
+        "bf16_tflops": one.bf16_tflops,
+        "fp8_tflops": one.fp8_tflops,
+        "int8_tflops": one.int8_tflops,
+        "fp32_tflops": one.fp32_tflops,
+        "bf16_sparse_tflops": one.bf16_sparse_tflops,
+        "fp8_sparse_tflops": one.fp8_sparse_tflops,
+        "memory_gb": one.memory_gb,
+        "power_w": one.power_w,
+        "price_usd": one.price_usd,
+        "link_gb_s": one.link_gb_s,
+        "network_gb_s": one.network_gb_s,
+        "verified": one.verified,
+        "source": one.source,
+        "figures": {
+            key: {"source": origin.source, "verified": origin.verified}
+            for key, origin in (provenance(one.name) if one.name != CPU else {}).items()
+        },
+    }
+
+
+def devices_table(facts: Sequence[Facts]) -> Table:
+    """One row per device; sparse peaks in columns of their own."""
+    columns = {
+        "GB/s": "bandwidth_gb_s",
+        "bf16\nTFLOP/s": "bf16_tflops",
+        "fp8\nTFLOP/s": "fp8_tflops",
+        "int8\nTOP/s": "int8_tflops",
+        "bf16\n2:4 sparse": "bf16_sparse_tflops",
+        "fp8\n2:4 sparse": "fp8_sparse_tflops",
+        "GB": "memory_gb",
+        "W": "power_w",
+        "USD": "price_usd",
+        "link\nGB/s": "link_gb_s",
+    }
+    table = _table("device", columns)
+    table.add_column("peaks", no_wrap=True)
+    for one in facts:
+        checked = "verified" if one["verified"] else "unverified"
+        table.add_row(one["name"], *(number(one[key]) for key in columns.values()), checked)
+    return table
+
+
+def sources_table(facts: Sequence[Facts]) -> Table:
+    """One row per device and source: which figures come from there, unverified ones marked."""
+    table = Table(box=SIMPLE_HEAD)
+    for heading in ("device", "source", "figures (? unverified)"):
+        table.add_column(heading)
+    for one in facts:
+        by_source: dict[str, list[str]] = {}
+        for key, origin in one["figures"].items():
+            mark = "" if origin["verified"] else " ?"
+            by_source.setdefault(origin["source"], []).append(f"{key}{mark}")
+        for index, (source, keys) in enumerate(by_source.items()):
+            table.add_row("" if index else one["name"], source, ", ".join(keys))
+    return table
+
+
+def number(value: float | None) -> str:
+    """A figure with thousands marked; a dash where there is none."""
+    return "–" if value is None else f"{value:,.6g}"
+
+
+def _table(first: str, columns: Sequence[str] | Mapping[str, str]) -> Table:
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column(first, no_wrap=True)
+    for heading in columns:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
