@@ -5,7 +5,9 @@ matrices are multiplied. Both are measured as an engine would meet them, with to
 the engine's threads, each pinned to a core. Memory is read in arrays that no cache can hold
 (a virtual machine may see a last-level cache of hundreds of MiB), products are large, and
 the best of many repeats counts: whatever disturbs a repeat only makes it slower. How far
-the median stays behind is kept beside it.
+the median stays behind is kept beside it. A neighbour on the same physical core can slow a
+virtual machine for minutes without being seen, so `--store` adds to what is kept: the best
+of all runs is the peak.
 
 On a GPU the same patterns and products run, timed by CUDA events.
 """
@@ -18,7 +20,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
@@ -88,16 +90,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: CUDA if there is one")
     parser.add_argument("--threads", type=int, help="CPU threads; default: every core")
     parser.add_argument("--json", action="store_true", help="print one line of JSON")
-    parser.add_argument("--store", action="store_true", help="keep it for this machine")
+    parser.add_argument(
+        "--store", action="store_true", help="add it to what is kept for this machine"
+    )
     asked = parser.parse_args(arguments)
     try:
-        threads = _claim(asked.threads)
+        cores = _claim(asked.threads)
         host = describe()
         kind: Kind = asked.device or ("cuda" if host.gpus else "cpu")
         host = processor(host) if kind == "cpu" else host
-        found = measure(host, kind, threads)
+        found = measure(host, kind, cores)
         if asked.store:
-            peaks.store(found, host)
+            found = peaks.store(found, host)
     except Impossible as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -108,16 +112,16 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def measure(host: Host, kind: Kind, threads: int) -> Calibration:
-    """Calibrates the device of `host`, which is this machine.
+def measure(host: Host, kind: Kind, cores: Sequence[int]) -> Calibration:
+    """Calibrates the device of `host`, which is this machine, with a thread on each of `cores`.
 
     Raises:
         Impossible: torch is missing, or has no CUDA where `kind` asks for it.
     """
-    torch = _torch(kind, threads)
-    start, load = time.perf_counter(), _Load()
+    torch = _torch(kind, len(cores))
+    start, load = time.perf_counter(), _Load(cores)
     clock = _cuda_seconds if kind == "cuda" else _cpu_seconds
-    size, traffic = _traffic(torch, kind)
+    size, traffic = _traffic(torch, kind, cores)
     products = _products(torch, kind)
     calls = _calls(torch, kind)
     tasks = [*traffic, *products, calls]
@@ -132,7 +136,7 @@ def measure(host: Host, kind: Kind, threads: int) -> Calibration:
     return Calibration(
         device=host.device,
         kind=kind,
-        threads=threads,
+        threads=len(cores),
         torch_version=host.torch_version or str(torch.__version__),
         bandwidth_gb_s=max(patterns.values()),
         patterns_gb_s=patterns,
@@ -141,13 +145,14 @@ def measure(host: Host, kind: Kind, threads: int) -> Calibration:
         overhead_s=1 / calls.best,
         spread={name: task.spread for name, task in fastest.items()},
         others=load.others(),
+        runs=1,
         measured_at=time.time(),
         seconds=time.perf_counter() - start,
     )
 
 
-def _claim(threads: int | None) -> int:
-    """Takes that many cores and has torch, once imported, pin a thread to each.
+def _claim(threads: int | None) -> list[int]:
+    """The cores to measure with; torch, once imported, will pin a thread to each.
 
     An engine leaves its process bound to the first of its cores, and a child inherits
     that; so where more are asked for than are there, all are asked back first.
@@ -159,7 +164,7 @@ def _claim(threads: int | None) -> int:
     os.environ["OMP_NUM_THREADS"] = str(len(cores))
     os.environ["OMP_PLACES"] = ",".join(f"{{{core}}}" for core in cores)
     os.environ["OMP_PROC_BIND"] = "true"
-    return len(cores)
+    return cores
 
 
 def _torch(kind: Kind, threads: int) -> Any:
@@ -177,7 +182,7 @@ def _torch(kind: Kind, threads: int) -> Any:
     return torch
 
 
-def _traffic(torch: Any, kind: Kind) -> tuple[int, list[_Task]]:
+def _traffic(torch: Any, kind: Kind, cores: Sequence[int]) -> tuple[int, list[_Task]]:
     """Bytes of the array, and the access patterns over it.
 
     A read is timed as a sum and as a matrix-vector product, which is what decoding one
@@ -187,7 +192,7 @@ def _traffic(torch: Any, kind: Kind) -> tuple[int, list[_Task]]:
         free, _ = torch.cuda.mem_get_info()
         caches = torch.cuda.get_device_properties(0).L2_cache_size
     else:
-        free, caches = psutil.virtual_memory().available, cache_bytes()
+        free, caches = psutil.virtual_memory().available, cache_bytes(cores)
     size = min(max(_ARRAY_BYTES, _CACHES * caches), free // _SHARE_OF_FREE)
     rows = max(1, size // (4 * 6 * _ROW)) * 6  # divides into halves and thirds
     array = torch.ones(rows, _ROW, dtype=torch.float32, device=kind)
@@ -274,10 +279,10 @@ def _repeat(torch: Any, task: _Task, clock: Callable[[Any, Work], float], *, war
 
 
 class _Load:
-    """Who else had the cores of this process since it was made."""
+    """Who else had the cores since it was made."""
 
-    def __init__(self) -> None:
-        self._cores = sorted(os.sched_getaffinity(0))
+    def __init__(self, cores: Sequence[int]) -> None:
+        self._cores = cores
         self._start = self._now()
 
     def others(self) -> float:
@@ -315,8 +320,10 @@ def _lines(found: Calibration) -> Iterator[str]:
     for name, rate in found.tflops.items():
         yield f"  {name:<9}{rate:10.3f} TFLOPS  median {found.spread[name]:.0%} below"
     yield f"  overhead {found.overhead_s * 1e6:10.1f} µs of a tiny linear layer"
-    yield f"  over {found.array_gib:.1f} GiB, in {found.seconds:.1f} s"
-    yield f"  others had {found.others:.0%} of the cores"
+    yield (
+        f"  over {found.array_gib:.1f} GiB, in {found.seconds:.1f} s; others had "
+        f"{found.others:.0%} of the cores; best of {found.runs} run{'s' * (found.runs > 1)}"
+    )
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -42,8 +42,8 @@ def cpu() -> Device:
     day = datetime.fromtimestamp(found.measured_at, UTC).date()
     return replace(
         _device(found.bandwidth_gb_s, found.tflops["bf16"]),
-        source=f"calibration of {day} with torch, {found.threads} threads"
-        f", others had {found.others:.0%} of the cores",
+        source=f"best of {found.runs} calibrations with torch, the last on {day}, "
+        f"{found.threads} threads; others had {found.others:.0%} of the cores",
         verified=found.others <= peaks.QUIET,
         fp16_tflops=found.tflops.get("fp16"),
         fp32_tflops=found.tflops.get("fp32"),
@@ -51,10 +51,11 @@ def cpu() -> Device:
     )
 
 
-def cache_bytes() -> int:
-    """Last-level caches of the cores in use, together; 0 where the system does not say."""
+def cache_bytes(used: Iterable[int] | None = None) -> int:
+    """Last-level caches of these cores, else of those that this process may use, together;
+    0 where the system does not say."""
     levels: dict[int, dict[str, int]] = {}
-    for core in os.sched_getaffinity(0):
+    for core in os.sched_getaffinity(0) if used is None else used:
         for index in Path(f"/sys/devices/system/cpu/cpu{core}/cache").glob("index*"):
             try:
                 level = int((index / "level").read_text())

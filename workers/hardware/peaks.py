@@ -22,7 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -62,11 +62,13 @@ class Calibration:
     overhead_s: float
     """Time of a linear layer too small to compute anything, seconds."""
     spread: Mapping[str, float]
-    """How far the median of the repeats stays below the best, as a share of the best; by
-    pattern and data type. Large where the machine is shared."""
+    """How far the median of the last run's repeats stays below the best of all, as a share
+    of the best; by pattern and data type. Large where the machine is shared."""
     others: float
-    """Share of the cores' time that other processes had meanwhile; above `QUIET` the rates
-    are too low to be called peaks."""
+    """Share of the cores' time that other processes had meanwhile, in the quietest run; above
+    `QUIET` the rates are too low to be called peaks."""
+    runs: int
+    """Measurements that this is the best of."""
     measured_at: float
     """End of the measurement, seconds since 1970."""
     seconds: float
@@ -105,22 +107,46 @@ def stored(host: Host) -> Calibration | None:
 
 
 def store(calibration: Calibration, host: Host) -> Calibration:
-    """Keeps a calibration for the device of `host`; the one that is kept from now on.
+    """Adds a measurement to what is kept for the device of `host`; what is kept now.
 
-    An undisturbed one that is there stays, where the new one was disturbed.
+    That is the best of each figure: what disturbs a measurement only makes it slower, and
+    not all that does can be seen from inside a virtual machine.
 
     Raises:
         OSError: the cache folder cannot be written.
     """
     there = stored(host)
-    if there is not None and there.others <= QUIET < calibration.others:
-        return there
+    kept = calibration if there is None else _best(there, calibration)
     path = _path(host)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(f".{os.getpid()}.tmp")
-    draft.write_text(calibration.dumps() + "\n")
+    draft.write_text(kept.dumps() + "\n")
     draft.replace(path)
-    return calibration
+    return kept
+
+
+def _best(old: Calibration, new: Calibration) -> Calibration:
+    patterns = _higher(old.patterns_gb_s, new.patterns_gb_s)
+    tflops = _higher(old.tflops, new.tflops)
+    overhead = min(old.overhead_s, new.overhead_s)
+    reached = {**new.patterns_gb_s, **new.tflops, "overhead": 1 / new.overhead_s}
+    best = {**patterns, **tflops, "overhead": 1 / overhead}
+    return replace(
+        new,
+        bandwidth_gb_s=max(old.bandwidth_gb_s, new.bandwidth_gb_s),
+        patterns_gb_s=patterns,
+        tflops=tflops,
+        overhead_s=overhead,
+        spread={
+            name: 1 - (1 - share) * reached[name] / best[name] for name, share in new.spread.items()
+        },
+        others=min(old.others, new.others),
+        runs=old.runs + new.runs,
+    )
+
+
+def _higher(old: Mapping[str, float], new: Mapping[str, float]) -> dict[str, float]:
+    return {name: max(old.get(name, 0.0), new.get(name, 0.0)) for name in {**old, **new}}
 
 
 def calibrated(host: Host, *, timeout_s: float = 120.0) -> Calibration:
@@ -133,7 +159,8 @@ def calibrated(host: Host, *, timeout_s: float = 120.0) -> Calibration:
 
 
 def calibrate(host: Host, *, timeout_s: float = 120.0) -> Calibration:
-    """Measures the device of `host` (this machine) in a process of its own, and keeps it.
+    """Measures the device of `host` (this machine) in a process of its own, and adds that to
+    what is kept.
 
     If another process is measuring already, waits for it and takes its result. The machine
     should be idle: what else runs makes the rates too low (see `Calibration.others`).
@@ -227,12 +254,22 @@ def _check(data: Mapping[str, Any]) -> None:
     patterns, tflops = data["patterns_gb_s"], data["tflops"]
     if not isinstance(patterns, dict) or not isinstance(tflops, dict):
         raise ValueError("rates by pattern and data type are mappings")
-    alone = ("bandwidth_gb_s", "overhead_s", "array_gib", "measured_at", "seconds", "threads")
+    alone = (
+        "bandwidth_gb_s",
+        "overhead_s",
+        "array_gib",
+        "measured_at",
+        "seconds",
+        "threads",
+        "runs",
+    )
     for name, value in {**{key: data[key] for key in alone}, **patterns, **tflops}.items():
         if not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
             raise ValueError(f"{name} is {value!r}, not a positive number")
     others = data["others"]
     if not isinstance(others, int | float) or not 0 <= others < math.inf:
         raise ValueError(f"others is {others!r}, not a share")
+    if not isinstance(data["spread"], dict):
+        raise ValueError("spread is a mapping")
     if "bf16" not in tflops:
         raise ValueError("bf16 was not measured")
