@@ -7,6 +7,7 @@ checkpoints and in vLLM, and a buffer in transformers.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from workers.contract.errors import Infeasible
 from workers.contract.model import Model
 from workers.moe.architecture import bend, catalogue
 from workers.moe.families import read
@@ -40,6 +42,8 @@ CONDITIONAL = {
     "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
     "switch_transformers": "SwitchTransformersForConditionalGeneration",
 }
+LAYER = re.compile(r"(?:^|\.)(?:layers|blocks|block)\.(\d+)\.")
+APART = re.compile(r"(?:^|\.)(?:encoder|visual|vision_model|vision_tower)\.")
 
 
 def build(config: Mapping[str, Any]) -> torch.nn.Module:
@@ -118,6 +122,19 @@ DEEPSEEK = (
 )
 LOCAL = ROUTED | {"num_local_experts": of(2, 3)}
 NUMBERED = ROUTED | {"num_experts": of(2, 3)}
+
+DENSE = set("gemma gemma2 gemma3_text granite llama mistral olmo2 olmo3 phi3 qwen2 qwen3".split())
+
+PARTLY_DENSE = {"ernie4_5_moe", "llama4", "llama4_text", "switch_transformers"} | {
+    "deepseek_v2",
+    "deepseek_v3",
+    "dots1",
+    "glm4_moe",
+    "qwen2_moe",
+    "qwen3_moe",
+    "qwen3_vl_moe",
+}
+"""Families in which few layers may be left without experts."""
 
 FLAT: dict[str, dict[str, Any]] = {
     "mixtral": LOCAL | HEAD_DIM | {"sliding_window": of(None, 8)},
@@ -312,8 +329,11 @@ def configuration(draw: Draw, family: str) -> dict[str, Any]:
     return NESTED[family](draw) if family in NESTED else flat(draw, family)
 
 
+BRIEF = settings(max_examples=10, deadline=None, phases=(Phase.generate, Phase.shrink))
+
+
 @pytest.mark.parametrize("family", sorted(FLAT | NESTED))
-@settings(max_examples=12, deadline=None, phases=(Phase.generate, Phase.shrink))
+@BRIEF
 @given(data=st.data())
 def test_every_parameter_is_counted(family: str, data: st.DataObject) -> None:
     config = configuration(data.draw, family)
@@ -322,3 +342,128 @@ def test_every_parameter_is_counted(family: str, data: st.DataObject) -> None:
         a = read(known)
         assert a.exact
         assert counted(a) == parameters(model)
+    by_layer, routed = per_layer(model)
+    assert [layer.params for layer in a.layers] == by_layer
+    assert [
+        layer.experts.num * sum(w.params for w in layer.experts.expert) if layer.experts else 0
+        for layer in a.layers
+    ] == routed
+
+
+def per_layer(model: torch.nn.Module) -> tuple[list[int], list[int]]:
+    """Parameters of each decoder layer, and those of its routed experts."""
+    layers: dict[int, int] = {}
+    experts: dict[int, int] = {}
+    corrections = (n for n in model.named_buffers() if n[0].endswith("e_score_correction_bias"))
+    for name, tensor in (*model.named_parameters(), *corrections):
+        found = LAYER.search(name)
+        if found is None or APART.search(name):
+            continue
+        number = int(found[1])
+        layers[number] = layers.get(number, 0) + tensor.numel()
+        mine = tensor.numel() if ".experts." in name else 0
+        experts[number] = experts.get(number, 0) + mine
+    return [layers[i] for i in sorted(layers)], [experts[i] for i in sorted(experts)]
+
+
+@pytest.mark.parametrize("family", sorted(FLAT))
+@BRIEF
+@given(data=st.data())
+def test_windows_are_those_of_the_masks(family: str, data: st.DataObject) -> None:
+    config = configuration(data.draw, family)
+    known = CONFIG_MAPPING[family].from_dict(config)
+    window = getattr(known, "sliding_window", None) or None
+    chunk = getattr(known, "attention_chunk_size", None)
+    types = getattr(known, "layer_types", None)
+    every = ["sliding_attention"] * known.num_hidden_layers
+    expected = [
+        {"sliding_attention": window, "chunked_attention": chunk, "full_attention": None}[kind]
+        for kind in types or every
+    ]
+    layers = read(config).layers
+    assert [layer.attention.window for layer in layers] == expected
+    assert all(
+        layer.attention.chunked == (family == "llama4_text")
+        for layer in layers
+        if (layer.attention.window)
+    )
+
+
+@pytest.mark.parametrize("family", sorted(f for f in FLAT | NESTED if f not in DENSE))
+@BRIEF
+@given(data=st.data())
+def test_bent_configurations_load(family: str, data: st.DataObject) -> None:
+    config, draw = configuration(data.draw, family), data.draw
+    asked = {
+        "ffn_dim": draw(of(None, 16)),
+        "num_experts": draw(of(None, 6, 4)),
+        "num_layers": draw(of(None, 3, 6)),
+        "top_k": None if family == "switch_transformers" else draw(of(None, 3)),
+    }
+    if (a := read(config)).moe is None:
+        return
+    # What transformers writes of a DBRX configuration it does not read again.
+    forms = [config] if family == "dbrx" else [config, build(config).config.to_dict()]
+    for known in forms:
+        try:
+            bent = bend(known, Model(name=family, weights="dummy", **asked))
+        except Infeasible:
+            assert family in PARTLY_DENSE
+            continue
+        b = read(bent)
+        for key, value in asked.items():
+            assert getattr(b, key) == (getattr(a, key) if value is None else value)
+        assert counted(b) == parameters(build(bent))
+
+
+@pytest.mark.parametrize("name", sorted(set(catalogue()) - WITHOUT_CLASS))
+def test_catalogue_is_what_transformers_builds(name: str) -> None:
+    """Switch-C is built with 8 of its 2048 experts, each a module of its own: 60 thousand
+    modules would take minutes. The experts left out are 2040 times those of one."""
+    config = catalogue()[name]["config"]
+    a = read(config)
+    if a.family == "switch_transformers":
+        fewer = read(bend(config, Model(name=name, weights="dummy", num_experts=8)))
+        assert counted(fewer) == parameters(build(fewer.config))
+        per_expert = a.expert_params + a.hidden_size  # and its row of the router
+        layers = sum(layer.experts is not None for layer in a.layers) + 15
+        assert a.params_total - fewer.params_total == layers * 2040 * per_expert
+    else:
+        assert counted(a) == parameters(build(config))
+
+
+def test_catalogue_without_a_class_is_known() -> None:
+    absent = {
+        name for name, e in catalogue().items() if e["config"]["model_type"] not in CONFIG_MAPPING
+    }
+    assert absent == WITHOUT_CLASS
+
+
+@pytest.mark.parametrize("name", sorted(n for n in catalogue() if n.startswith("deepseek-vl2")))
+def test_deepseek_vl2_speaks_deepseek_v2(name: str) -> None:
+    """The language part has a class; where it is not MLA, Llama's attention is the same."""
+    config = catalogue()[name]["config"]
+    text = config["language_config"]
+    if text.get("use_mla", True):
+        a = read(config)
+        corrected = sum(len(layer.experts.router) > 1 for layer in a.layers if layer.experts)
+        assert a.params_total == parameters(build(text)) + corrected * a.num_experts
+        return
+    a, hidden = read(config), text["hidden_size"]
+    dense = {key: text[key] for key in ("hidden_size", "intermediate_size", "vocab_size")}
+    heads = {key: text[key] for key in ("num_attention_heads", "num_key_value_heads")}
+    one = build({"model_type": "llama", "num_hidden_layers": 1} | dense | heads)
+    assert a.layers[0].params == sum(
+        p.numel() for n, p in one.named_parameters() if ".layers.0." in n
+    )
+    assert a.attention_params == 4 * hidden**2
+
+
+@pytest.mark.parametrize("name", sorted(set(catalogue()) - WITHOUT_CLASS - {"switch-c"}))
+def test_catalogue_skeletons_load(name: str) -> None:
+    bent = bend(
+        catalogue()[name]["config"], Model(name=name, weights="dummy", scale=0.125, num_layers=4)
+    )
+    a = read(bent)
+    assert a.num_layers == 4
+    assert counted(a) == parameters(build(bent))

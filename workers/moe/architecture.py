@@ -8,8 +8,10 @@ the engine are one and the same.
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -19,15 +21,30 @@ from workers.contract.errors import Infeasible
 from workers.contract.layout import Layout
 from workers.contract.model import Model
 from workers.moe.families import read
+from workers.moe.fields import NESTED, Fields
 from workers.moe.fields import UnknownModel as UnknownModel
-from workers.moe.structure import Architecture
+from workers.moe.structure import Architecture, Part
 
 DTYPE_BYTES: Mapping[str, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
 
-_WIDTHS = ("hidden_size", "intermediate_size", "moe_intermediate_size", "vocab_size")
-_FFN = ("moe_intermediate_size", "intermediate_size")
-_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
-_TOP_K = ("num_experts_per_tok", "moe_topk")
+_HIDDEN = ("hidden_size", "d_model")
+_FFN = ("moe_intermediate_size", "ffn_hidden_size", "d_ff", "intermediate_size")
+_OTHER_WIDTHS = (
+    "vocab_size",
+    "embedding_size",
+    "intermediate_size_mlp",
+    "shared_expert_intermediate_size",
+    "shared_intermediate_size",
+)
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_TOP_K = ("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k", "num_selected_experts")
+_LAYERS = ("num_hidden_layers", "n_layers", "num_layers")
+_HEADS = ("num_attention_heads", "n_heads", "num_heads")
+_KV_HEADS = ("num_key_value_heads", "n_kv_heads", "kv_n_heads")
+_DENSE_LAYERS, _MOE_LAYERS = "mlp_only_layers", "moe_layers"
+_PROJECTED = ("out_hidden_size", "n_embed")
+
+Tree = dict[str, Any]
 
 
 def resolve(model: Model) -> Architecture | None:
@@ -37,11 +54,17 @@ def resolve(model: Model) -> Architecture | None:
     has no prediction for it, and the record takes the dimensions from the loaded engine.
 
     Raises:
-        UnknownModel: the name is neither in the catalogue, nor a folder, nor a hub id.
+        UnknownModel: the name is neither in the catalogue, nor a folder, nor a hub id; or
+            its configuration lacks what even an estimate needs.
         Infeasible: an override that the configuration has no place for.
     """
     config = configuration(model.name)
-    return None if config is None else read(bend(config, model))
+    if config is None:
+        return None
+    try:
+        return read(bend(config, model))
+    except UnknownModel as error:
+        raise UnknownModel(f"configuration of {model.name}: {error}") from error
 
 
 def configuration(name: str) -> Mapping[str, Any] | None:
@@ -56,9 +79,12 @@ def configuration(name: str) -> Mapping[str, Any] | None:
     folder = Path(name).expanduser()
     if (folder / "config.json").is_file():
         try:
-            return dict(json.loads((folder / "config.json").read_text()))
+            found = json.loads((folder / "config.json").read_text())
         except (OSError, ValueError) as error:
             raise UnknownModel(f"{folder / 'config.json'} cannot be read: {error}") from error
+        if not isinstance(found, dict):
+            raise UnknownModel(f"{folder / 'config.json'} holds no configuration")
+        return found
     if folder.is_dir():
         raise UnknownModel(f"folder {name} has no config.json")
     if name.count("/") == 1 and not name.startswith(("/", ".", "~")):
@@ -72,55 +98,75 @@ def configuration(name: str) -> Mapping[str, Any] | None:
 def bend(config: Mapping[str, Any], model: Model) -> dict[str, Any]:
     """`config` with the shape overrides of `model`, then its scale, applied.
 
-    The scale multiplies every width (hidden, FFN, vocabulary) and the numbers of heads,
-    and keeps the head dimension, so that the shares of attention, experts and embeddings
-    stay what they were. FFN widths asked for are scaled too: a grid keeps its ratios.
+    Only the language model is bent. The scale multiplies every width (hidden, FFN, shared
+    experts, vocabulary) and the numbers of heads, and keeps the head dimension and the ranks
+    of latents, so that the shares of attention, experts and embeddings stay roughly what
+    they were. FFN widths asked for are scaled too: a grid keeps its ratios.
+
+    Raises:
+        Infeasible: the configuration has no place for an override, or does not follow it.
     """
-    bent = dict(config)
-    for wanted, keys in (
-        (model.ffn_dim, _FFN),
-        (model.num_experts, _EXPERTS),
-        (model.top_k, _TOP_K),
-        (model.num_layers, ("num_hidden_layers",)),
-    ):
-        if wanted is not None:
-            bent[_key(config, keys, model.name)] = wanted
+    bent = copy.deepcopy(dict(config))
+    asked = {
+        key: value
+        for key in ("ffn_dim", "num_experts", "top_k", "num_layers")
+        if (value := getattr(model, key)) is not None
+    }
+    if asked:
+        _override(bent, asked, model.name)
+        _confirm(config, bent, asked, model.name)
     if model.scale != 1.0:
-        for key in _WIDTHS:
-            if isinstance(bent.get(key), int):
-                bent[key] = _scaled(bent[key], model.scale, multiple=32)
-        heads = max(1, round(bent["num_attention_heads"] * model.scale))
-        kv_heads = max(1, round(_kv_heads(config) * model.scale))
-        bent.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
-        bent["num_key_value_heads"] = kv_heads
-        bent["num_attention_heads"] = heads + -heads % kv_heads
+        _shrink(bent, read(bent), model.scale)
     return bent
 
 
 def check(architecture: Architecture, layout: Layout) -> None:
-    """Whether this structure can run in this layout at all.
+    """Whether this structure can run in this layout at all, by vLLM's rules.
+
+    The vocabulary is padded by the engine; experts that do not divide over expert-parallel
+    devices are spread unevenly. Neither is refused.
 
     Raises:
         Infeasible: with the arithmetic that does not come out.
     """
-    a = architecture
+    a, tensor = architecture, layout.tensor
     if a.top_k > a.num_experts:
         raise Infeasible(f"top_k {a.top_k} is above the {a.num_experts} experts of a layer")
-    for what, count in (("attention heads", a.num_heads), ("FFN width", a.ffn_dim)):
-        if count % layout.tensor and not (what == "FFN width" and layout.expert):
-            raise Infeasible(
-                f"{count} ({what}) is not divisible by the tensor degree {layout.tensor}"
-            )
-    if layout.tensor > a.num_kv_heads and layout.tensor % a.num_kv_heads:
-        raise Infeasible(
-            f"{a.num_kv_heads} KV heads cannot be shared by a tensor degree of {layout.tensor}"
-        )
-    if a.num_kv_heads >= layout.tensor and a.num_kv_heads % layout.tensor:
-        raise Infeasible(
-            f"{a.num_kv_heads} KV heads are not divisible by the tensor degree {layout.tensor}"
-        )
     if layout.pipeline > a.num_layers:
         raise Infeasible(f"{a.num_layers} layers cannot fill {layout.pipeline} pipeline stages")
+    over_tensor = f"the tensor degree {tensor}"
+    for layer in dict.fromkeys(a.layers):
+        attention = layer.attention
+        _divides(attention.heads, "attention heads", tensor, over_tensor)
+        if tensor > attention.kv_heads:
+            if tensor % attention.kv_heads:
+                raise Infeasible(
+                    f"{attention.kv_heads} KV heads cannot be shared by a tensor degree of {tensor}"
+                )
+        elif attention.kv_heads % tensor:
+            raise Infeasible(
+                f"{attention.kv_heads} KV heads are not divisible by the tensor degree {tensor}"
+            )
+        widths: dict[Part, str] = {"dense": "FFN width", "shared": "FFN width of shared experts"}
+        for weight in layer.always():
+            if weight.part in widths and weight.cut == "out":
+                _divides(weight.shape[0], widths[weight.part], tensor, over_tensor)
+        if layer.experts is None:
+            continue
+        devices = tensor * layout.data
+        if layout.expert and devices > layer.experts.num:
+            raise Infeasible(
+                f"{layer.experts.num} experts are too few for {devices} expert-parallel devices "
+                f"(tensor {tensor} x data {layout.data}): some would have none"
+            )
+        if not layout.expert:
+            # Without expert parallelism each expert is cut over the replicas as well.
+            over = (
+                over_tensor
+                if layout.data == 1
+                else f"tensor {tensor} x data {layout.data} = {devices}"
+            )
+            _divides(layer.experts.width, "FFN width", devices, over)
 
 
 @cache
@@ -142,15 +188,140 @@ def run_dtype(architecture: Architecture, model: Model) -> str:
     return str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
 
 
-def _key(config: Mapping[str, Any], keys: tuple[str, ...], name: str) -> str:
-    for key in keys:
-        if config.get(key) is not None:
-            return key
-    raise Infeasible(f"model {name} has none of {', '.join(keys)}: there is nothing to override")
+def _override(bent: Tree, asked: Mapping[str, int], name: str) -> None:
+    """Write what is asked for where this configuration keeps it."""
+    text = _language(bent)
+    layers = _value(text, _LAYERS)
+    family = text.get("model_type")
+    for wanted, keys in (
+        ("ffn_dim", _FFN),
+        ("num_experts", _EXPERTS),
+        ("top_k", _TOP_K),
+        ("num_layers", _LAYERS),
+    ):
+        if wanted not in asked:
+            continue
+        value = asked[wanted]
+        found = [(place, key) for key in keys for place in _places(text) if place.get(key)]
+        if not found:
+            raise Infeasible(f"model {name} has none of {', '.join(keys)}: nothing to override")
+        if wanted == "ffn_dim":
+            # The first is the experts'; what follows is the dense width, but for Hunyuan,
+            # which has the same width under both names. Molmo counts gate and up together.
+            found = found if family == "hunyuan_v1_moe" else found[:1]
+            value *= 2 if family in ("molmo", "molmoe") else 1
+        for place, key in found:
+            place[key] = value
+    if layers and (count := asked.get("num_layers")):
+        _cut_lists(text, layers, count)
+    if "num_experts" in asked or "top_k" in asked:
+        _regroup(text)
 
 
-def _kv_heads(config: Mapping[str, Any]) -> int:
-    return int(config.get("num_key_value_heads") or config["num_attention_heads"])
+def _confirm(
+    config: Mapping[str, Any], bent: Mapping[str, Any], asked: Mapping[str, int], name: str
+) -> None:
+    """Whether the structure follows what was written.
+
+    Raises:
+        Infeasible: it does not, or no experts are left.
+    """
+    a = read(bent)
+    if a.moe is None and read(config).moe is not None:
+        raise Infeasible(f"the first {a.num_layers} layers of {name} are dense: no experts left")
+    for key, value in asked.items():
+        if (got := getattr(a, key)) != value:
+            raise Infeasible(f"model {name} has a {key} of {got} by design: {value} has no place")
+
+
+def _cut_lists(text: Tree, old: int, new: int) -> None:
+    """Lists with one item per layer get `new` items, by repetition where there are too few."""
+    text_lists = {key: value for key, value in text.items() if isinstance(value, list)}
+    for key, value in text_lists.items():
+        if key == _DENSE_LAYERS or (key == _MOE_LAYERS and new <= old):
+            text[key] = [layer for layer in Fields(text).numbers(key) if layer < new]
+        elif key == _MOE_LAYERS:
+            del text[key]  # follows from the interval
+        elif len(value) == old:
+            text[key] = [value[i % old] for i in range(new)]
+    if text.get("num_decoder_layers"):
+        text["num_decoder_layers"] = new
+    for side in ("encoder", "decoder"):
+        key = f"num_sparse_{side}_layers"
+        if sparse := Fields(text).maybe(key):
+            text[key] = max(1, round(sparse * new / old))
+
+
+def _regroup(text: Tree) -> None:
+    """DeepSeek's groups of experts still divide them, and leave top-k enough to choose from."""
+    f = Fields(text)
+    groups, experts = f.maybe("n_group"), _value(text, _EXPERTS)
+    if not groups or not experts:
+        return
+    fitting = [n for n in range(1, groups + 1) if experts % n == 0 and experts // n > 1]
+    groups = max(fitting, default=1)
+    needed = math.ceil((_value(text, _TOP_K) or 1) / (experts // groups))
+    text["n_group"] = groups
+    text["topk_group"] = min(groups, max(f.maybe("topk_group") or 1, needed))
+
+
+def _shrink(bent: Tree, a: Architecture, scale: float) -> None:
+    """Every width and the numbers of heads times `scale`."""
+    text, attention = _language(bent), a.layers[0].attention
+    kv_heads = max(1, round(attention.kv_heads * scale))
+    heads = max(1, round(attention.heads * scale))
+    heads += -heads % kv_heads
+    if a.hidden_size == attention.heads * attention.qk_dim:
+        hidden = heads * attention.qk_dim  # some families derive the head dimension from it
+    else:
+        hidden = _scaled(a.hidden_size, scale, multiple=math.lcm(32, heads))
+    for place in _places(text):
+        for key in (*_FFN, *_OTHER_WIDTHS):
+            if width := Fields(place).maybe(key):
+                place[key] = _scaled(width, scale, multiple=32)
+        for keys, value in ((_HIDDEN, hidden), (_HEADS, heads), (_KV_HEADS, kv_heads)):
+            for key in keys:
+                if place.get(key):
+                    place[key] = value
+    for other in (part for part in bent.values() if isinstance(part, dict) and part is not text):
+        for key in _PROJECTED:
+            if other.get(key) == a.hidden_size:
+                other[key] = hidden
+    for place in (bent, text):
+        _clamp_tokens(place, _value(text, ("embedding_size", "vocab_size")) or 1)
+
+
+def _clamp_tokens(place: Tree, vocab: int) -> None:
+    """Special tokens beyond a smaller vocabulary become its last one."""
+    for key, value in place.items():
+        if key.endswith(("token_id", "token_index")):
+            if isinstance(value, list):
+                place[key] = [min(token, vocab - 1) for token in Fields(place).numbers(key)]
+            elif isinstance(value, int):
+                place[key] = min(value, vocab - 1)
+
+
+def _language(config: Tree) -> Tree:
+    """The language model's part of a configuration, which may be the whole."""
+    return next((config[key] for key in NESTED if isinstance(config.get(key), dict)), config)
+
+
+def _places(text: Tree) -> Iterator[Tree]:
+    """Where dimensions stand: DBRX has two more places for them."""
+    yield text
+    nested = (text.get(key) for key in ("attn_config", "ffn_config"))
+    yield from (place for place in nested if isinstance(place, dict))
+
+
+def _value(text: Tree, keys: tuple[str, ...]) -> int:
+    """The first of `keys` that is set; 0 where none is."""
+    values = (Fields(place).whole(*keys, default=0, least=0) for place in _places(text))
+    return next((value for value in values if value), 0)
+
+
+def _divides(count: int, what: str, by: int, named: str) -> None:
+    if count % by:
+        raise Infeasible(f"{count} ({what}) is not divisible by {named}")
 
 
 def _scaled(value: int, scale: float, *, multiple: int) -> int:

@@ -22,6 +22,12 @@ GATE_UP_DOWN: Names = ("gate_proj", "up_proj", "down_proj")
 W1_W3_W2: Names = ("w1", "w3", "w2")
 FUSED: Names = ("gate_up_proj", "gate_up_proj", "down_proj")
 
+QK = ("q_norm", "k_norm")
+"""Norms of queries and keys."""
+
+AFTER = ("post_attention_layernorm", "post_feedforward_layernorm")
+"""Norms of a layer that stand after attention and FFN."""
+
 Apart = tuple[tuple[Weight, int], ...]
 """Weights outside the decoder, each with its copies."""
 
@@ -224,6 +230,23 @@ def once(layers: Iterable[Layer]) -> tuple[Layer, ...]:
     """The same layers, those that are alike as one object."""
     seen: dict[Layer, Layer] = {}
     return tuple(seen.setdefault(layer, layer) for layer in layers)
+
+
+def dense_ffn(f: Fields, *, bias: bool = False, names: Names = GATE_UP_DOWN) -> tuple[Weight, ...]:
+    return gated("mlp", f.hidden, f.whole("intermediate_size"), "dense", names=names, bias=bias)
+
+
+def stepped(f: Fields) -> Callable[[int], bool]:
+    """Experts in every n-th layer, but in none that is listed as dense."""
+    step, dense = f.whole("decoder_sparse_step", default=1), set(f.numbers("mlp_only_layers"))
+    return lambda i: i not in dense and (i + 1) % step == 0
+
+
+def after_first(f: Fields, usual: int) -> Callable[[int], bool]:
+    """Experts in every n-th layer after the first dense ones."""
+    first = f.whole("first_k_dense_replace", default=usual, least=0)
+    step = f.whole("moe_layer_freq", default=1)
+    return lambda i: i >= first and i % step == 0
 
 
 def decoder(

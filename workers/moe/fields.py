@@ -76,6 +76,13 @@ class Fields:
             raise UnknownModel(f"{key} is {value!r}, not a list")
         return tuple(value)
 
+    def numbers(self, key: str) -> tuple[int, ...]:
+        """A list of whole numbers; empty where it is null or missing."""
+        items = self.items(key)
+        if not all(isinstance(item, int) for item in items):
+            raise UnknownModel(f"{key} is {list(items)!r}, not a list of whole numbers")
+        return items
+
     def per_layer(self, key: str) -> tuple[Any, ...]:
         """A list with one item per layer; empty where it is null or missing.
 

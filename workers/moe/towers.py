@@ -7,11 +7,10 @@ step reads them. Nothing here is cut: the sweeps feed text.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 
-from workers.moe.blocks import Apart, norms, vectors
+from workers.moe.blocks import Apart, vectors
 from workers.moe.fields import Fields
-from workers.moe.structure import Attention, Experts, Part, Weight
+from workers.moe.structure import Part, Weight
 
 
 def llama4(whole: Fields, hidden: int) -> Apart:
@@ -139,79 +138,6 @@ def aria(whole: Fields, hidden: int) -> Apart:
         *_norms("multi_modal_projector", "projector", width, "layer_norm"),
         _one("multi_modal_projector.feed_forward.linear_in", "projector", (hidden, width)),
         _one("multi_modal_projector.feed_forward.linear_out", "projector", (hidden, hidden)),
-    )
-
-
-def switch_encoder(f: Fields, experts: Experts, dense: tuple[Weight, ...]) -> Apart:
-    """The encoder of Switch, layer by layer summed up."""
-    layers = f.layers
-    step = sparse_step(f, "encoder", layers)
-    sparse = sum(i % step == 1 or step == 1 for i in range(layers))
-    copies = [(weight, layers) for weight in t5_attention(f, "layer.0.SelfAttention").weights]
-    copies += [(weight, layers) for weight in norms(f, "layer.0.layer_norm", "layer.1.layer_norm")]
-    copies += [(weight, sparse) for weight in experts.router]
-    copies += [(weight, sparse * experts.num) for weight in experts.expert]
-    copies += [(weight, layers - sparse) for weight in dense]
-    copies += [(positions(f), 1), *((weight, 1) for weight in norms(f, "final_layer_norm"))]
-    return tuple(
-        (replace(weight, part="encoder", name=f"encoder.{weight.name}"), n)
-        for weight, n in copies
-        if n
-    )
-
-
-def t5_attention(f: Fields, *paths: str) -> Attention:
-    """Multi-head attention of T5, whose heads need not add up to the hidden width.
-
-    The second path is attention to the encoder; its keys and values are cached per source
-    token, not per generated one, so they are no part of `cached_values`.
-    """
-    hidden, heads, dim = f.hidden, f.heads, f.whole("d_kv", default=64)
-    return Attention(
-        heads=heads,
-        kv_heads=heads,
-        qk_dim=dim,
-        v_dim=dim,
-        weights=tuple(
-            Weight(
-                name=f"{path}.{name}",
-                part="attention",
-                shape=(hidden, heads * dim) if name == "o" else (heads * dim, hidden),
-                cut="in" if name == "o" else "out",
-            )
-            for path in paths
-            for name in ("q", "k", "v", "o")
-        ),
-    )
-
-
-def with_positions(f: Fields, attention: Attention) -> Attention:
-    """The first layer's attention, which holds the position biases for all."""
-    return replace(attention, weights=(*attention.weights, positions(f)))
-
-
-def positions(f: Fields) -> Weight:
-    """Relative position biases, one per bucket and head."""
-    buckets = f.whole("relative_attention_num_buckets", default=32)
-    return Weight(
-        name="layer.0.SelfAttention.relative_attention_bias",
-        part="attention",
-        shape=(buckets * f.heads,),
-        cut="out",
-    )
-
-
-def sparse_step(f: Fields, side: str, layers: int) -> int:
-    """How often the encoder or the decoder of Switch has a layer with experts."""
-    sparse = f.whole(f"num_sparse_{side}_layers", default=3, least=0)
-    return f.whole(f"{side}_sparse_step", default=layers // sparse if sparse else layers)
-
-
-def plain(path: str, hidden: int, width: int, part: Part) -> tuple[Weight, ...]:
-    """An FFN without a gate."""
-    return (
-        Weight(name=f"{path}.wi", part=part, shape=(width, hidden), cut="out"),
-        Weight(name=f"{path}.wo", part=part, shape=(hidden, width), cut="in"),
     )
 
 
