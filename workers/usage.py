@@ -125,9 +125,7 @@ def decodes(one: Pass) -> list[Observed]:
 
 
 def _peak_source(device: Device) -> str:
-    if device.name != CPU:
-        return "catalogue"
-    return "calibrated" if device.verified else "estimated"
+    return "calibrated" if device.name == CPU else "catalogue"
 
 
 def _slices(states: Iterable[tuple[int, int]]) -> tuple[Slice, ...]:

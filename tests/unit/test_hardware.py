@@ -39,7 +39,7 @@ CATALOGUE: dict[str, Any] = yaml.safe_load(
 ENTRIES: dict[str, dict[str, Any]] = CATALOGUE["devices"]
 ABOUT = {"kind", "aliases", "detect", "source", "sources", "unverified"}
 FIGURES = {field.name for field in fields(Device)} - {
-    "name", "kind", "source", "verified", "fp16_tflops", "rebuild_s", "load_gib_s", "step_s",
+    "name", "kind", "source", "verified", "fp16_tflops",
 }  # fmt: skip
 
 

@@ -120,6 +120,4 @@ def engine_class(kind: EngineKind) -> type[Engine]:
         from workers.engines.roofline_engine import RooflineEngine
 
         return RooflineEngine
-    raise Unsupported(
-        f"engine.kind {kind} is not available in this version; vllm and roofline are"
-    )
+    raise Unsupported(f"engine.kind {kind} is not available in this version; vllm and roofline are")

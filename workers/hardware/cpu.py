@@ -108,9 +108,6 @@ def _device(bandwidth_gb_s: float, bf16_tflops: float) -> Device:
         bf16_tflops=bf16_tflops,
         memory_gb=memory / 1e9,
         memory_gib=memory / 2**30,
-        rebuild_s=4.0,
-        load_gib_s=0.2,
-        step_s=4e-3,
     )
 
 

@@ -75,12 +75,6 @@ class Device:
     """To other nodes, one direction, per device, 10⁹ bytes per second."""
     link_latency_s: float | None = None
     """Least time of a collective operation over the links, seconds; an assumption."""
-    rebuild_s: float
-    """Time to build an engine apart from its weights; an assumption, for the plan's ETA."""
-    load_gib_s: float
-    """Rate at which weights come up, GiB per second; an assumption, likewise."""
-    step_s: float
-    """Time of a forward pass that moves nothing; an assumption, likewise."""
 
     def tflops(self, compute: str) -> float:
         """Peak rate of matrix products computed in `compute`, 10¹² operations per second.
@@ -191,9 +185,6 @@ def _device(entry: str) -> Device:
         kind=facts["kind"],
         source=origin["bandwidth_gb_s"].source,
         verified=all(origin[key].verified for key in PEAKS if key in origin),
-        rebuild_s=60.0,
-        load_gib_s=2.0,
-        step_s=1e-3,
         **figures,
     )
 
