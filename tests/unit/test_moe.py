@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,30 @@ def test_windows_are_where_the_family_has_them() -> None:
     assert scout.layers[0].attention.chunked and not oss.layers[0].attention.chunked
     qwen = read(catalogue()["qwen3-30b-a3b"]["config"] | {"sliding_window": 4096})
     assert {layer.attention.window for layer in qwen.layers} == {None}
+
+
+def test_cuts_follow_the_engine() -> None:
+    layer = read(catalogue()["deepseek-r1"]["config"]).layers[-1]
+    cuts = {weight.name: weight.cut for weight in (*layer.always(), *layer.expert())}
+    attention = "q_a_proj none q_b_proj out kv_a_proj_with_mqa none kv_b_proj out o_proj in".split()
+    for name, cut in zip(attention[::2], attention[1::2], strict=True):
+        assert cuts[f"self_attn.{name}"] == cut
+    assert cuts["mlp.gate"] == cuts["self_attn.kv_a_layernorm"] == "none"
+    assert cuts["mlp.shared_experts.up_proj"] == cuts["mlp.experts.*.gate_proj"] == "out"
+    assert cuts["mlp.shared_experts.down_proj"] == cuts["mlp.experts.*.down_proj"] == "in"
+    a = read(catalogue()["qwen3-30b-a3b"]["config"])
+    assert [weight.cut for weight in a.layers[0].attention.weights] == [
+        *("out", "kv", "kv", "in"),
+        *("none", "none"),  # norms of one head, the same for all
+    ]
+    assert a.head.cut == a.embedding[0].cut == "vocab"
+
+
+@pytest.mark.parametrize("name", sorted(catalogue()))
+def test_names_are_module_paths(name: str) -> None:
+    for layer in set(read(catalogue()[name]["config"]).layers):
+        for weight in (*layer.always(), *layer.expert()):
+            assert re.fullmatch(r"[\w*]+(\.[\w*]+)*", weight.name)
 
 
 GENERIC = {

@@ -64,7 +64,7 @@ def resolve(model: Model) -> Architecture | None:
     try:
         return read(bend(config, model))
     except UnknownModel as error:
-        raise UnknownModel(f"configuration of {model.name}: {error}") from error
+        raise UnknownModel(f"config.json of {model.name}: {error}") from error
 
 
 def configuration(name: str) -> Mapping[str, Any] | None:
@@ -184,8 +184,10 @@ def run_dtype(architecture: Architecture, model: Model) -> str:
     """The data type that runs: the one asked for, or with `auto` the configuration's own."""
     if model.dtype != "auto":
         return model.dtype
-    config = architecture.config
-    return str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
+    whole = Fields(architecture.config)
+    text = whole.language
+    of_whole = whole.word("dtype", whole.word("torch_dtype"))
+    return of_whole or text.word("dtype", text.word("torch_dtype", "bfloat16"))
 
 
 def _override(bent: Tree, asked: Mapping[str, int], name: str) -> None:

@@ -55,7 +55,7 @@ def grouped(
     hidden, heads = f.hidden, f.heads
     kv = kv_heads or f.whole("num_key_value_heads", "n_kv_heads", default=heads)
     dim = f.maybe("head_dim", head_dim) or hidden // heads
-    q, k, v, o = (f"{path}.{name}" for name in names)
+    q, k, v, o = (_join(path, name) for name in names)
     weights = [
         _attention(q, (heads * dim, hidden), "out", bias=bias),
         _attention(k, (kv * dim, hidden), "kv", bias=bias),
@@ -66,11 +66,11 @@ def grouped(
         sizes = (heads * dim, kv * dim) if norm_whole else (dim, dim)
         cuts: tuple[Cut, Cut] = ("out", "kv") if norm_cut else ("none", "none")
         weights += (
-            _attention(f"{path}.{name}", (size,), cut)
+            _attention(_join(path, name), (size,), cut)
             for name, size, cut in zip(norm, sizes, cuts, strict=True)
         )
     if sinks:
-        weights.append(_attention(f"{path}.sinks", (heads,), "out"))
+        weights.append(_attention(_join(path, "sinks"), (heads,), "out"))
     return Attention(heads=heads, kv_heads=kv, qk_dim=dim, v_dim=dim, weights=tuple(weights))
 
 
@@ -161,7 +161,7 @@ def routed(
         width=expert_width,
         shared=shared,
         router=tuple(weights),
-        expert=gated(f"{path}.{each}", f.hidden, expert_width, "expert", names=names, bias=bias),
+        expert=gated(_join(path, each), f.hidden, expert_width, "expert", names=names, bias=bias),
         shared_weights=shared_weights,
     )
 
@@ -299,3 +299,7 @@ def decoder(
 
 def _attention(name: str, shape: tuple[int, ...], cut: Cut, *, bias: bool = False) -> Weight:
     return Weight(name=name, part="attention", shape=shape, bias=bias, cut=cut)
+
+
+def _join(*names: str) -> str:
+    return ".".join(name for name in names if name)

@@ -1,4 +1,8 @@
-"""Families without experts, which sweeps use as drafts and for comparison."""
+"""Families without experts, which sweeps use as drafts and for comparison.
+
+Each is a reader of its language part (`f`) in a whole configuration, as in
+`workers.moe.sparse`.
+"""
 
 from __future__ import annotations
 

@@ -2,10 +2,11 @@
 
 A configuration says how wide and how many; that queries are normalised per head, that a
 projection has a bias, or which layers have experts is the convention of its `model_type`.
-Here each convention is written down once, from `workers.moe.blocks`, together with what
-the family assumes where a configuration is silent. Nothing is taken from a model's name. A
-family that is not here is read by the fields that most of them share, and the result says
-that it is an estimate (`exact` is false).
+Each convention is written down once, from `workers.moe.blocks`, together with what the
+family assumes where a configuration is silent: `sparse` has the families with experts,
+`switch` the one with an encoder, `dense` those without experts. Nothing is taken from a
+model's name. A family that is not here is read by the fields that most of them share, and
+the result says that it is an estimate (`exact` is false).
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def read(config: Config) -> Architecture:
     if reader := _FAMILIES.get(whole.word("model_type")):
         return reader(text, whole)
     if reader := _FAMILIES.get(text.word("model_type")):
-        return _language_only(reader(text, whole))
+        return replace(reader(text, whole), exact=False)  # what is around it is not known
     return _estimate(text, whole)
 
 
@@ -98,14 +99,9 @@ _WIDTH = (
 )
 
 
-def _language_only(language: Architecture) -> Architecture:
-    """A known language model inside a wrapper that is not spelled out here."""
-    return replace(language, exact=False)
-
-
 _FAMILIES: dict[str, Reader] = {
     "arctic": sparse.arctic,
-    "aria": sparse.aria,
+    "aria": sparse.aria_vision,
     "aria_text": sparse.aria,
     "dbrx": sparse.dbrx,
     "deepseek_v2": sparse.deepseek_v2,
@@ -124,8 +120,9 @@ _FAMILIES: dict[str, Reader] = {
     "granitemoeshared": sparse.granitemoe,
     "grok-1": sparse.grok1,
     "hunyuan_v1_moe": sparse.hunyuan,
+    "kimi_k2": sparse.deepseek_v3,
     "llama": dense.plain,
-    "llama4": sparse.llama4,
+    "llama4": sparse.llama4_vision,
     "llama4_text": sparse.llama4,
     "minimax_m2": sparse.minimax_m2,
     "mistral": dense.mistral,
@@ -141,7 +138,7 @@ _FAMILIES: dict[str, Reader] = {
     "qwen2_moe": sparse.qwen2_moe,
     "qwen3": dense.qwen3,
     "qwen3_moe": sparse.qwen3_moe,
-    "qwen3_vl_moe": sparse.qwen3_moe,
+    "qwen3_vl_moe": sparse.qwen3_vl_moe,
     "qwen3_vl_moe_text": sparse.qwen3_moe,
     "switch_transformers": switch,
 }

@@ -1,4 +1,8 @@
-"""Families with experts."""
+"""Families with experts, each a reader of its language part (`f`) in a whole configuration.
+
+What is not written in a call is as `workers.moe.blocks` has it: SwiGLU experts behind a
+router without bias, grouped-query attention, two RMS norms, a head of its own.
+"""
 
 from __future__ import annotations
 
@@ -118,8 +122,11 @@ def qwen3_moe(f: Fields, whole: Fields) -> Architecture:
         ),
         whole=whole,
         tied=whole.flag("tie_word_embeddings"),
-        apart=towers.qwen3_vl(whole) if whole is not f else (),
     )
+
+
+def qwen3_vl_moe(f: Fields, whole: Fields) -> Architecture:
+    return replace(qwen3_moe(f, whole), apart=towers.qwen3_vl(whole))
 
 
 def deepseek_v2(f: Fields, whole: Fields) -> Architecture:
@@ -257,7 +264,7 @@ def molmo(f: Fields, whole: Fields) -> Architecture:
         )
     attention = grouped(
         f,
-        path="attn",
+        path="",
         names=("att_proj", "att_proj", "att_proj", "attn_out"),
         bias=f.flag("qkv_bias"),
         norm=QK if f.flag("attention_layer_norm") else None,
@@ -361,8 +368,11 @@ def llama4(f: Fields, whole: Fields) -> Architecture:
         ),
         whole=whole,
         tied=f.flag("tie_word_embeddings"),
-        apart=towers.llama4(whole, f.hidden) if whole is not f else (),
     )
+
+
+def llama4_vision(f: Fields, whole: Fields) -> Architecture:
+    return replace(llama4(f, whole), apart=towers.llama4(whole, f.hidden))
 
 
 def gpt_oss(f: Fields, whole: Fields) -> Architecture:
@@ -425,8 +435,11 @@ def aria(f: Fields, whole: Fields) -> Architecture:
         f,
         stack(f, attention, norms=norms(f), experts=experts),
         whole=whole,
-        apart=towers.aria(whole, f.hidden) if whole is not f else (),
     )
+
+
+def aria_vision(f: Fields, whole: Fields) -> Architecture:
+    return replace(aria(f, whole), apart=towers.aria(whole, f.hidden))
 
 
 def grok1(f: Fields, whole: Fields) -> Architecture:
