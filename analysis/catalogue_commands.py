@@ -89,7 +89,7 @@ def devices(names: tuple[str, ...], as_json: bool, sources: bool) -> None:
         return
     console().print(sources_table(facts) if sources else devices_table(facts))
     if not sources:
-        click.echo("Peaks are dense; (unverified) figures were not checked against a data sheet.")
+        click.echo("Peaks are dense; unverified figures were not checked against a data sheet.")
 
 
 @click.command()
@@ -142,7 +142,8 @@ def plan(dataset: Path | None, most: int, as_json: bool, s_mfu: float | None, **
         click.echo(sentence(one))
     click.echo(
         "Computed from structure and data sheets, not measured, with experts activated as by "
-        f"uniform routing; S-MBU {filled.s_mbu:.3g}, S-MFU {filled.s_mfu:.3g} ({origin})."
+        "uniform routing; memory is weights and KV cache alone; "
+        f"S-MBU {filled.s_mbu:.3g}, S-MFU {filled.s_mfu:.3g} ({origin})."
     )
 
 

@@ -24,6 +24,9 @@ _HEADINGS = (
     *("peak\nGiB", "limit\nGiB", "time ÷\npredicted"),
 )
 
+_SHARES = {"s_mbu": "S-MBU", "s_mfu": "S-MFU"}
+"""Columns with headings, shown where a record has them."""
+
 
 def console() -> Console:
     """Standard output: as wide as the terminal, or as a table needs where there is none."""
@@ -43,11 +46,13 @@ def records_table(records: pl.DataFrame) -> Table:
     for name in varied:
         table.add_column(name.replace("_", "_\n", 1), no_wrap=True)
     table.add_column("outcome", no_wrap=True)
-    for name in _HEADINGS:
+    shares = [name for name in _SHARES if records.get_column(name).count()]
+    for name in (*_HEADINGS, *(_SHARES[share] for share in shares)):
         table.add_column(name, justify="right", no_wrap=True)
     for row in records.sort(varied, nulls_last=True).iter_rows(named=True):
         cells = [_text(row["trial_id"]), *(_text(row[name]) for name in varied), _outcome(row)]
         cells += [Text(figure) for figure in _figures(row)]
+        cells += [Text("" if row[one] is None else f"{100 * row[one]:.3g} %") for one in shares]
         table.add_row(*cells)
     return table
 

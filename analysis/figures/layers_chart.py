@@ -17,13 +17,17 @@ _WIDTH, _BAR = 330, 26
 _ROOM = 1.22
 """Space beyond the longest bar, for its number."""
 
+_COLOURS = dict(zip(PARTS, (PALETTE[index] for index in (0, 1, 2, 6, 7, 5, 4, 3)), strict=True))
+"""A part looks the same whatever parts a model has; neighbours differ in lightness."""
+
 
 def draw(frame: pl.DataFrame, *, title: str, insight: str) -> alt.VConcatChart:
     """The chart of a prepared frame (see `analysis.breakdown.breakdown`)."""
     parts = [part for part in PARTS if part in set(frame.get_column("part"))]
     rows = []
     for (model,), one in frame.group_by("model", maintain_order=True):
-        layer = _long(one.filter(pl.col("layers") != OUTSIDE), pl.col("layers") + ", each: ", 1)
+        each = pl.when(pl.col("count") > 1).then(pl.lit(", each: ")).otherwise(pl.lit(": "))
+        layer = _long(one.filter(pl.col("layers") != OUTSIDE), pl.col("layers") + each, 1)
         whole = _long(one, pl.lit("whole model: "), pl.col("count"))
         panels = [_panel(data, parts) for data in (layer, whole)]
         rows.append(alt.hconcat(*panels, title=alt.TitleParams(str(model), fontSize=14, offset=6)))
@@ -57,11 +61,10 @@ def _panel(data: pl.DataFrame, parts: list[str]) -> alt.LayerChart:
     axis = alt.Axis(format="~s", tickCount=4, labelExpr="replace(datum.label, 'G', 'B')")
     order = {part: index for index, part in enumerate(parts)}
     drawn = data.with_columns(order=pl.col("part").replace_strict(order))
-    colours = dict(zip(PARTS, PALETTE, strict=True))  # a part looks the same in every figure
     colour = alt.Color(
         "part:N",
         title=None,
-        scale=alt.Scale(domain=parts, range=[colours[part] for part in parts]),
+        scale=alt.Scale(domain=parts, range=[_COLOURS[part] for part in parts]),
         sort=parts,
     )
     stacked = (

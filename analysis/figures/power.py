@@ -148,13 +148,12 @@ def _who(devices: pl.DataFrame, need: dict[str, Any]) -> str:
         best = devices.sort("bandwidth_gb_s").row(-1, named=True) if len(devices) else None
         return f"none has it, {best['name']} has most" if best else "no device to compare"
     powered = enough.drop_nulls("power_w").sort("power_w", "name")
-    count = f"{len(enough)} of {len(devices)} devices"
-    if powered.is_empty():
-        return count
-    least = powered.row(0, named=True)
+    least = powered.row(0, named=True) if len(powered) else None
+    watts = f" at {least['power_w']:,.0f} W" if least else ""
     if len(enough) == 1:
-        return f"of {len(devices)} devices only {least['name']}, at {least['power_w']:,.0f} W"
-    return f"{count}, with the least power {least['name']} at {least['power_w']:,.0f} W"
+        return f"of {len(devices)} devices only {enough['name'][0]}{watts}"
+    count = f"{len(enough)} of {len(devices)} devices"
+    return f"{count}, with the least power {least['name']}{watts}" if least else count
 
 
 def _claim(frame: pl.DataFrame) -> str:

@@ -202,9 +202,11 @@ def _devices(frame: pl.DataFrame) -> list[str]:
             batch = reach[device, model]
             upto = "at every batch" if batch == largest else f"up to batch {batch}"
             fits = room[_MODEL, model] <= room[_DEVICE, device]
-            places.setdefault("at no batch" if batch is None else upto, []).append(
-                model if fits else f"{model} (whose weights do not fit)"
-            )
+            if batch is None:
+                places.setdefault("at no batch", []).append(model)
+            else:
+                note = "" if fits else " (whose weights do not fit)"
+                places.setdefault(upto, []).append(f"{model}{note}")
         words = [f"for {enumeration(models)} {upto}" for upto, models in places.items()]
         sentences.append(f"{device} has the bandwidth {enumeration(words)}.")
     return sentences

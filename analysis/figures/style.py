@@ -10,9 +10,9 @@ import altair as alt
 INK, FAINT = "#333333", "#f2f2f2"
 LETTERS = 76
 """Characters of the caption that fit under 430 pixels."""
-PALETTE = ("#332288", "#117733", "#cc6677", "#88ccee", "#ddaa33", "#aa4499", "#44aa99", "#882255")
-"""Colours of things without an order, told apart by every kind of colour vision
-(Paul Tol's muted scheme)."""
+PALETTE = ("#332288", "#117733", "#cc6677", "#882255", "#44aa99", "#aa4499", "#88ccee", "#ddaa33")
+"""Colours of things without an order, told apart by every kind of colour vision (after Paul
+Tol's muted scheme); those too light for letters come last."""
 
 
 def caption(paragraphs: Iterable[str], letters: int) -> alt.TitleParams:

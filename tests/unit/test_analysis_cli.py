@@ -68,8 +68,23 @@ def test_figure_in_a_process_of_its_own(dataset: str, tmp_path: Path) -> None:
 def test_help_needs_nothing_but_click() -> None:
     code = (
         "import sys; from click.testing import CliRunner; from analysis.__main__ import main\n"
-        "assert CliRunner().invoke(main, ['figure', '--help']).exit_code == 0\n"
+        "for name in ('figure', 'table', 'plan', 'models', 'devices'):\n"
+        "    assert CliRunner().invoke(main, [name, '--help']).exit_code == 0\n"
         "print({'torch', 'vllm', 'ray', 'polars', 'pyarrow', 'altair', 'rich'} & {*sys.modules})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "set()"
+
+
+def test_altair_is_imported_only_to_draw(tmp_path: Path) -> None:
+    code = (
+        "import sys; from click.testing import CliRunner; from analysis.__main__ import main\n"
+        "for words in ('plan --model mixtral-8x7b', 'models', 'devices', 'table --figure sparsity',"
+        f" 'figure sparsity -o {tmp_path}/x.csv', 'figures'):\n"
+        "    assert CliRunner().invoke(main, words.split()).exit_code == 0, words\n"
+        "print({'torch', 'vllm', 'ray', 'transformers', 'altair'} & {*sys.modules})"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
@@ -161,6 +176,13 @@ def test_only_what_varies_is_a_column(tmp_path: Path) -> None:
     heading = text.splitlines()[-5:]
     assert "sweep" in text
     assert not any("batch" in line or "ffn" in line for line in heading)
+
+
+def test_utilisation_is_shown_where_it_was_recorded(tmp_path: Path) -> None:
+    write(tmp_path, [record("a", top_k=1, s_mbu=0.1234, s_mfu=None), record("b", top_k=2)])
+    text = shown(records_table(load(tmp_path).collect()))
+    assert "S-MBU" in text and "S-MFU" not in text
+    assert "12.3 %" in text
 
 
 def test_reasons_are_grouped_and_made_harmless(tmp_path: Path) -> None:
