@@ -81,10 +81,11 @@ def architecture(name: str) -> Architecture:
     except (Infeasible, ValueError) as error:
         raise OptionError(f"model {name}: {error}") from error
     if found is None:
-        raise OptionError(
-            f"the configuration of {name} is not on this machine; "
-            "give a folder with its config.json, or a name of the catalogue"
-        )
+        hint = "give a folder with its config.json, or a name of the catalogue"
+        for entry, facts in catalogue().items():
+            if name in (facts.get("hub_id"), *facts.get("aliases", ())):
+                hint = f"the catalogue has it as {entry!r}"
+        raise OptionError(f"the configuration of {name} is not on this machine; {hint}")
     if not found.exact:
         raise OptionError(
             f"model {name}: family {found.family!r} is not spelled out, "

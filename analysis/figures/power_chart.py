@@ -76,6 +76,7 @@ def _lines(needs: pl.DataFrame, up: Log, y: alt.Y) -> list[alt.Chart]:
     dash = alt.StrokeDash(
         "activation:N",
         title="Lines",
+        legend=alt.Legend(symbolSize=500),
         scale=alt.Scale(domain=["batch 1", "every expert"], range=[[5, 4], [1, 0]]),
     )
     return [
