@@ -123,7 +123,7 @@ def table(
     """Show one row per trial, or with --figure what that figure draws."""
     from analysis.figures.registry import find
     from analysis.insights import summary
-    from analysis.tables import console, pivot_table, reasons, records_table
+    from analysis.tables import pivot_table, reasons, records_table, show
 
     if name is not None:
         chosen = find(name)
@@ -141,7 +141,7 @@ def table(
         _write_json(frame)
         return
     if shown:
-        console().print(*shown, sep="\n")
+        show(*shown)
     click.echo(sentence)
 
 

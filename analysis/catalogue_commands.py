@@ -56,7 +56,7 @@ def models(names: tuple[str, ...], as_json: bool) -> None:
     from analysis.figures.layers import pivots
     from analysis.listings import about, model_facts, models_table
     from analysis.structures import architecture
-    from analysis.tables import console, pivot_table
+    from analysis.tables import pivot_table, show
     from workers.moe.architecture import catalogue
 
     chosen = names or tuple(sorted(catalogue()))
@@ -65,9 +65,9 @@ def models(names: tuple[str, ...], as_json: bool) -> None:
     if as_json:
         write_json(facts)
         return
-    console().print(models_table(facts))
+    show(models_table(facts))
     if len(names) == 1:
-        console().print(*(pivot_table(one) for one in pivots(breakdown(*found[0]))))
+        show(*(pivot_table(one) for one in pivots(breakdown(*found[0]))))
     for line in (line for name in chosen for line in about(name, whole=len(names) == 1)):
         click.echo(line)
 
@@ -80,14 +80,14 @@ def devices(names: tuple[str, ...], as_json: bool, sources: bool) -> None:
     """List the catalogue's devices: dense peaks, and the vendors' sparse ones apart."""
     from analysis.listings import device_facts, devices_table, sources_table
     from analysis.structures import listed
-    from analysis.tables import console
+    from analysis.tables import show
 
     found = sorted(listed(names), key=lambda one: (one.bandwidth_gb_s, one.name))
     facts = [device_facts(one) for one in found]
     if as_json:
         write_json(facts)
         return
-    console().print(sources_table(facts) if sources else devices_table(facts))
+    show(sources_table(facts) if sources else devices_table(facts))
     if not sources:
         click.echo("Peaks are dense; unverified figures were not checked against a data sheet.")
 
@@ -118,7 +118,7 @@ def plan(dataset: Path | None, most: int, as_json: bool, s_mfu: float | None, **
     from analysis.planner import DEFAULTS, plan_facts, plans, sentence
     from analysis.reached import reached
     from analysis.structures import listed, structure
-    from analysis.tables import console
+    from analysis.tables import show
 
     options = Options(s_mfu=s_mfu, **asked)
     if not options.models:
@@ -137,7 +137,7 @@ def plan(dataset: Path | None, most: int, as_json: bool, s_mfu: float | None, **
     if as_json:
         write_json([plan_facts(one) for one in found])
         return
-    console().print(needs_table(found), *(offers_table(found, of) for of in structures))
+    show(needs_table(found), *(offers_table(found, of) for of in structures))
     for one in found:
         click.echo(sentence(one))
     click.echo(

@@ -47,14 +47,14 @@ def model_facts(name: str, a: Architecture) -> Facts:
 def models_table(facts: Sequence[Facts]) -> Table:
     """One row per model."""
     columns = (
-        *("total\nbillion", "active\nbillion", "without\nembedding"),
+        *("total\nbillion", "active\nbillion", "without\nembed."),
         *("layers", "hidden", "FFN", "experts", "top-k", "shared"),
-        *("one expert\nmillion", "attention\nper layer\nmillion", "KV bytes\nper token\nbf16"),
+        *("expert\nmillion", "attention\nmillion\nper layer", "KV bytes\nper token\nbf16"),
     )
     table = _table("model", columns)
     for one in facts:
         table.add_row(
-            one["name"] + ("" if one["verified"] is not False else " (unverified)"),
+            one["name"] + ("" if one["verified"] is not False else " ?"),
             *(
                 f"{one[key] / 1e9:,.3f}"
                 for key in ("params_total", "params_active", "params_active_no_embedding")
@@ -115,8 +115,8 @@ def devices_table(facts: Sequence[Facts]) -> Table:
         "bf16\nTFLOP/s": "bf16_tflops",
         "fp8\nTFLOP/s": "fp8_tflops",
         "int8\nTOP/s": "int8_tflops",
-        "bf16\n2:4 sparse": "bf16_sparse_tflops",
-        "fp8\n2:4 sparse": "fp8_sparse_tflops",
+        "bf16\nsparse": "bf16_sparse_tflops",
+        "fp8\nsparse": "fp8_sparse_tflops",
         "GB": "memory_gb",
         "W": "power_w",
         "USD": "price_usd",

@@ -15,15 +15,15 @@ from analysis.structures import Structure
 def needs_table(plans: Sequence[Plan]) -> Table:
     """One row per model and batch."""
     table = Table(
-        title="Needed, on one device: theoretical, and practical = theoretical / utilisation",
+        title="Needed of one device: in theory, and in practice (divided by S-MBU or S-MFU)",
         title_justify="left",
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
     table.add_column("model", no_wrap=True)
     for heading in (
-        *("batch", "weights\nGB/pass", "KV\nGB/pass", "theoretical\nGB/s", "practical\nGB/s"),
-        *("theoretical\nTFLOP/s", "practical\nTFLOP/s", "weights\nGB", "KV\nGB", "memory\nGB"),
+        *("batch", "weights\nGB/pass", "KV\nGB/pass", "theory\nGB/s", "practice\nGB/s"),
+        *("theory\nTFLOP/s", "practice\nTFLOP/s", "weights\nGB", "KV\nGB", "memory\nGB"),
     ):
         table.add_column(heading, justify="right", no_wrap=True)
     for one in plans:

@@ -6,7 +6,7 @@ import sys
 
 import polars as pl
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -15,8 +15,6 @@ from analysis.figures.figure import Pivot
 from analysis.insights import percent
 from analysis.subtitle import subtitle
 
-_WIDE = 500
-"""Characters that a table may take in a file or a pipe; it takes what it needs."""
 _MOST_REASONS = 8
 _STYLES = {"ok": "green", "oom": "yellow", "crashed": "red", "timeout": "red"}
 _HEADINGS = (
@@ -28,9 +26,13 @@ _SHARES = {"s_mbu": "S-MBU", "s_mfu": "S-MFU"}
 """Columns with headings, shown where a record has them."""
 
 
-def console() -> Console:
-    """Standard output: as wide as the terminal, or as a table needs where there is none."""
-    return Console(width=None if sys.stdout.isatty() else _WIDE, highlight=False)
+def show(*renderables: RenderableType) -> None:
+    """Print on standard output, as wide as the terminal or as the widest table needs: a line
+    that the terminal wraps can be read, a number cut short cannot."""
+    console = Console(highlight=False)
+    widest = max((console.measure(one).maximum for one in renderables), default=0)
+    width = max(widest, console.width if sys.stdout.isatty() else 0)
+    Console(width=width or None, highlight=False).print(*renderables, sep="\n")
 
 
 def records_table(records: pl.DataFrame) -> Table:

@@ -68,9 +68,19 @@ class Group:
     """What sets this engine apart within the sweep."""
 
     @property
+    def held(self) -> int:
+        """Devices that its process really holds: one slot where the engine only predicts."""
+        return 1 if self.predicts else self.devices
+
+    @property
+    def predicts(self) -> bool:
+        """Whether its engine computes figures instead of measuring them."""
+        return self.trials[0].trial.engine.kind == "roofline"
+
+    @property
     def predicted_load_s(self) -> float:
         """Building the engine once, in seconds; 0 if unknown."""
-        if self.trials[0].trial.engine.kind == "roofline":
+        if self.predicts:
             return ROOFLINE_S
         return max((one.prediction.load_s for one in self.trials if one.prediction), default=0.0)
 

@@ -305,7 +305,7 @@ class _Run:
         kinds |= {one.trial.engine.kind for one in self._plan.infeasible}
         for kind in kinds:
             if kind == "roofline":
-                target = roofline.device_name(device(self._sweep.profile))
+                target = roofline.device_name(self._sweep.profile)
                 yield Guard(engine=kind, engine_version=roofline.VERSION, device=target)
                 continue
             for host in self._cluster.hosts.values():

@@ -157,9 +157,9 @@ class Schedule:
         largest = max((node.devices for node in by_id.values()), default=0)
         total = sum(node.devices for node in by_id.values() if not node.cpu_only)
         for group in state.waiting:
-            if group.devices > max(largest, total):
+            if group.held > max(largest, total):
                 raise Unplaceable(
-                    f"group {group.label} needs {group.devices} devices, but the cluster has "
+                    f"group {group.label} needs {group.held} devices, but the cluster has "
                     f"{max(largest, total)} in all"
                 )
         return state
@@ -216,10 +216,10 @@ class Schedule:
         """Gives work to every lane that can have some; closes those that cannot."""
         commands: list[Command] = []
         for group in list(self.waiting):
-            lane = self._idle(group.devices)
+            lane = self._idle(group.held)
             if lane is None:
-                commands += self._make_room(group.devices)
-                lane = self._open(group.devices)
+                commands += self._make_room(group.held)
+                lane = self._open(group.held)
                 if lane is None:
                     continue
                 commands.append(Open(lane=lane))

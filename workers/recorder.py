@@ -14,6 +14,7 @@ from typing import Any
 import pyarrow as pa
 
 from workers import usage
+from workers.contract.engine import StandIn
 from workers.contract.errors import OutOfMemory, TrialError
 from workers.contract.job import Job, Ticket
 from workers.contract.measurement import Measurement, Memory
@@ -33,14 +34,14 @@ def ok(
     ticket: Ticket,
     measurement: Measurement,
     architecture: Architecture,
-    device: Device | None,
+    target: Device | None,
     measured: bool = True,
     **columns: Any,
 ) -> pa.RecordBatch:
     """The row of a trial that was measured, or predicted by an engine that only predicts.
 
     Args:
-        device: what one device can do, for utilisations; null where that is not known.
+        target: what one device can do, for utilisations; null where that is not known.
         measured: false where the passes were predicted.
         columns: further columns of the row.
     """
@@ -56,7 +57,7 @@ def ok(
             "started_at": datetime.fromtimestamp(started, UTC),
             **_memory(measurement.memory),
             **derived,
-            **usage.columns(ticket.trial, architecture, measurement.of("timed"), device),
+            **usage.columns(ticket.trial, architecture, measurement.of("timed"), target),
             **columns,
         },
     )
@@ -103,8 +104,14 @@ def samples(job: Job, ticket: Ticket, measurement: Measurement) -> pa.RecordBatc
     )
 
 
-def where(host: Host) -> dict[str, Any]:
-    """Columns that name the machine and its software."""
+def where(host: Host, stand_in: StandIn | None = None) -> dict[str, Any]:
+    """Columns that name the machine and its software, or what an engine speaks for instead."""
+    if stand_in is not None:
+        return {
+            "engine_version": stand_in.version,
+            "device": stand_in.device,
+            "host": host.hostname,
+        }
     return {
         "engine_version": host.engine_version,
         "torch_version": host.torch_version,

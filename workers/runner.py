@@ -90,6 +90,8 @@ class _Run:
     host: Host
     columns: dict[str, Any] = field(default_factory=dict)
     """Columns of every record of the engine at hand."""
+    measured: bool = True
+    """They are of a machine, not of a model of one."""
     target: Device | None = None
     """Device that its figures are of."""
     busy_s: float = 0.0
@@ -115,12 +117,13 @@ class _Run:
     def _one_engine(self, tickets: Sequence[Ticket]) -> Iterator[Message]:
         """Builds an engine and measures on it until all are done or one fails."""
         yield self._progress("load")
-        self.columns = recorder.where(self.host)
+        kind = engine_class(tickets[0].trial.engine.kind)
+        stand_in = kind.stands_for(self.job.profile)
+        self.columns = recorder.where(self.host, stand_in)
         self.columns["started_at"] = datetime.now(UTC)
         with _scratch(self.job.scratch) as folder:
             try:
-                kind = engine_class(tickets[0].trial.engine.kind)
-                hand = in_hand(self.host) if kind.measures else None
+                hand = None if stand_in else in_hand(self.host)
                 start = time.perf_counter()
                 site = Site(scratch=folder, device=self.job.profile)
                 engine = kind(tickets[0].trial, [one.trial.workload for one in tickets], site)
@@ -133,8 +136,8 @@ class _Run:
                 self.columns["engine_version"] = engine.loaded.version
                 self.columns["engine_args"] = json.dumps(engine.loaded.args, sort_keys=True)
                 self.columns["threads"] = engine.loaded.threads
+                self.measured = hand is not None
                 if hand is None:
-                    self.columns |= {"device": engine.loaded.device, "torch_version": None}
                     self.target = device(self.job.profile)
                 else:
                     self.columns |= hand.columns(
@@ -154,7 +157,7 @@ class _Run:
 
     def _measure(self, engine: Engine, trials: list[_Trial]) -> Iterator[Message]:
         for one in trials:
-            if not engine.measures:
+            if not self.measured:
                 one.repeatable = True
                 continue
             yield self._progress("warmup", one)
@@ -212,7 +215,7 @@ class _Run:
             measurement,
             engine.loaded.architecture,
             self.target,
-            engine.measures,
+            self.measured,
             **self.columns,
         )
         return Finished(

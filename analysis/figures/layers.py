@@ -34,9 +34,9 @@ def pivots(frame: pl.DataFrame) -> list[Pivot]:
     tables = []
     for model, rows in _by_model(frame):
         kinds = rows.get_column("layers").unique(maintain_order=True).to_list()
-        columns = [f"{kind}: {use}" for kind in kinds for use in ("all", "active")]
+        columns = [f"{kind}\n{use}" for kind in kinds for use in ("all", "active")]
         cells = {
-            (row["part"], f"{row['layers']}: {use}"): f"{row[column] / 1e6:,.3f}"
+            (row["part"], f"{row['layers']}\n{use}"): f"{row[column] / 1e6:,.3f}"
             for row in rows.iter_rows(named=True)
             for use, column in (("all", "params_total"), ("active", "params_active"))
         }
@@ -48,7 +48,7 @@ def pivots(frame: pl.DataFrame) -> list[Pivot]:
             Pivot(
                 title=f"{model}: millions of parameters, of one layer of each kind",
                 corner="part",
-                columns=(*columns, "model: all", "model: active"),
+                columns=(*columns, "model\nall", "model\nactive"),
                 rows=tuple(
                     (
                         part,

@@ -185,6 +185,13 @@ def test_utilisation_is_shown_where_it_was_recorded(tmp_path: Path) -> None:
     assert "12.3 %" in text
 
 
+def test_no_number_is_cut_short_by_a_narrow_terminal() -> None:
+    done = run("plan", "--model", "mixtral-8x7b", "--batch", "1", "--batch", "64")
+    assert "…" not in done.stdout
+    assert "2 × (1,400 W, $76,000, memory 55 %)" in done.stdout
+    assert "…" not in run("models", "mixtral-8x7b").stdout
+
+
 def test_reasons_are_grouped_and_made_harmless(tmp_path: Path) -> None:
     nasty = "[red]died\x1b[2J\nof it"
     write(

@@ -68,7 +68,7 @@ def test_models_table_has_a_row_each_and_the_papers_errors() -> None:
 def test_one_model_shows_its_layers_its_source_and_its_notes() -> None:
     result = run("models", "deepseek-v2-lite")
     assert result.exit_code == 0
-    for words in ("1 dense layer: all", "26 MoE layers: active", "routed experts", "553.648"):
+    for words in ("1 dense layer", "26 MoE layers", "routed experts", "553.648"):
         assert words in result.stdout
     assert "deepseek-ai/DeepSeek-V2-Lite: " in result.stdout
 

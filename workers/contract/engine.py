@@ -46,3 +46,12 @@ class EngineSettings:
     def __post_init__(self) -> None:
         if self.memory_limit_gib is not None:
             positive("engine.memory_limit_gib", self.memory_limit_gib)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StandIn:
+    """What an engine that predicts speaks for."""
+
+    version: str
+    """Of the model that predicts."""
+    device: str

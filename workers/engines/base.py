@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
-from workers.contract.engine import EngineKind
+from workers.contract.engine import EngineKind, StandIn
 from workers.contract.errors import Unsupported
 from workers.contract.measurement import Memory, Pass, PassKind
 from workers.contract.trial import Trial
@@ -31,8 +31,6 @@ class Loaded:
     """Structure that it really runs."""
     threads: int | None
     """CPU threads per device; null on GPUs."""
-    device: str | None = None
-    """Device that the figures are of, where it is not the one in hand."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,8 +46,6 @@ class Site:
 class Engine(Protocol):
     """A model in memory that generates tokens."""
 
-    measures: ClassVar[bool]
-    """False where a model of a machine answers, not the machine."""
     loaded: Loaded
 
     def __init__(self, trial: Trial, workloads: Sequence[Workload], site: Site) -> None:
@@ -72,6 +68,11 @@ class Engine(Protocol):
         Raises:
             EngineError: the engine cannot be imported.
         """
+
+    @classmethod
+    def stands_for(cls, device: str) -> StandIn | None:
+        """What its figures are of when a sweep is planned for that class of device; null for
+        the machine in hand, measured."""
 
     @classmethod
     def refuses(cls, trial: Trial) -> str | None:

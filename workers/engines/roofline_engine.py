@@ -11,8 +11,8 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from typing import ClassVar
 
+from workers.contract.engine import StandIn
 from workers.contract.errors import Infeasible, Unsupported
 from workers.contract.measurement import Memory, Pass, PassKind
 from workers.contract.trial import Trial
@@ -27,7 +27,6 @@ from workers.moe.structure import Architecture
 class RooflineEngine:
     """Predicted passes; see `workers.engines.base.Engine`."""
 
-    measures: ClassVar[bool] = False
     loaded: Loaded
 
     def __init__(self, trial: Trial, workloads: Sequence[Workload], site: Site) -> None:
@@ -47,12 +46,15 @@ class RooflineEngine:
             args=asdict(self._device),
             architecture=self._architecture,
             threads=None,
-            device=device_name(self._device),
         )
 
     @classmethod
     def prepare(cls) -> None:
         """Nothing is imported that is not there already."""
+
+    @classmethod
+    def stands_for(cls, device: str) -> StandIn | None:
+        return StandIn(version=VERSION, device=device_name(device))
 
     @classmethod
     def refuses(cls, trial: Trial) -> str | None:

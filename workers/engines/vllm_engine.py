@@ -21,9 +21,10 @@ import time
 from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from workers import memory
+from workers.contract.engine import StandIn
 from workers.contract.errors import Crashed, Infeasible, OutOfMemory, TrialError, Unsupported
 from workers.contract.layout import Layout
 from workers.contract.measurement import Memory, Pass, PassKind
@@ -57,7 +58,6 @@ _STACK_BYTES = 16 * 2**20
 class VllmEngine:
     """One vLLM engine; see `workers.engines.base.Engine`."""
 
-    measures: ClassVar[bool] = True
     loaded: Loaded
 
     def __init__(self, trial: Trial, workloads: Sequence[Workload], site: Site) -> None:
@@ -93,6 +93,10 @@ class VllmEngine:
         except ImportError as error:
             raise Unsupported(f"vLLM cannot be imported: {error}") from error
         assert vllm.__version__, "an import that is not used would be taken for an accident"
+
+    @classmethod
+    def stands_for(cls, device: str) -> StandIn | None:
+        return None
 
     @classmethod
     def refuses(cls, trial: Trial) -> str | None:

@@ -313,9 +313,9 @@ def usable_gib(device: Device, args: Mapping[str, Any]) -> float:
     return device.memory_gib * (share if isinstance(share, int | float) else 1.0)
 
 
-def device_name(target: Device) -> str:
-    """The device as a predicted record names it."""
-    return describe().device if target.name == CPU else target.name
+def device_name(profile: str) -> str:
+    """A class of device as a predicted record names it."""
+    return describe().device if profile == CPU else profile
 
 
 def _short(stage: OomStage, what: str, needed: float, limit: float) -> OutOfMemory:
