@@ -68,6 +68,8 @@ def models(names: tuple[str, ...], as_json: bool) -> None:
     show(models_table(facts))
     if len(names) == 1:
         show(*(pivot_table(one) for one in pivots(breakdown(*found[0]))))
+    if any(one["verified"] is False for one in facts):
+        click.echo("? its configuration was not checked against the published one.")
     for line in (line for name in chosen for line in about(name, whole=len(names) == 1)):
         click.echo(line)
 

@@ -75,8 +75,8 @@ def about(name: str, *, whole: bool) -> Iterator[str]:
         yield f"{entry['hub_id']}: {entry['source']}"
     for error in entry.get("papers", ()):
         yield (
-            f"{name}: {error['paper']} prints {error['key']} {error['printed']}, "
-            f"the configuration has {error['true']}."
+            f"{name}: {error['paper']} prints {error['key']} {_short(error['printed'])}, "
+            f"the configuration gives {_short(error['true'])}."
         )
     if whole:
         yield from entry.get("notes", ())
@@ -148,6 +148,13 @@ def sources_table(facts: Sequence[Facts]) -> Table:
 def number(value: float | None) -> str:
     """A figure with thousands marked; a dash where there is none."""
     return "–" if value is None else f"{value:,.6g}"
+
+
+def _short(value: object) -> str:
+    """A dimension as it is; a number of parameters with thousands marked."""
+    if isinstance(value, int | float) and value >= 1e6:
+        return f"{value:,.0f}"
+    return str(value)
 
 
 def _table(first: str, columns: Sequence[str] | Mapping[str, str]) -> Table:

@@ -6,7 +6,7 @@ import sys
 
 import polars as pl
 from rich.box import SIMPLE_HEAD
-from rich.console import Console, RenderableType
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -22,17 +22,22 @@ _HEADINGS = (
     *("peak\nGiB", "limit\nGiB", "time ÷\npredicted"),
 )
 
+_WIDE, _ENDLESS = 500, 10_000
+"""Characters of a line in a file or a pipe, and where nothing is ever wrapped."""
 _SHARES = {"s_mbu": "S-MBU", "s_mfu": "S-MFU"}
 """Columns with headings, shown where a record has them."""
 
 
-def show(*renderables: RenderableType) -> None:
+def show(*renderables: Table | Text, fit: bool = False) -> None:
     """Print on standard output, as wide as the terminal or as the widest table needs: a line
-    that the terminal wraps can be read, a number cut short cannot."""
-    console = Console(highlight=False)
-    widest = max((console.measure(one).maximum for one in renderables), default=0)
-    width = max(widest, console.width if sys.stdout.isatty() else 0)
-    Console(width=width or None, highlight=False).print(*renderables, sep="\n")
+    that the terminal wraps can be read, a number cut short cannot. With `fit` no wider than
+    the terminal, for a table that has a column to give way."""
+    width = Console().width if sys.stdout.isatty() else _WIDE
+    if not fit:
+        paper = Console(width=_ENDLESS)
+        tables = [paper.measure(one).maximum for one in renderables if isinstance(one, Table)]
+        width = max([width, *tables])
+    Console(width=width, highlight=False).print(*renderables, sep="\n")
 
 
 def records_table(records: pl.DataFrame) -> Table:

@@ -62,7 +62,7 @@ def test_models_table_has_a_row_each_and_the_papers_errors() -> None:
     assert result.exit_code == 0
     rows = [line.split() for line in result.stdout.splitlines()]
     assert ["mixtral-8x7b", "46.703", "12.880", "12.749"] in [row[:4] for row in rows]
-    assert "prints moe_intermediate_size 5632, the configuration has 1408" in result.stdout
+    assert "prints moe_intermediate_size 5632, the configuration gives 1408" in result.stdout
 
 
 def test_one_model_shows_its_layers_its_source_and_its_notes() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from workers.contract.errors import Infeasible
 from workers.contract.layout import Layout
 from workers.contract.model import Model
-from workers.moe.architecture import bend, catalogue, check, resolve
+from workers.moe.architecture import bend, catalogue, catalogue_name, check, resolve
 from workers.moe.families import read
 from workers.moe.fields import UnknownModel
 
@@ -344,3 +344,22 @@ def test_widths_beside_the_experts_are_checked_too() -> None:
 
 def test_experts_need_not_divide_over_expert_parallel_devices() -> None:
     check(read(catalogue()["qwen1.5-moe-a2.7b"]["config"]), Layout(data=8, expert=True))
+
+
+def test_a_hub_id_of_the_catalogue_needs_no_hub() -> None:
+    by_name = resolve(Model(name="qwen3-30b-a3b"))
+    assert by_name is not None
+    assert catalogue_name("Qwen/Qwen3-30B-A3B") == "qwen3-30b-a3b"
+    assert resolve(Model(name="Qwen/Qwen3-30B-A3B")) == by_name
+    for entry in catalogue().values():
+        for alias in entry.get("aliases", ()):
+            assert catalogue_name(alias) == catalogue_name(entry["hub_id"])
+    assert catalogue_name("someone/some-model") is None
+
+
+def test_a_scaled_skeleton_is_not_quantised() -> None:
+    whole = resolve(Model(name="deepseek-r1", weights="dummy"))
+    small = resolve(Model(name="deepseek-r1", weights="dummy", scale=0.125, num_layers=5))
+    assert whole is not None and small is not None
+    assert whole.config["quantization_config"]["quant_method"] == "fp8"
+    assert "quantization_config" not in small.config

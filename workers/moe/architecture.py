@@ -73,8 +73,8 @@ def configuration(name: str) -> Mapping[str, Any] | None:
     Raises:
         UnknownModel: see `resolve`.
     """
-    if entry := catalogue().get(name):
-        config: Mapping[str, Any] = entry["config"]
+    if known := catalogue_name(name):
+        config: Mapping[str, Any] = catalogue()[known]["config"]
         return config
     folder = Path(name).expanduser()
     if (folder / "config.json").is_file():
@@ -89,10 +89,15 @@ def configuration(name: str) -> Mapping[str, Any] | None:
         raise UnknownModel(f"folder {name} has no config.json")
     if name.count("/") == 1 and not name.startswith(("/", ".", "~")):
         return None
-    known = ", ".join(sorted(catalogue()))
+    names = ", ".join(sorted(catalogue()))
     raise UnknownModel(
-        f"unknown model {name!r}: not in the catalogue ({known}), not a folder, not a hub id"
+        f"unknown model {name!r}: not in the catalogue ({names}), not a folder, not a hub id"
     )
+
+
+def catalogue_name(name: str) -> str | None:
+    """The catalogue entry that `name` is, or is a hub id of; null if there is none."""
+    return name if name in catalogue() else _hub_ids().get(name)
 
 
 def bend(config: Mapping[str, Any], model: Model) -> dict[str, Any]:
@@ -101,7 +106,8 @@ def bend(config: Mapping[str, Any], model: Model) -> dict[str, Any]:
     Only the language model is bent. The scale multiplies every width (hidden, FFN, shared
     experts, vocabulary) and the numbers of heads, and keeps the head dimension and the ranks
     of latents, so that the shares of attention, experts and embeddings stay roughly what
-    they were. FFN widths asked for are scaled too: a grid keeps its ratios.
+    they were. FFN widths asked for are scaled too: a grid keeps its ratios. A scaled model
+    is not quantised.
 
     Raises:
         Infeasible: the configuration has no place for an override, or does not follow it.
@@ -117,6 +123,8 @@ def bend(config: Mapping[str, Any], model: Model) -> dict[str, Any]:
         _confirm(config, bent, asked, model.name)
     if model.scale != 1.0:
         _shrink(bent, read(bent), model.scale)
+        # Its blocks and groups are made for the widths of the checkpoint.
+        bent.pop("quantization_config", None)
     return bent
 
 
@@ -171,12 +179,21 @@ def check(architecture: Architecture, layout: Layout) -> None:
 
 @cache
 def catalogue() -> Mapping[str, Mapping[str, Any]]:
-    """Catalogue name → `{hub_id, source, config}`."""
+    """Catalogue name → `{hub_id, aliases, source, config, …}`; its README explains them."""
     folder = resources.files("workers.moe") / "catalog"
     return {
         entry.name.removesuffix(".json"): json.loads(entry.read_text())
         for entry in folder.iterdir()
         if entry.name.endswith(".json")
+    }
+
+
+@cache
+def _hub_ids() -> Mapping[str, str]:
+    return {
+        hub_id: name
+        for name, entry in catalogue().items()
+        for hub_id in (entry["hub_id"], *entry.get("aliases", ()))
     }
 
 
