@@ -141,7 +141,7 @@ def table(
         _write_json(frame)
         return
     if shown:
-        show(*shown, fit=name is None)
+        show(*shown)
     click.echo(sentence)
 
 

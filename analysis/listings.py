@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from workers.hardware.device import CPU, Device, provenance
-from workers.moe.architecture import catalogue
+from workers.moe.architecture import catalogue, catalogue_name
 from workers.moe.structure import Architecture
 
 _KV_BYTES = 2
@@ -20,7 +20,7 @@ Facts = dict[str, Any]
 
 def model_facts(name: str, a: Architecture) -> Facts:
     """Dimensions and parameters of a model; nothing that depends on how it is stored."""
-    entry = catalogue().get(name, {})
+    entry = catalogue().get(catalogue_name(name) or "", {})
     return {
         "name": name,
         "hub_id": entry.get("hub_id"),
@@ -70,7 +70,7 @@ def models_table(facts: Sequence[Facts]) -> Table:
 
 def about(name: str, *, whole: bool) -> Iterator[str]:
     """What the papers print otherwise, and with `whole` the entry's source and notes."""
-    entry: Mapping[str, Any] = catalogue().get(name, {})
+    entry: Mapping[str, Any] = catalogue().get(catalogue_name(name) or "", {})
     if whole and entry:
         yield f"{entry['hub_id']}: {entry['source']}"
     for error in entry.get("papers", ()):

@@ -14,7 +14,7 @@ from analysis.errors import OptionError, unknown
 from workers.contract.errors import Infeasible
 from workers.contract.model import Dtype, Model
 from workers.hardware.device import Device, UnknownDevice, device, devices, names
-from workers.moe.architecture import UnknownModel, catalogue, resolve
+from workers.moe.architecture import UnknownModel, catalogue, catalogue_name, resolve
 from workers.moe.precision import Precision, precision
 from workers.moe.structure import Architecture
 
@@ -36,6 +36,7 @@ class Structure:
     """A model, and how it is stored."""
 
     name: str
+    """As the catalogue has it; a folder outside it."""
     architecture: Architecture
     precision: Precision
     dtype: str
@@ -63,7 +64,12 @@ def structure(name: str, dtype: str = AUTO) -> Structure:
         stored = precision(a, model)
     except ValueError as error:
         raise OptionError(f"model {name}: {error}") from error
-    return Structure(name=name, architecture=a, precision=stored, dtype=_word(a, stored, dtype))
+    return Structure(
+        name=catalogue_name(name) or name,
+        architecture=a,
+        precision=stored,
+        dtype=_word(stored, dtype),
+    )
 
 
 def architecture(name: str) -> Architecture:
@@ -81,11 +87,10 @@ def architecture(name: str) -> Architecture:
     except (Infeasible, ValueError) as error:
         raise OptionError(f"model {name}: {error}") from error
     if found is None:
-        hint = "give a folder with its config.json, or a name of the catalogue"
-        for entry, facts in catalogue().items():
-            if name in (facts.get("hub_id"), *facts.get("aliases", ())):
-                hint = f"the catalogue has it as {entry!r}"
-        raise OptionError(f"the configuration of {name} is not on this machine; {hint}")
+        raise OptionError(
+            f"the configuration of {name} is not on this machine; "
+            "give a folder with its config.json, or a name of the catalogue"
+        )
     if not found.exact:
         raise OptionError(
             f"model {name}: family {found.family!r} is not spelled out, "
@@ -110,7 +115,7 @@ def listed(chosen: Sequence[str]) -> tuple[Device, ...]:
         raise OptionError(unknown("device", wrong, names())) from error
 
 
-def _word(a: Architecture, stored: Precision, dtype: str) -> str:
+def _word(stored: Precision, dtype: str) -> str:
     if dtype != AUTO:
         return dtype
     if stored.scheme is not None:

@@ -28,16 +28,13 @@ _SHARES = {"s_mbu": "S-MBU", "s_mfu": "S-MFU"}
 """Columns with headings, shown where a record has them."""
 
 
-def show(*renderables: Table | Text, fit: bool = False) -> None:
+def show(*renderables: Table | Text) -> None:
     """Print on standard output, as wide as the terminal or as the widest table needs: a line
-    that the terminal wraps can be read, a number cut short cannot. With `fit` no wider than
-    the terminal, for a table that has a column to give way."""
+    that the terminal wraps can be read, a number cut short cannot."""
+    paper = Console(width=_ENDLESS)
+    tables = [paper.measure(one).maximum for one in renderables if isinstance(one, Table)]
     width = Console().width if sys.stdout.isatty() else _WIDE
-    if not fit:
-        paper = Console(width=_ENDLESS)
-        tables = [paper.measure(one).maximum for one in renderables if isinstance(one, Table)]
-        width = max([width, *tables])
-    Console(width=width, highlight=False).print(*renderables, sep="\n")
+    Console(width=max([width, *tables]), highlight=False).print(*renderables, sep="\n")
 
 
 def records_table(records: pl.DataFrame) -> Table:

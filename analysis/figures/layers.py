@@ -15,6 +15,7 @@ from analysis.insights import percent
 from analysis.keys import enumeration
 from analysis.options import Options
 from analysis.structures import architecture
+from workers.moe.architecture import catalogue_name
 
 if TYPE_CHECKING:
     import altair as alt
@@ -26,7 +27,9 @@ _HALF = 0.5
 
 def prepare(options: Options) -> pl.DataFrame:
     """Rows of `analysis.breakdown.breakdown`, of every model asked for."""
-    return pl.concat([breakdown(name, architecture(name)) for name in options.models])
+    return pl.concat(
+        [breakdown(catalogue_name(name) or name, architecture(name)) for name in options.models]
+    )
 
 
 def pivots(frame: pl.DataFrame) -> list[Pivot]:

@@ -54,7 +54,7 @@ def prepare(options: Options) -> pl.DataFrame:
             rows.append(
                 {
                     "kind": "model",
-                    "name": name,
+                    "name": of.name,
                     "activation": activation,
                     "dtype": of.dtype,
                     "bandwidth_gb_s": read / options.tpot_s / options.s_mbu / 1e9,

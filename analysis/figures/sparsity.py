@@ -65,7 +65,7 @@ def prepare(options: Options) -> pl.DataFrame:
             rows.append(
                 {
                     "kind": _MODEL,
-                    "name": name,
+                    "name": of.name,
                     "dtype": of.dtype,
                     "batch": batch,
                     "share": activated_share(plain, batch),
@@ -74,9 +74,14 @@ def prepare(options: Options) -> pl.DataFrame:
                     "memory_gb": memory_gb(of),
                 }
             )
-        if name in TRACED and TRACED_BATCH in options.batches:
+        if of.name in TRACED and TRACED_BATCH in options.batches:
             rows.append(
-                {"kind": _PAPER, "name": name, "batch": TRACED_BATCH, "share": TRACED[name]}
+                {
+                    "kind": _PAPER,
+                    "name": of.name,
+                    "batch": TRACED_BATCH,
+                    "share": TRACED[of.name],
+                }
             )
     rows += [
         {

@@ -260,7 +260,6 @@ def test_a_dataset_without_utilisation_is_refused(
         ((), "plan needs a model"),
         (("--model", "mixtral"), "no model 'mixtral'; did you mean 'mixtral-8x7b'?"),
         (("--model", "nobody/nothing-7b"), "nobody/nothing-7b is not on this machine"),
-        (("--model", "deepseek-ai/DeepSeek-R1"), "the catalogue has it as 'deepseek-r1'"),
         (("--model", "{}"), "has no config.json"),
         (("--model", "mixtral-8x7b", "--dtype", "bf61"), "no dtype 'bf61'; did you mean 'bf16'?"),
         (("--model", "mixtral-8x7b", "--device", "h10"), "no device 'h10'; did you mean 'h100'?"),
@@ -291,6 +290,11 @@ def test_a_folder_with_a_configuration_is_a_model(tmp_path: Path) -> None:
     (there,) = planned("--model", "mixtral-8x7b")
     assert here["practical_bandwidth_gb_s"] == there["practical_bandwidth_gb_s"]
     assert here["model"] == str(tmp_path)
+
+
+def test_a_hub_id_of_the_catalogue_is_the_model_itself() -> None:
+    (one,) = planned("--model", "deepseek-ai/DeepSeek-R1", "--dtype", "bf16")
+    assert (one["model"], one["dtype"]) == ("deepseek-r1", "bf16")
 
 
 def test_facts_are_those_of_the_plan() -> None:
