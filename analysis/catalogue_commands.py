@@ -68,6 +68,8 @@ def models(names: tuple[str, ...], as_json: bool) -> None:
     show(models_table(facts))
     if len(names) == 1:
         show(*(pivot_table(one) for one in pivots(breakdown(*found[0]))))
+        if apart := facts[0]["params_vision"] + facts[0]["params_projector"]:
+            click.echo(f"Vision tower and projector, counted apart: {apart:,} parameters.")
     if any(one["verified"] is False for one in facts):
         click.echo("? its configuration was not checked against the published one.")
     for line in (line for name in chosen for line in about(name, whole=len(names) == 1)):
@@ -139,7 +141,7 @@ def plan(dataset: Path | None, most: int, as_json: bool, s_mfu: float | None, **
     if as_json:
         write_json([plan_facts(one) for one in found])
         return
-    show(needs_table(found), *(offers_table(found, of) for of in structures))
+    show(needs_table(found), *filter(None, (offers_table(found, of) for of in structures)))
     for one in found:
         click.echo(sentence(one))
     click.echo(

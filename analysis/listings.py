@@ -29,6 +29,7 @@ def model_facts(name: str, a: Architecture) -> Facts:
         "params_active": a.params_active,
         "params_active_no_embedding": a.params_active_no_embedding,
         "params_vision": a.params_vision,
+        "params_projector": a.params_projector,
         "num_layers": a.num_layers,
         "hidden_size": a.hidden_size,
         "ffn_dim": a.ffn_dim,
@@ -133,8 +134,9 @@ def devices_table(facts: Sequence[Facts]) -> Table:
 def sources_table(facts: Sequence[Facts]) -> Table:
     """One row per device and source: which figures come from there, unverified ones marked."""
     table = Table(box=SIMPLE_HEAD)
-    for heading in ("device", "source", "figures (? unverified)"):
-        table.add_column(heading)
+    table.add_column("device", no_wrap=True)
+    for heading in ("source", "figures (? unverified)"):
+        table.add_column(heading, max_width=58)
     for one in facts:
         by_source: dict[str, list[str]] = {}
         for key, origin in one["figures"].items():

@@ -42,9 +42,13 @@ def needs_table(plans: Sequence[Plan]) -> Table:
     return table
 
 
-def offers_table(plans: Sequence[Plan], of: Structure) -> Table:
-    """Devices that meet the plans of one model: a column per batch, a dash where none does."""
+def offers_table(plans: Sequence[Plan], of: Structure) -> Table | None:
+    """Devices that meet the plans of one model: a column per batch, a dash where one does not;
+    null where no device meets any."""
     mine = [one for one in plans if one.structure is of]
+    found = {offer.device.name: offer.device for one in mine for offer in one.offers}
+    if not found:
+        return None
     table = Table(
         title=f"{of.name}: smallest number of each device that meets it; last, its tightest limit",
         title_justify="left",
@@ -56,7 +60,6 @@ def offers_table(plans: Sequence[Plan], of: Structure) -> Table:
     table.add_column("USD\neach", justify="right")
     for one in mine:
         table.add_column(f"batch {one.need.service.batch}", no_wrap=True)
-    found = {offer.device.name: offer.device for one in mine for offer in one.offers}
     for name, device in found.items():
         cells = [
             next((_cell(offer) for offer in one.offers if offer.device.name == name), "–")

@@ -273,7 +273,7 @@ def sentence(one: Plan) -> str:
         f"{one.structure.name} ({one.structure.dtype}) at batch {service.batch} with "
         f"{service.context:,} tokens of context within {service.tpot_s:g} s per token needs "
         f"{need.practical_bandwidth_gb_s:,.0f} GB/s of peak bandwidth "
-        f"({100 * kv:.0f} % of it for the KV cache), {need.practical_tflops:,.1f} TFLOP/s and "
+        f"({100 * kv:.0f} % of it for the KV cache), {_figure(need.practical_tflops)} TFLOP/s and "
         f"{need.memory_bytes / 1e9:,.1f} GB of memory"
     )
     if not one.offers:
@@ -288,6 +288,11 @@ def sentence(one: Plan) -> str:
         best.append(f"at the lowest known price {_several(cheapest)} (${cheapest.price_usd:,.0f})")
     found = f"{len(one.offers)} {'device has' if len(one.offers) == 1 else 'devices have'} it"
     return f"{needs}. {found}{': ' if best else ''}{', '.join(best)}."
+
+
+def _figure(value: float) -> str:
+    """One decimal; of small numbers two digits."""
+    return f"{value:,.1f}" if value >= 10 else f"{value:.2g}"
 
 
 def _several(one: Offer) -> str:

@@ -73,6 +73,15 @@ def test_one_model_shows_its_layers_its_source_and_its_notes() -> None:
     assert "deepseek-ai/DeepSeek-V2-Lite: " in result.stdout
 
 
+def test_vision_is_counted_apart() -> None:
+    (one,) = json.loads(run("models", "llama-4-scout", "--json").stdout)
+    apart = one["params_vision"] + one["params_projector"]
+    assert apart > 800e6
+    assert one["params_total"] == 107_769_861_120
+    shown = run("models", "llama-4-scout").stdout
+    assert f"Vision tower and projector, counted apart: {apart:,} parameters." in shown
+
+
 def test_a_folder_is_listed_too(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(catalogue()["olmoe-1b-7b"]["config"]))
     (one,) = json.loads(run("models", str(tmp_path), "--json").stdout)

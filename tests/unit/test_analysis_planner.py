@@ -216,6 +216,13 @@ def test_the_table_and_the_sentences() -> None:
     assert "not measured" in result.stdout.splitlines()[-1]
 
 
+def test_where_no_device_does_there_is_no_table_of_devices() -> None:
+    result = run("plan", "--model", "deepseek-r1", "--device", "l4")
+    assert result.exit_code == 0
+    assert "no device that was considered has it" in result.stdout
+    assert "smallest number" not in result.stdout
+
+
 def test_the_sentence_follows_the_options() -> None:
     of = structure("mixtral-8x7b")
     devices = [device("h100")]
