@@ -79,10 +79,11 @@ class Group:
 
     @property
     def predicted_load_s(self) -> float:
-        """Building the engine once, in seconds; 0 if unknown."""
+        """Building the engine once and ending it, in seconds; 0 if unknown."""
         if self.predicts:
             return ROOFLINE_S
-        return max((one.prediction.load_s for one in self.trials if one.prediction), default=0.0)
+        known = [one.prediction for one in self.trials if one.prediction]
+        return max((one.load_s + one.close_s for one in known), default=0.0)
 
     @property
     def predicted_passes_s(self) -> float:

@@ -20,7 +20,7 @@ from orchestrator.schedule import Lane, Node
 from workers.contract.message import Finished, Message, Progress
 from workers.contract.outcome import Outcome
 
-PRIOR_GROUPS = 1.0
+PRIOR_GROUPS = 3.0
 """Weight of the roofline's own seconds against what was measured, in mean groups."""
 LAST_OOM = 5
 """Out-of-memory trials that the display keeps in sight."""

@@ -24,10 +24,12 @@ class Assumptions:
     """Scheduling and sampling of one forward pass, seconds."""
     layer_s: float
     """Launches of one layer, seconds."""
-    expert_s: float
-    """One activated expert of one layer, beyond its bytes and FLOPs, seconds."""
+    request_s: float
+    """Admission of one request and what its prompt costs besides its tokens, seconds."""
     rebuild_s: float
     """Building an engine apart from its weights, seconds."""
+    close_s: float
+    """Ending an engine and proving its device clean, seconds."""
     load_gib_s: float
     """Rate at which weights come up, GiB per second."""
     overhead_gib: float
@@ -35,23 +37,27 @@ class Assumptions:
 
 
 _CPU = Assumptions(
-    bandwidth_share=0.8,
-    compute_share=0.5,
+    bandwidth_share=0.75,
+    compute_share=0.55,
     step_s=2e-3,
     layer_s=5e-4,
-    expert_s=0.0,
-    rebuild_s=4.0,
-    load_gib_s=0.2,
+    request_s=1.2e-3,
+    rebuild_s=1.3,
+    close_s=1.8,
+    load_gib_s=0.25,
     overhead_gib=0.0,
 )
+"""Fitted to vLLM's eager CPU engine on one machine of 2 cores: the 52 points of the CPU profile
+of `sweeps/hparam.yaml` and a checkpoint of 30 layers at batch 1 to 32."""
 
 _GPU = Assumptions(
     bandwidth_share=0.7,
     compute_share=0.5,
     step_s=1e-3,
     layer_s=2e-5,
-    expert_s=0.0,
+    request_s=2e-4,
     rebuild_s=60.0,
+    close_s=5.0,
     load_gib_s=2.0,
     overhead_gib=1.5,
 )

@@ -58,7 +58,9 @@ class Prediction:
     e2e_s: float
     """Prefill and every decode pass of the whole batch, seconds."""
     load_s: float
-    """Building the engine, seconds."""
+    """Building the engine, seconds; where its weights do not fit, until that shows."""
+    close_s: float
+    """Ending it, seconds."""
     weights_gib: float
     kv_cache_gib: float
     """KV cache of the whole batch at its full length."""
@@ -142,6 +144,7 @@ class _Roofline:
         waves, oom = self._fit(
             weights[fullest], caches[fullest], activations, overhead, self._cache_bytes(1, fullest)
         )
+        early = oom is not None and oom.stage == "load"
         batch = -(-self.batch // waves)
         prefill_s, passes = self._prefill(batch)
         decode_s = self._decode(batch)
@@ -155,7 +158,9 @@ class _Roofline:
             prefill_s=prefill_s,
             tpot_s=decode_s if steps else None,
             e2e_s=e2e,
-            load_s=self.assumed.rebuild_s + weights[fullest] / GIB / self.assumed.load_gib_s,
+            load_s=self.assumed.rebuild_s
+            + (0.0 if early else weights[fullest] / GIB / self.assumed.load_gib_s),
+            close_s=self.assumed.close_s,
             weights_gib=weights[fullest] / GIB,
             kv_cache_gib=caches[fullest] / GIB,
             activations_gib=activations / GIB,
@@ -177,7 +182,7 @@ class _Roofline:
         else:  # long prompts in chunks: the mean chunk sees half of the others
             chunk = -(-length * batch // passes)
             slices = accounting.prefill(1, min(chunk, length), max(0, length - chunk) // 2)
-        return passes * self._pass_s(slices), passes
+        return passes * self._pass_s(slices) + batch * self.assumed.request_s, passes
 
     def _decode(self, batch: int) -> float:
         """Seconds of the mean decode pass."""
@@ -209,7 +214,7 @@ class _Roofline:
         return seconds + len(self.a.layers) * self.assumed.layer_s
 
     def _cost_s(self, c: Cost) -> float:
-        """Part by part, the slower of bytes and arithmetic; and the experts' launches."""
+        """Part by part, the slower of bytes and arithmetic."""
         parts = (
             (c.attention_bytes, c.attention_flops),
             (c.kv_read_bytes + c.kv_write_bytes, c.score_flops),
@@ -220,8 +225,7 @@ class _Roofline:
             (c.head_bytes, c.head_flops),
             (c.norm_bytes + c.embedding_bytes, 0.0),
         )
-        moved = sum(max(size / self.bandwidth, work / self.compute) for size, work in parts)
-        return moved + c.activated * self.assumed.expert_s
+        return sum(max(size / self.bandwidth, work / self.compute) for size, work in parts)
 
     def _communication_s(self, tokens: int) -> float:
         """Time in which devices exchange activations during one pass.
