@@ -53,7 +53,12 @@ def test_a_sweep_ends_every_point_in_one_record_and_leaves_nothing(tmp_path: Pat
         assert row["itl_paper_s"] == pytest.approx(
             (row["e2e_s"] - row["ttft_paper_s"]) / (row["batch_size"] * 8 - 1)
         )
+        assert row["weights_gib"] == row["predicted_weights_gib"]
         assert row["weights_gib"] * 2**30 >= row["params_total"] * 2 and row["predicted_e2e_s"] > 0
+        assert (row["peak_source"], row["activation_source"]) == ("calibrated", "uniform")
+        assert row["peak_bandwidth_gb_s"] >= row["calibrated_bandwidth_gb_s"] * 0.99 > 0
+        assert 0 < row["s_mbu_paper"] < row["s_mbu"] and row["s_mbu_paper"] < row["mbu"]
+        assert 0 < row["s_mfu"] < row["mfu"] < 1 and row["prefill_s_mbu"] > 0
     assert ok["engine_load_s"].n_unique() == 2  # one engine for both batches of a top-k
 
     oom = frame.filter(pl.col("outcome") == "oom")
@@ -189,3 +194,33 @@ def _base(**sections: object) -> dict[str, object]:
     from tests.integration.harness import TINY
 
     return TINY["base"] | sections  # type: ignore[no-any-return]
+
+
+def test_a_sweep_for_hardware_that_nobody_has_is_predicted_and_resumed(tmp_path: Path) -> None:
+    path = sweep_file(
+        tmp_path,
+        base={
+            "model": {"name": "mixtral-8x7b", "weights": "dummy"},
+            "layout": {"tensor": 4},
+            "workload": {"batch_size": 16, "input_tokens": 2048, "output_tokens": 512},
+            "engine": {"kind": "roofline"},
+        },
+        grid={"model.num_experts": [8, 64], "workload.batch_size": [1, 16]},
+    )
+    arguments = (path, "--out", tmp_path, "--profile", "h100", "--json")
+    done = orchestrate(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert summary(done)["outcomes"] == {"ok": 2, "oom": 2}
+    frame = records(tmp_path / "tiny")
+    assert not frame["measured"].any()
+    assert set(frame["engine"]) == {"roofline"} and set(frame["device"]) == {"h100"}
+    assert set(frame["device_count"]) == {4} and set(frame["torch_version"]) == {None}
+    ok = frame.filter(pl.col("outcome") == "ok").sort("batch_size")
+    assert ok["e2e_s"].to_list() == pytest.approx(ok["predicted_e2e_s"].to_list())
+    assert ok["repeats"].to_list() == [1, 1] and set(ok["peak_source"]) == {"catalogue"}
+    assert ok["s_mbu"].is_between(0, 1, closed="none").all()
+    oom = frame.filter(pl.col("outcome") == "oom")
+    assert set(oom["oom_stage"]) == {"load"} == set(oom["predicted_oom_stage"])
+
+    again = summary(orchestrate(*arguments))
+    assert again["resumed"] == 4 and records(tmp_path / "tiny").height == 4
