@@ -19,7 +19,8 @@ from workers.contract.errors import Infeasible
 from workers.contract.fingerprint import fingerprint
 from workers.contract.model import Model
 from workers.contract.trial import Trial
-from workers.hardware.device import Device
+from workers.hardware.device import Device, UnknownDevice
+from workers.hardware.device import device as find_device
 from workers.hardware.roofline import Prediction, predict
 from workers.moe.architecture import UnknownModel, check, resolve
 from workers.moe.structure import Architecture
@@ -235,13 +236,18 @@ def own_dimensions(model: Model) -> Mapping[str, Any]:
 def _plan(sweep: Sweep, point: Point, device: Device) -> Planned:
     trial = point.trial
     prediction, reason = None, None
+    asked = trial.layout.device
     try:
+        if asked is not None:
+            device = find_device(asked)
         architecture = _structure(trial.model)
         if architecture is not None:
             check(architecture, trial.layout)
             prediction = predict(architecture, trial, device)
     except UnknownModel as error:
         raise sweep.place("model.name", trial.model.name).error(str(error)) from error
+    except UnknownDevice as error:
+        raise sweep.place("layout.device", asked).error(str(error)) from error
     except Infeasible as error:
         reason = error
     return Planned(

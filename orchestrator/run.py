@@ -300,12 +300,11 @@ class _Run:
 
     def _guards(self) -> Iterator[Guard]:
         """The environments in which a result would be made now."""
-        groups = self._plan.groups
-        kinds = {group.trials[0].trial.engine.kind for group in groups}
-        kinds |= {one.trial.engine.kind for one in self._plan.infeasible}
-        for kind in kinds:
+        trials = [group.trials[0].trial for group in self._plan.groups]
+        trials += [one.trial for one in self._plan.infeasible]
+        for kind, asked in {(one.engine.kind, one.layout.device) for one in trials}:
             if kind == "roofline":
-                target = roofline.device_name(self._sweep.profile)
+                target = roofline.device_name(asked or self._sweep.profile)
                 yield Guard(engine=kind, engine_version=roofline.VERSION, device=target)
                 continue
             for host in self._cluster.hosts.values():

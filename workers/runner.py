@@ -118,14 +118,15 @@ class _Run:
         """Builds an engine and measures on it until all are done or one fails."""
         yield self._progress("load")
         kind = engine_class(tickets[0].trial.engine.kind)
-        stand_in = kind.stands_for(self.job.profile)
+        planned_for = tickets[0].trial.layout.device or self.job.profile
+        stand_in = kind.stands_for(planned_for)
         self.columns = recorder.where(self.host, stand_in)
         self.columns["started_at"] = datetime.now(UTC)
         with _scratch(self.job.scratch) as folder:
             try:
                 hand = None if stand_in else in_hand(self.host)
                 start = time.perf_counter()
-                site = Site(scratch=folder, device=self.job.profile)
+                site = Site(scratch=folder, device=planned_for)
                 engine = kind(tickets[0].trial, [one.trial.workload for one in tickets], site)
                 self.columns["engine_load_s"] = time.perf_counter() - start
             except TrialError as error:
@@ -138,7 +139,7 @@ class _Run:
                 self.columns["threads"] = engine.loaded.threads
                 self.measured = hand is not None
                 if hand is None:
-                    self.target = device(self.job.profile)
+                    self.target = device(planned_for)
                 else:
                     self.columns |= hand.columns(
                         run_dtype(engine.loaded.architecture, tickets[0].trial.model)

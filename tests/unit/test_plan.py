@@ -123,3 +123,16 @@ def test_a_part_of_a_group(tmp_path: Path) -> None:
     part = group.only([group.trials[1].trial_id])
     assert part is not None and part.trials == group.trials[1:]
     assert part.predicted_s < group.predicted_s
+
+
+def test_a_trial_may_ask_for_a_class_of_device(tmp_path: Path) -> None:
+    plan = _plan(tmp_path, grid={"layout.device": ["a100", "h200"]})
+    found = {
+        one.axes["layout.device"]: one.prediction.device
+        for group in plan.groups
+        for one in group.trials
+        if one.prediction
+    }
+    assert found == {"a100": "a100", "h200": "h200"}
+    with pytest.raises(SweepError, match=r"p\.yaml:\d+: .*unknown device class 'h900'"):
+        _plan(tmp_path, grid={"layout.device": ["h200", "h900"]})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from workers.contract.validate import at_least
+from workers.contract.validate import at_least, named
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,10 +19,14 @@ class Layout:
     """Data-parallel degree."""
     expert: bool = False
     """Spread experts over the tensor × data devices instead of cutting each of them."""
+    device: str | None = None
+    """Class of device that the engine must run on, by the catalogue's name; null takes any."""
 
     def __post_init__(self) -> None:
         for key in ("tensor", "pipeline", "data"):
             at_least(f"layout.{key}", getattr(self, key), 1)
+        if self.device is not None:
+            named("layout.device", self.device)
 
     @property
     def devices(self) -> int:
