@@ -5,8 +5,9 @@ that and the list of weights (`workers.moe.structure`) follow the bytes and FLOP
 part of the model: each weight is read once per pass, a routed expert only where the batch
 activates it, the cache once per sequence, as far as a layer's window reaches. All of it is
 linear in a few sums over the batch (tokens, query-key pairs, cached tokens seen), so a cost
-is a sheet of coefficients per kind of layer times those sums, and a thousand decode steps
-cost no more to add up than one.
+is a sheet of coefficients times those sums. Sheets add up as costs do: a pipeline stage of
+sixty layers has one, and neither its layers nor a thousand decode steps are gone through
+again for the next workload.
 
 A multiply-add counts 2 FLOPs. Softmax, norms, activations and rotary embeddings are left
 out, as in MoE-CAP §4.2 and in torch's own counter.
@@ -17,15 +18,18 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property
 from itertools import accumulate
 from math import ceil
-from typing import Literal
+from typing import Literal, TypeVar
 
 from workers.contract.layout import Layout
 from workers.moe.precision import Precision
-from workers.moe.structure import Architecture, Attention, Experts, Layer, Part, Weight
+from workers.moe.structure import Architecture, Attention, Layer, Part, Weight
+
+T = TypeVar("T")
+Piece = TypeVar("Piece", "Look", "Choice")
 
 VOCAB_PADDING = 64
 """vLLM pads the vocabulary to a multiple of it before it cuts it."""
@@ -225,31 +229,19 @@ def forward(
     Raises:
         ValueError: `activated` is not one number per decoder layer.
     """
-    slices = tuple(slices)
     if activated is not None and len(activated) != a.num_layers:
         raise ValueError(f"activated has {len(activated)} numbers for {a.num_layers} layers")
-    sheets = _sheets(a, precision, layout, stage)
-    tokens = sum(one.sequences * one.new for one in slices)
-
-    @cache
-    def seen(window: int | None, chunked: bool) -> _Seen:
-        return _one_pass(slices, window, chunked, absorbed=absorbed, causal=causal)
-
-    sums = _Sums(
-        passes=1,
-        tokens=tokens,
-        logits=tokens if logits == "all" else sum(one.sequences for one in slices),
-        seen=seen,
-    )
+    of = stage_of(a, precision, layout, stage)
+    work = one_pass(slices, logits=logits, absorbed=absorbed, causal=causal)
     kinds: dict[tuple[int, float | None], Cost] = {}
     layers = []
-    for index, sheet in zip(sheets.layers, sheets.of_layer, strict=True):
+    for index, sheet in zip(of.layers, of.of_layer, strict=True):
         traced = None if activated is None else activated[index]
         key = (id(sheet), traced)
         if key not in kinds:
-            kinds[key] = sheet.cost(sums, traced)
+            kinds[key] = sheet.cost(work, traced)
         layers.append(kinds[key])
-    return PassCost(layers=tuple(layers), outside=sheets.outside(sums))
+    return PassCost(layers=tuple(layers), outside=of.outside.cost(work))
 
 
 def decode_total(
@@ -265,26 +257,12 @@ def decode_total(
 ) -> Cost:
     """Cost of all `output_tokens - 1` decode passes of a batch, on one device of a stage.
 
-    Exact and without a loop: over one sequence the passes see what the tokens of a prompt
-    of that length see, and that sum is closed. Activation is the uniform expectation.
+    Activation is the uniform expectation; see `decoding`.
     """
-    steps = output_tokens - 1
-    if steps < 1:
+    if output_tokens < 2:
         return Cost()
-    sheets = _sheets(a, precision, layout, stage)
-
-    @cache
-    def seen(window: int | None, chunked: bool) -> _Seen:
-        pairs = batch * _pairs(steps, input_tokens, window, chunked)
-        if absorbed:
-            return _Seen(pairs=pairs, latent=pairs, again=0.0, cached=pairs)
-        return _Seen(pairs=pairs, latent=0.0, again=pairs - batch * steps, cached=pairs)
-
-    sums = _Sums(passes=steps, tokens=batch * steps, logits=batch * steps, seen=seen)
-    total = sheets.outside(sums)
-    for sheet, copies in sheets.kinds:
-        total += sheet.cost(sums, None).times(copies)
-    return total
+    work = decoding(batch, input_tokens, output_tokens, absorbed=absorbed)
+    return stage_of(a, precision, layout, stage).sheet.cost(work)
 
 
 def weight_bytes(
@@ -297,29 +275,7 @@ def weight_bytes(
     What an engine makes of weights besides (repacked copies, MLA's absorbed ones) is not
     in it.
     """
-    first, last = stage == 0, stage == layout.pipeline - 1
-    total = 0
-    for index in stage_layers(a.num_layers, layout.pipeline)[stage]:
-        layer = a.layers[index]
-        total += sum(
-            precision.bytes(_local(weight, layer, layout), index) for weight in layer.always()
-        )
-        if layer.experts:
-            ranks = layout.tensor * layout.data
-            held = ceil(layer.experts.num / ranks) if layout.expert else layer.experts.num
-            total += held * sum(
-                precision.bytes(_local(weight, layer, layout), index) for weight in layer.expert()
-            )
-    ends: list[tuple[Weight, int]] = []
-    if first:
-        ends += [(weight, 1) for weight in a.embedding] + list(a.apart)
-    if last:
-        ends += [(weight, 1) for weight in a.final]
-        if not (a.tied and first):
-            ends.append((a.head, 1))
-    return total + sum(
-        copies * precision.bytes(_local(_padded(weight), None, layout)) for weight, copies in ends
-    )
+    return stage_of(a, precision, layout, stage).weight_bytes
 
 
 def kv_cache_bytes(
@@ -336,16 +292,8 @@ def kv_cache_bytes(
     Tokens are rounded up to blocks of `block`. A layer with a window keeps the blocks that
     the window can touch, as vLLM frees those that fell out of it.
     """
-    total = 0.0
-    for index in stage_layers(a.num_layers, layout.pipeline)[stage]:
-        attention = a.layers[index].attention
-        blocks = ceil(tokens_per_request / block)
-        if attention.window is not None:
-            # A sliding window begins anywhere in a block, so it touches one more.
-            touched = ceil(attention.window / block) + (0 if attention.chunked else 1)
-            blocks = min(blocks, touched)
-        total += blocks * block * _cached_values(attention, layout.tensor) * precision.kv_bytes
-    return ceil(batch * total)
+    sheet = stage_of(a, precision, layout, stage).sheet
+    return ceil(batch * sheet.cache_bytes(tokens_per_request, block))
 
 
 def stage_layers(num_layers: int, pipeline: int) -> tuple[range, ...]:
@@ -363,7 +311,7 @@ def stage_layers(num_layers: int, pipeline: int) -> tuple[range, ...]:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Seen:
+class Seen:
     """What the attention of one layer looks at, summed over sequences and passes."""
 
     pairs: float
@@ -378,33 +326,64 @@ class _Seen:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Sums:
+class Work:
     """All that a cost depends on besides the weights."""
 
     passes: int
     tokens: float
     logits: float
     """Tokens that the head runs for."""
-    seen: Callable[[int | None, bool], _Seen]
-    """By a layer's window."""
+    seen: Callable[[int | None, bool], Seen]
+    """By a layer's window, and whether that is a chunk."""
+
+
+def one_pass(
+    slices: Iterable[Slice],
+    *,
+    logits: Literal["last", "all"] = "last",
+    absorbed: bool = True,
+    causal: bool = True,
+) -> Work:
+    """One forward pass; `forward` says what the arguments mean."""
+    slices = tuple(slices)
+    tokens = sum(one.sequences * one.new for one in slices)
+
+    @cache
+    def seen(window: int | None, chunked: bool) -> Seen:
+        return _one_pass(slices, window, chunked, absorbed=absorbed, causal=causal)
+
+    return Work(
+        passes=1,
+        tokens=tokens,
+        logits=tokens if logits == "all" else sum(one.sequences for one in slices),
+        seen=seen,
+    )
+
+
+def decoding(batch: int, input_tokens: int, output_tokens: int, *, absorbed: bool = True) -> Work:
+    """All `output_tokens - 1` decode passes of a batch; there must be one.
+
+    Exact and without a loop: over one sequence the passes see what the tokens of a prompt
+    of that length see, and that sum is closed.
+    """
+    steps = output_tokens - 1
+
+    @cache
+    def seen(window: int | None, chunked: bool) -> Seen:
+        pairs = batch * _pairs(steps, input_tokens, window, chunked)
+        if absorbed:
+            return Seen(pairs=pairs, latent=pairs, again=0.0, cached=pairs)
+        return Seen(pairs=pairs, latent=0.0, again=pairs - batch * steps, cached=pairs)
+
+    return Work(passes=steps, tokens=batch * steps, logits=batch * steps, seen=seen)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Sheet:
-    """Coefficients of the cost of one kind of layer on one device."""
+class Look:
+    """Attention of all layers with one window."""
 
-    attention: Attention
-    experts: Experts | None
-    bytes: dict[Part, int]
-    """Of what every pass reads; under `expert`, of one routed expert."""
-    flops: dict[Part, int]
-    """Per token; under `expert`, per token and expert chosen."""
-    replicas: int
-    """Whose tokens the experts see."""
-    share: float
-    """Of the experts activated anywhere, those that this device reads."""
-    choices: float
-    """Experts that this device computes, per token of a replica."""
+    window: int | None
+    chunked: bool
     score_flops: int
     """Per query-key pair."""
     latent_flops: int
@@ -414,104 +393,160 @@ class _Sheet:
     kv_bytes: float
     """Per cached token."""
 
-    def cost(self, sums: _Sums, traced: float | None) -> Cost:
-        """Cost of one such layer."""
-        n, tokens = sums.passes, sums.tokens
-        seen = sums.seen(self.attention.window, self.attention.chunked)
-        if traced is not None:
-            activated = traced
-        elif self.experts:
-            activated = n * distinct_experts(
-                self.experts.num, self.experts.top_k, tokens / n * self.replicas
-            )
-        else:
-            activated = 0.0
-        return Cost(
-            attention_bytes=n * self.bytes["attention"],
-            router_bytes=n * self.bytes["router"],
-            expert_bytes=activated * self.share * self.bytes["expert"],
-            shared_bytes=n * self.bytes["shared"],
-            dense_bytes=n * self.bytes["dense"],
-            norm_bytes=n * self.bytes["norm"],
-            kv_read_bytes=seen.cached * self.kv_bytes,
-            kv_write_bytes=tokens * self.kv_bytes,
-            attention_flops=tokens * self.flops["attention"] + seen.again * self.expand_flops,
-            score_flops=(seen.pairs - seen.latent) * self.score_flops
-            + seen.latent * self.latent_flops,
-            router_flops=tokens * self.flops["router"],
-            expert_flops=tokens * self.choices * self.flops["expert"],
-            shared_flops=tokens * self.flops["shared"],
-            dense_flops=tokens * self.flops["dense"],
-            activated=activated * self.share,
-        )
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """Routed experts of all layers that choose alike."""
+
+    experts: int
+    top_k: int
+    replicas: int
+    """Whose tokens the experts see."""
+    read: float
+    """Experts that this device reads, over its layers, per expert activated in one of them."""
+    bytes: float
+    """The same in bytes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Sheets:
-    """Coefficients of one pipeline stage."""
+class Sheet:
+    """Coefficients of a cost on one device: of a layer, or of several things together."""
 
-    layers: range
-    of_layer: tuple[_Sheet, ...]
-    kinds: tuple[tuple[_Sheet, int], ...]
-    """Each kind of layer, and how many there are."""
-    row_bytes: float
-    """Embedding, per token."""
-    norm_bytes: int
-    head_bytes: int
-    head_flops: int
+    attention_bytes: int = 0
+    """This and the next five: per pass."""
+    router_bytes: int = 0
+    shared_bytes: int = 0
+    dense_bytes: int = 0
+    norm_bytes: int = 0
+    head_bytes: int = 0
+    embedding_bytes: float = 0.0
+    """This and the next six: per token."""
+    kv_bytes: float = 0.0
+    attention_flops: int = 0
+    router_flops: int = 0
+    expert_flops: float = 0.0
+    shared_flops: int = 0
+    dense_flops: int = 0
+    head_flops: int = 0
     """Per token that has logits."""
+    looks: tuple[Look, ...] = ()
+    choices: tuple[Choice, ...] = ()
 
-    def outside(self, sums: _Sums) -> Cost:
-        """Cost of what stands before the first and after the last layer."""
-        return Cost(
-            embedding_bytes=sums.tokens * self.row_bytes,
-            norm_bytes=sums.passes * self.norm_bytes,
-            head_bytes=sums.passes * self.head_bytes,
-            head_flops=sums.logits * self.head_flops,
+    def cost(self, work: Work, traced: float | None = None) -> Cost:
+        """Cost of `work`; `traced` are the experts that one layer activated, if they are known."""
+        return Cost(**dict(zip(Cost.__slots__, self.figures(work, traced), strict=True)))
+
+    def figures(self, work: Work, traced: float | None = None) -> tuple[float, ...]:
+        """The fields of `cost` in their order, for those who need no more than the numbers."""
+        n, tokens = work.passes, work.tokens
+        kv_read = scores = expanded = 0.0
+        for look in self.looks:
+            seen = work.seen(look.window, look.chunked)
+            kv_read += seen.cached * look.kv_bytes
+            scores += (seen.pairs - seen.latent) * look.score_flops
+            scores += seen.latent * look.latent_flops
+            expanded += seen.again * look.expand_flops
+        expert_bytes = activated = 0.0
+        for one in self.choices:
+            if traced is None:
+                hit = n * distinct_experts(one.experts, one.top_k, tokens / n * one.replicas)
+            else:
+                hit = traced
+            expert_bytes += hit * one.bytes
+            activated += hit * one.read
+        return (
+            n * self.attention_bytes,
+            n * self.router_bytes,
+            expert_bytes,
+            n * self.shared_bytes,
+            n * self.dense_bytes,
+            n * self.norm_bytes,
+            tokens * self.embedding_bytes,
+            n * self.head_bytes,
+            kv_read,
+            tokens * self.kv_bytes,
+            tokens * self.attention_flops + expanded,
+            scores,
+            tokens * self.router_flops,
+            tokens * self.expert_flops,
+            tokens * self.shared_flops,
+            tokens * self.dense_flops,
+            work.logits * self.head_flops,
+            activated,
         )
 
+    def cache_bytes(self, tokens: int, block: int) -> float:
+        """KV cache of one request of that length in blocks of `block` tokens, in bytes."""
+        total = 0.0
+        for look in self.looks:
+            blocks = -(-tokens // block)
+            if look.window is not None:
+                # A sliding window begins anywhere in a block, so it touches one more.
+                blocks = min(blocks, -(-look.window // block) + (0 if look.chunked else 1))
+            total += blocks * block * look.kv_bytes
+        return total
 
-_SHEETS: dict[int, dict[tuple[Precision, Layout, int], _Sheets]] = {}
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stage:
+    """One device of a pipeline stage: what it holds, and what its share of a pass costs."""
+
+    layers: range
+    of_layer: tuple[Sheet, ...]
+    """Layers that are alike share one object."""
+    outside: Sheet
+    """What stands before the first and after the last layer, as far as it is here."""
+    sheet: Sheet
+    """All together."""
+    weight_bytes: int
+
+
+_SHEETS: dict[int, dict[tuple[Precision, Layout, int], Stage]] = {}
 """By `id` of an architecture, for as long as it lives."""
 
 
-def _sheets(a: Architecture, precision: Precision, layout: Layout, stage: int) -> _Sheets:
+def stage_of(
+    a: Architecture, precision: Precision, layout: Layout = SINGLE, stage: int = 0
+) -> Stage:
+    """Coefficients of one pipeline stage, worked out once."""
     known = _SHEETS.get(id(a))
     if known is None:
         known = _SHEETS[id(a)] = {}
         weakref.finalize(a, _SHEETS.pop, id(a), None)
     key = (precision, layout, stage)
     if key not in known:
-        known[key] = _stage_sheets(a, precision, layout, stage)
+        known[key] = _stage(a, precision, layout, stage)
     return known[key]
 
 
-def _stage_sheets(a: Architecture, precision: Precision, layout: Layout, stage: int) -> _Sheets:
+def _stage(a: Architecture, precision: Precision, layout: Layout, stage: int) -> Stage:
     layers = stage_layers(a.num_layers, layout.pipeline)[stage]
-    kinds: dict[tuple[int, tuple[int, ...]], _Sheet] = {}
-    copies: dict[tuple[int, tuple[int, ...]], int] = {}
-    of_layer = []
+    kinds: dict[object, tuple[Sheet, int]] = {}
+    local: dict[int, list[Weight]] = {}
+    of_layer, held = [], 0
     for index in layers:
         layer = a.layers[index]
-        weights = [_local(weight, layer, layout) for weight in (*layer.always(), *layer.expert())]
-        sizes = tuple(precision.bytes(weight, index) for weight in weights)
-        kind = (id(layer), sizes)
+        kind: object = id(layer)
+        if kind not in local:
+            weights = (*layer.always(), *layer.expert())
+            local[id(layer)] = [_local(weight, layer, layout) for weight in weights]
+        sizes: tuple[int, ...] = ()
+        if precision.scheme is not None:  # which may leave single layers alone
+            sizes = tuple(precision.bytes(weight, index) for weight in local[id(layer)])
+            kind = (id(layer), sizes)
         if kind not in kinds:
-            kinds[kind] = _sheet(layer, weights, sizes, precision, layout)
-        copies[kind] = copies.get(kind, 0) + 1
-        of_layer.append(kinds[kind])
-    first, last = stage == 0, stage == layout.pipeline - 1
-    head = _local(a.head, None, layout)
-    return _Sheets(
+            sizes = sizes or tuple(precision.bytes(weight) for weight in local[id(layer)])
+            kinds[kind] = _sheet(layer, local[id(layer)], sizes, precision, layout)
+        sheet, size = kinds[kind]
+        of_layer.append(sheet)
+        held += size
+    outside = _outside(a, precision, layout, stage)
+    return Stage(
         layers=layers,
         of_layer=tuple(of_layer),
-        kinds=tuple((kinds[kind], number) for kind, number in copies.items()),
-        row_bytes=sum(precision.bytes(_local(w, None, layout)) / w.shape[0] for w in a.embedding)
-        if first
-        else 0.0,
-        norm_bytes=sum(precision.bytes(weight) for weight in a.final) if last else 0,
-        head_bytes=precision.bytes(head) if last else 0,
-        head_flops=2 * head.values if last else 0,
+        outside=outside,
+        sheet=_together([*of_layer, outside]),
+        weight_bytes=held + _ends_bytes(a, precision, layout, stage),
     )
 
 
@@ -521,7 +556,8 @@ def _sheet(
     sizes: Sequence[int],
     precision: Precision,
     layout: Layout,
-) -> _Sheet:
+) -> tuple[Sheet, int]:
+    """Coefficients of one layer, and the bytes of its weights."""
     at, experts = layer.attention, layer.experts
     size: dict[Part, int] = dict.fromkeys(_PARTS, 0)
     flops: dict[Part, int] = dict.fromkeys(_PARTS, 0)
@@ -529,37 +565,123 @@ def _sheet(
         size[weight.part] += stored
         if weight.multiplies:
             flops[weight.part] += 2 * weight.values
+    ranks = layout.tensor * layout.data
     # With expert parallelism a device has whole experts: its share of those activated.
-    share = 1 / (layout.tensor * layout.data) if layout.expert else 1.0
+    share = 1 / ranks if layout.expert else 1.0
+    held = 0
+    choices: tuple[Choice, ...] = ()
+    if experts:
+        held = ceil(experts.num / ranks) if layout.expert else experts.num
+        choices = (
+            Choice(
+                experts=experts.num,
+                top_k=experts.top_k,
+                replicas=layout.data,
+                read=share,
+                bytes=share * size["expert"],
+            ),
+        )
     heads = ceil(at.heads / layout.tensor)
     scores = 2 * heads * (at.qk_dim + at.v_dim)
-    return _Sheet(
-        attention=at,
-        experts=experts,
-        bytes=size,
-        flops=flops,
-        replicas=layout.data,
-        share=share,
-        choices=experts.top_k * layout.data * share if experts else 0.0,
-        score_flops=scores,
-        latent_flops=2 * heads * (2 * at.latent + at.rope) if at.latent else scores,
-        expand_flops=2 * heads * at.latent * (at.qk_dim - at.rope + at.v_dim),
-        kv_bytes=_cached_values(at, layout.tensor) * precision.kv_bytes,
+    kv_bytes = _cached_values(at, layout.tensor) * precision.kv_bytes
+    sheet = Sheet(
+        attention_bytes=size["attention"],
+        router_bytes=size["router"],
+        shared_bytes=size["shared"],
+        dense_bytes=size["dense"],
+        norm_bytes=size["norm"],
+        kv_bytes=kv_bytes,
+        attention_flops=flops["attention"],
+        router_flops=flops["router"],
+        expert_flops=experts.top_k * layout.data * share * flops["expert"] if experts else 0.0,
+        shared_flops=flops["shared"],
+        dense_flops=flops["dense"],
+        looks=(
+            Look(
+                window=at.window,
+                chunked=at.chunked,
+                score_flops=scores,
+                latent_flops=2 * heads * (2 * at.latent + at.rope) if at.latent else scores,
+                expand_flops=2 * heads * at.latent * (at.qk_dim - at.rope + at.v_dim),
+                kv_bytes=kv_bytes,
+            ),
+        ),
+        choices=choices,
+    )
+    return sheet, sum(size.values()) + (held - 1) * size["expert"]
+
+
+def _outside(a: Architecture, precision: Precision, layout: Layout, stage: int) -> Sheet:
+    first, last = stage == 0, stage == layout.pipeline - 1
+    head = _local(a.head, None, layout)
+    return Sheet(
+        embedding_bytes=sum(
+            precision.bytes(_local(w, None, layout)) / w.shape[0] for w in a.embedding
+        )
+        if first
+        else 0.0,
+        norm_bytes=sum(precision.bytes(weight) for weight in a.final) if last else 0,
+        head_bytes=precision.bytes(head) if last else 0,
+        head_flops=2 * head.values if last else 0,
     )
 
 
+def _ends_bytes(a: Architecture, precision: Precision, layout: Layout, stage: int) -> int:
+    """Weights of a stage that belong to no layer."""
+    first, last = stage == 0, stage == layout.pipeline - 1
+    ends: list[tuple[Weight, int]] = []
+    if first:
+        ends += [(weight, 1) for weight in a.embedding] + list(a.apart)
+    if last:
+        ends += [(weight, 1) for weight in a.final]
+        if not (a.tied and first):
+            ends.append((a.head, 1))
+    return sum(
+        copies * precision.bytes(_local(_padded(weight), None, layout)) for weight, copies in ends
+    )
+
+
+def _together(sheets: Iterable[Sheet]) -> Sheet:
+    """The sheet whose cost is the sum of the costs of `sheets`."""
+    kinds = _counted(sheets)
+    looks: dict[object, list[tuple[Look, int]]] = {}
+    choices: dict[object, list[tuple[Choice, int]]] = {}
+    for sheet, copies in kinds:
+        for look in sheet.looks:
+            looks.setdefault((look.window, look.chunked), []).append((look, copies))
+        for one in sheet.choices:
+            choices.setdefault((one.experts, one.top_k, one.replicas), []).append((one, copies))
+    return Sheet(
+        **{name: sum(n * getattr(one, name) for one, n in kinds) for name in _LINEAR},
+        looks=tuple(_merged(found, _LOOK) for found in looks.values()),
+        choices=tuple(_merged(found, _CHOICE) for found in choices.values()),
+    )
+
+
+def _merged(found: Sequence[tuple[Piece, int]], linear: Sequence[str]) -> Piece:
+    sums = {name: sum(n * getattr(one, name) for one, n in found) for name in linear}
+    return replace(found[0][0], **sums)
+
+
+_LOOK = ("score_flops", "latent_flops", "expand_flops", "kv_bytes")
+_CHOICE = ("read", "bytes")
+_LINEAR = tuple(part.name for part in fields(Sheet) if part.name not in ("looks", "choices"))
 _PARTS: tuple[Part, ...] = ("attention", "norm", "router", "expert", "shared", "dense")
 
 
-def _counted(layers: Iterable[Cost]) -> list[tuple[Cost, int]]:
-    """Each cost once, and how many layers have it; layers that are alike share one object."""
-    numbers = Counter(map(id, layers))
-    return [(cost, numbers[key]) for key, cost in {id(cost): cost for cost in layers}.items()]
+def _counted(items: Iterable[T]) -> list[tuple[T, int]]:
+    """Each object once, and how often it is there; layers that are alike share theirs."""
+    found = {}
+    numbers: Counter[int] = Counter()
+    for item in items:
+        found[id(item)] = item
+        numbers[id(item)] += 1
+    return [(item, numbers[key]) for key, item in found.items()]
 
 
 def _one_pass(
     slices: Iterable[Slice], window: int | None, chunked: bool, *, absorbed: bool, causal: bool
-) -> _Seen:
+) -> Seen:
     pairs = latent = again = cached = 0.0
     for one in slices:
         past = _visible(one.context, window, chunked)
@@ -573,7 +695,7 @@ def _one_pass(
             latent += seen
         else:
             again += one.sequences * past
-    return _Seen(pairs=pairs, latent=latent, again=again, cached=cached)
+    return Seen(pairs=pairs, latent=latent, again=again, cached=cached)
 
 
 def _visible(context: float, window: int | None, chunked: bool) -> float:
