@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from workers.contract.errors import Infeasible
 from workers.contract.layout import Layout
 from workers.contract.model import Model
-from workers.moe.architecture import bend, catalogue, catalogue_name, check, resolve
+from workers.moe.architecture import bend, catalogue, catalogue_name, check, resolve, run_dtype
 from workers.moe.families import read
 from workers.moe.fields import UnknownModel
 
@@ -355,6 +355,14 @@ def test_a_hub_id_of_the_catalogue_needs_no_hub() -> None:
         for alias in entry.get("aliases", ()):
             assert catalogue_name(alias) == catalogue_name(entry["hub_id"])
     assert catalogue_name("someone/some-model") is None
+
+
+def test_the_dtype_that_runs() -> None:
+    for name, own in (("mixtral-8x7b", "bfloat16"), ("molmoe-1b", "bfloat16")):
+        a = resolve(Model(name=name))
+        assert a is not None
+        assert run_dtype(a, Model(name=name, dtype="auto")) == own
+        assert run_dtype(a, Model(name=name, dtype="float32")) == "float32"
 
 
 def test_a_scaled_skeleton_is_not_quantised() -> None:
