@@ -117,7 +117,7 @@ def bend(config: Mapping[str, Any], model: Model) -> dict[str, Any]:
 
 def _bent(config: Mapping[str, Any], model: Model) -> tuple[Tree, Architecture | None]:
     """The bent configuration, and the structure in it if that had to be read on the way."""
-    bent: Tree = _copied(config)
+    bent: Tree = _copied(dict(config))
     structure = None
     asked = {
         key: value
@@ -223,6 +223,7 @@ def _override(bent: Tree, asked: Mapping[str, int], name: str) -> None:
     text = _language(bent)
     layers = _value(text, _LAYERS)
     family = text.get("model_type")
+    places = list(_places(text))
     for wanted, keys in (
         ("ffn_dim", _FFN),
         ("num_experts", _EXPERTS),
@@ -232,7 +233,7 @@ def _override(bent: Tree, asked: Mapping[str, int], name: str) -> None:
         if wanted not in asked:
             continue
         value = asked[wanted]
-        found = [(place, key) for key in keys for place in _places(text) if place.get(key)]
+        found = [(place, key) for key in keys for place in places if place.get(key)]
         if not found:
             raise Infeasible(f"model {name} has none of {', '.join(keys)}: nothing to override")
         if wanted == "ffn_dim":
@@ -267,7 +268,7 @@ def _confirm(
 
 def _copied(value: Any) -> Any:
     """Plain data without anything shared; several times as fast as `copy.deepcopy`."""
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return {key: _copied(inner) for key, inner in value.items()}
     return [_copied(item) for item in value] if isinstance(value, list) else value
 

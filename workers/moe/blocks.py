@@ -209,12 +209,14 @@ def stack(
 
     `windows` is one for all layers, or one for each.
     """
+    kinds: dict[tuple[int | None, bool], Layer] = {}
     layers = []
     for i in range(f.layers):
         window = windows[i] if isinstance(windows, Sequence) else windows
         moe = experts if experts is not None and sparse(i) else None
-        layers.append(
-            Layer(
+        kind = (window, moe is not None)
+        if kind not in kinds:
+            kinds[kind] = Layer(
                 attention=replace(
                     attention, window=window, chunked=attention.chunked and window is not None
                 ),
@@ -222,8 +224,8 @@ def stack(
                 dense=() if moe else dense,
                 experts=moe,
             )
-        )
-    return once(layers)
+        layers.append(kinds[kind])
+    return tuple(layers)
 
 
 def once(layers: Iterable[Layer]) -> tuple[Layer, ...]:
