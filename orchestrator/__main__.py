@@ -61,7 +61,8 @@ def _outcomes(ctx: click.Context, param: click.Parameter, value: str) -> frozens
 @click.option(
     "--no-skip",
     is_flag=True,
-    help="Run points that an earlier out-of-memory makes hopeless. This version skips none.",
+    help="Run points too that need no less memory than one that ran out of it; those that an "
+    "earlier run skipped are run now.",
 )
 def main(
     sweep: Path,
@@ -95,8 +96,9 @@ def main(
         profile=profile,
         address=address,
         fresh=fresh,
-        rerun=rerun,
+        rerun=rerun | {"skipped"} if no_skip else rerun,
         limit=limit,
+        no_skip=no_skip,
         plain=plain,
         json=as_json,
     )

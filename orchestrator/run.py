@@ -62,6 +62,8 @@ class Request:
     fresh: bool = False
     rerun: frozenset[Outcome] = frozenset()
     limit: int | None = None
+    no_skip: bool = False
+    """Run trials too that dominance makes pointless."""
     plain: bool = False
     json: bool = False
 

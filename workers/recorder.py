@@ -80,6 +80,25 @@ def failed(
     return _row(job, ticket, error.outcome, architecture, {"outcome_reason": str(error), **columns})
 
 
+def skipped(job: Job, ticket: Ticket, witness: str, **columns: Any) -> pa.RecordBatch:
+    """The row of a trial that was not run, because it needs no less memory than one that ran
+    out of it.
+
+    Args:
+        witness: trial_id of that one.
+        columns: further columns, among them the device that it stands for: a resumed run
+            takes the row for its own only with the witness, and on the same device.
+    """
+    reason = (
+        f"needs at least the memory of trial {witness}, which ran out of it: same engine "
+        f"settings, form of model and class of device ({ticket.trial.layout.device or job.profile}"
+        "), no dimension smaller"
+    )
+    return _row(
+        job, ticket, "skipped", None, {"outcome_reason": reason, "skipped_by": witness, **columns}
+    )
+
+
 def samples(job: Job, ticket: Ticket, measurement: Measurement) -> pa.RecordBatch:
     """Every pass as observed, one row each."""
     return rows(
