@@ -8,6 +8,10 @@ batch activates is not known before a run, so the expectation under uniform rout
 in. To that come the devices' talk with one another, and what a pass costs that moves
 nothing: launches, scheduling.
 
+A sweep has few engines and many workloads. What depends on the engine alone (coefficients
+of its stages, rates, limits) is worked out once, in a `Roofline`; a workload is then a few
+dozen products.
+
 No device reaches its peaks: what is assumed of that stands in `workers.hardware.assumptions`,
 and the utilisations in a record never use it.
 
@@ -19,16 +23,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from math import ceil
 from typing import Any
 
+from workers.contract.engine import EngineSettings
 from workers.contract.errors import Infeasible, OutOfMemory
+from workers.contract.layout import Layout
 from workers.contract.outcome import OomStage
 from workers.contract.trial import Trial
+from workers.contract.workload import Workload
 from workers.hardware.assumptions import assumptions
 from workers.hardware.device import CPU, Device
 from workers.hardware.host import describe
 from workers.moe import accounting
-from workers.moe.accounting import Cost
+from workers.moe.accounting import Sheet, Work
 from workers.moe.precision import Precision, precision
 from workers.moe.structure import Architecture
 
@@ -98,194 +107,186 @@ class Prediction:
 
 
 def predict(a: Architecture, trial: Trial, device: Device) -> Prediction | None:
-    """Roofline of `trial` on devices of one class.
+    """Roofline of `trial` on devices of one class; null as for `roofline`."""
+    engine = roofline(a, trial, device)
+    return engine.predict(trial.workload) if engine is not None else None
+
+
+def roofline(a: Architecture, trial: Trial, device: Device) -> Roofline | None:
+    """The engine of `trial` on devices of one class.
 
     Null where there is no telling: a family whose structure is only estimated, an
     encoder-decoder, a quantisation of unknown form.
     """
     if not a.exact or a.params_encoder:
         return None
-    settings = trial.engine
+    kv_cache_dtype = _text(trial.engine.args.get("kv_cache_dtype"))
     try:
-        stored = precision(
-            a, trial.model, kv_cache_dtype=_text(settings.args.get("kv_cache_dtype"))
-        )
+        stored = precision(a, trial.model, kv_cache_dtype=kv_cache_dtype)
     except (ValueError, Infeasible):
         return None
-    return _Roofline(a, stored, trial, device).prediction()
+    return Roofline(a, stored, trial.layout, trial.engine, device)
 
 
-class _Roofline:
-    """One trial on one class of device."""
+class Roofline:
+    """One engine on one class of device: predicts any workload of it."""
 
-    def __init__(self, a: Architecture, stored: Precision, trial: Trial, device: Device) -> None:
-        self.a, self.stored, self.device = a, stored, device
-        self.assumed = assumptions(device)
-        self.layout, self.args = trial.layout, trial.engine.args
-        self.limit_gib = trial.engine.memory_limit_gib or usable_gib(device, self.args)
-        data = self.layout.data
-        whole = trial.workload
+    def __init__(
+        self,
+        a: Architecture,
+        stored: Precision,
+        layout: Layout,
+        engine: EngineSettings,
+        device: Device,
+    ) -> None:
+        self._device, self._args = device, engine.args
+        self._assumed = assumptions(device)
+        self._layout = layout
+        self._limit_gib = engine.memory_limit_gib or usable_gib(device, engine.args)
+        self._block = CPU_BLOCK if device.name == CPU else GPU_BLOCK
+        self._budget = self._token_budget()
+        self._bandwidth = device.bandwidth_gb_s * 1e9 * self._assumed.bandwidth_share
+        self._compute = device.tflops(stored.compute) * 1e12 * self._assumed.compute_share
+        stages = [accounting.stage_of(a, stored, layout, i) for i in range(layout.pipeline)]
+        self._weights = [stage.weight_bytes for stage in stages]
+        self._sheets = [stage.sheet for stage in stages]
+        talk_s, self._token_s = self._communication(a)
+        self._pass_s = talk_s + self._assumed.step_s + len(a.layers) * self._assumed.layer_s
+        widest = max(a.hidden_size, 2 * a.ffn_dim * a.top_k // layout.tensor)
+        self._residual = (widest + 4 * a.hidden_size) * 2
+        self._logits = a.vocab_size * 4
+
+    def predict(self, workload: Workload) -> Prediction:
+        """Time of one batch of `workload`, and memory of the fullest device."""
+        assumed = self._assumed
         # A replica of a data-parallel layout has its share of the batch.
-        self.batch = -(-whole.batch_size // data)
-        self.workload = whole
-        self.stages = range(self.layout.pipeline)
-        self.bandwidth = device.bandwidth_gb_s * 1e9 * self.assumed.bandwidth_share
-        self.compute = device.tflops(stored.compute) * 1e12 * self.assumed.compute_share
-
-    def prediction(self) -> Prediction:
-        weights = [
-            accounting.weight_bytes(self.a, self.stored, self.layout, stage)
-            for stage in self.stages
-        ]
-        caches = [self._cache_bytes(self.batch, stage) for stage in self.stages]
-        fullest = max(self.stages, key=lambda stage: weights[stage] + caches[stage])
-        activations = self._activation_bytes()
-        overhead = self.assumed.overhead_gib * GIB
-        waves, oom = self._fit(
-            weights[fullest], caches[fullest], activations, overhead, self._cache_bytes(1, fullest)
-        )
+        whole = -(-workload.batch_size // self._layout.data)
+        weights, cache, one = self._fullest(whole, workload.tokens_per_request)
+        tokens = min(whole * workload.input_tokens, self._budget)
+        activations = tokens * self._residual + whole * self._logits
+        overhead = assumed.overhead_gib * GIB
+        waves, oom = self._fit(whole, weights, cache, activations, overhead, one)
+        batch = -(-whole // waves)
+        passes, prompts = _prompts(batch, workload.input_tokens, self._budget)
+        prefill_s = passes * self._seconds(prompts) + batch * assumed.request_s
+        steps = workload.output_tokens - 1
+        decode_s = 0.0
+        if steps:
+            decode_s = self._seconds(_decoding(batch, workload.input_tokens, steps + 1))
+        wave_s = prefill_s + steps * decode_s
+        ttft_s = prefill_s * -(-passes // 2) / passes  # the median request's pass
         early = oom is not None and oom.stage == "load"
-        batch = -(-self.batch // waves)
-        prefill_s, passes = self._prefill(batch)
-        decode_s = self._decode(batch)
-        steps = self.workload.output_tokens - 1
-        e2e = waves * (prefill_s + steps * decode_s)
-        median_pass = -(-passes // 2)
         return Prediction(
-            device=self.device.name,
-            ttft_s=prefill_s * median_pass / passes
-            + (waves // 2) * (prefill_s + steps * decode_s if waves > 1 else 0.0),
+            device=self._device.name,
+            ttft_s=ttft_s + (waves // 2) * wave_s if waves > 1 else ttft_s,
             prefill_s=prefill_s,
             tpot_s=decode_s if steps else None,
-            e2e_s=e2e,
-            load_s=self.assumed.rebuild_s
-            + (0.0 if early else weights[fullest] / GIB / self.assumed.load_gib_s),
-            close_s=self.assumed.close_s,
-            weights_gib=weights[fullest] / GIB,
-            kv_cache_gib=caches[fullest] / GIB,
+            e2e_s=waves * wave_s,
+            load_s=assumed.rebuild_s + (0.0 if early else weights / GIB / assumed.load_gib_s),
+            close_s=assumed.close_s,
+            weights_gib=weights / GIB,
+            kv_cache_gib=cache / GIB,
             activations_gib=activations / GIB,
-            overhead_gib=overhead / GIB,
-            limit_gib=self.limit_gib,
+            overhead_gib=assumed.overhead_gib,
+            limit_gib=self._limit_gib,
             prefill_passes=passes,
             waves=waves,
             oom=oom,
         )
 
-    def _prefill(self, batch: int) -> tuple[float, int]:
-        """Seconds and passes of the prompts of `batch` requests."""
-        length = self.workload.input_tokens
-        passes = max(1, -(-batch * length // self._token_budget()))
-        if passes <= 1:
-            slices = accounting.prefill(batch, length)
-        elif batch >= passes:  # whole prompts, some in each pass
-            slices = accounting.prefill(-(-batch // passes), length)
-        else:  # long prompts in chunks: the mean chunk sees half of the others
-            chunk = -(-length * batch // passes)
-            slices = accounting.prefill(1, min(chunk, length), max(0, length - chunk) // 2)
-        return passes * self._pass_s(slices) + batch * self.assumed.request_s, passes
+    def _seconds(self, work: Work) -> float:
+        """Mean pass of `work`, on all stages one after another."""
+        n = work.passes
+        seconds = self._pass_s + work.tokens / n * self._token_s
+        for sheet in self._sheets:
+            seconds += self._slowest(sheet, work) / n
+        return seconds
 
-    def _decode(self, batch: int) -> float:
-        """Seconds of the mean decode pass."""
-        steps = self.workload.output_tokens - 1
-        if not steps:
-            return 0.0
-        seconds = self._communication_s(batch) + self.assumed.step_s
-        for stage in self.stages:
-            total = accounting.decode_total(
-                self.a,
-                self.stored,
-                batch,
-                self.workload.input_tokens,
-                self.workload.output_tokens,
-                layout=self.layout,
-                stage=stage,
-            )
-            seconds += self._cost_s(total) / steps
-        return seconds + len(self.a.layers) * self.assumed.layer_s
-
-    def _pass_s(self, slices: tuple[accounting.Slice, ...]) -> float:
-        tokens = sum(one.sequences * one.new for one in slices)
-        seconds = self._communication_s(tokens) + self.assumed.step_s
-        for stage in self.stages:
-            cost = accounting.forward(
-                self.a, self.stored, slices, layout=self.layout, stage=stage
-            ).total
-            seconds += self._cost_s(cost)
-        return seconds + len(self.a.layers) * self.assumed.layer_s
-
-    def _cost_s(self, c: Cost) -> float:
+    def _slowest(self, sheet: Sheet, work: Work) -> float:
         """Part by part, the slower of bytes and arithmetic."""
-        parts = (
-            (c.attention_bytes, c.attention_flops),
-            (c.kv_read_bytes + c.kv_write_bytes, c.score_flops),
-            (c.router_bytes, c.router_flops),
-            (c.expert_bytes, c.expert_flops),
-            (c.shared_bytes, c.shared_flops),
-            (c.dense_bytes, c.dense_flops),
-            (c.head_bytes, c.head_flops),
-            (c.norm_bytes + c.embedding_bytes, 0.0),
-        )
-        return sum(max(size / self.bandwidth, work / self.compute) for size, work in parts)
+        (
+            attention,
+            router,
+            expert,
+            shared,
+            dense,
+            norm,
+            embedding,
+            head,
+            kv_read,
+            kv_write,
+            attention_flops,
+            score_flops,
+            router_flops,
+            expert_flops,
+            shared_flops,
+            dense_flops,
+            head_flops,
+            _,
+        ) = sheet.figures(work)
+        rate, ratio = self._bandwidth, self._bandwidth / self._compute
+        # Written out: this line runs twice for every trial of a sweep.
+        return (
+            max(attention, attention_flops * ratio)
+            + max(kv_read + kv_write, score_flops * ratio)
+            + max(router, router_flops * ratio)
+            + max(expert, expert_flops * ratio)
+            + max(shared, shared_flops * ratio)
+            + max(dense, dense_flops * ratio)
+            + max(head, head_flops * ratio)
+            + norm
+            + embedding
+        ) / rate
 
-    def _communication_s(self, tokens: int) -> float:
-        """Time in which devices exchange activations during one pass.
+    def _communication(self, a: Architecture) -> tuple[float, float]:
+        """Seconds in which devices exchange activations: per pass, and per token in it.
 
         Tensor parallelism sums activations twice per layer (ring all-reduce: 2(t-1)/t of the
         message over each link); expert parallelism over data-parallel replicas sends each
         token to its experts and back; pipeline stages hand activations on.
         """
-        layout, device = self.layout, self.device
+        layout, device = self._layout, self._device
         if layout.devices == 1:
-            return 0.0
+            return 0.0, 0.0
         near = layout.devices <= NODE_DEVICES
         link = device.link_gb_s if near else (device.network_gb_s or device.link_gb_s)
         rate = (link or device.bandwidth_gb_s) * 1e9
-        latency = device.link_latency_s or 0.0
-        message = tokens * self.a.hidden_size * 2
-        layers = len(self.a.layers)
-        seconds = 0.0
+        exchanges, messages = layout.pipeline - 1, float(layout.pipeline - 1)
         if layout.tensor > 1:
-            share = 2 * (layout.tensor - 1) / layout.tensor
-            seconds += 2 * layers * (share * message / rate + latency)
+            exchanges += 2 * len(a.layers)
+            messages += 2 * len(a.layers) * 2 * (layout.tensor - 1) / layout.tensor
         if layout.expert and layout.data > 1:
             ranks = layout.tensor * layout.data
-            sent = message * self.a.top_k * (ranks - 1) / ranks / layout.tensor
-            moe = sum(1 for layer in self.a.layers if layer.experts)
-            seconds += 2 * moe * (sent / rate + latency)
-        return seconds + (layout.pipeline - 1) * (message / rate + latency)
+            moe = sum(1 for layer in a.layers if layer.experts)
+            exchanges += 2 * moe
+            messages += 2 * moe * a.top_k * (ranks - 1) / ranks / layout.tensor
+        return exchanges * (device.link_latency_s or 0.0), messages * a.hidden_size * 2 / rate
 
-    def _cache_bytes(self, batch: int, stage: int) -> int:
-        block = CPU_BLOCK if self.device.name == CPU else GPU_BLOCK
-        return accounting.kv_cache_bytes(
-            self.a,
-            self.stored,
-            self.workload.tokens_per_request,
-            batch,
-            layout=self.layout,
-            stage=stage,
-            block=block,
-        )
-
-    def _activation_bytes(self) -> float:
-        """Residual stream, one layer's widest intermediate and the logits of one pass."""
-        a = self.a
-        tokens = min(self.batch * self.workload.input_tokens, self._token_budget())
-        widest = max(a.hidden_size, 2 * a.ffn_dim * a.top_k // self.layout.tensor)
-        logits = self.batch * a.vocab_size * 4
-        return tokens * (widest + 4 * a.hidden_size) * 2 + logits
+    def _fullest(self, batch: int, tokens: int) -> tuple[int, int, int]:
+        """On the fullest device: weights, cache of the batch and of one request, in bytes."""
+        each = [sheet.cache_bytes(tokens, self._block) for sheet in self._sheets]
+        full = [w + ceil(batch * one) for w, one in zip(self._weights, each, strict=True)]
+        at = full.index(max(full))
+        return self._weights[at], ceil(batch * each[at]), ceil(each[at])
 
     def _token_budget(self) -> int:
         """Most tokens of one pass: as asked, else vLLM's defaults (engine/arg_utils.py)."""
-        asked = self.args.get("max_num_batched_tokens")
+        asked = self._args.get("max_num_batched_tokens")
         if isinstance(asked, int) and asked > 0:
             return asked
-        if self.device.name == CPU:
-            return 4096 * self.layout.devices
-        large = self.device.memory_gib >= 70 and not self.device.name.startswith("a100")
+        if self._device.name == CPU:
+            return 4096 * self._layout.devices
+        large = self._device.memory_gib >= 70 and not self._device.name.startswith("a100")
         return 16384 if large else 8192
 
     def _fit(
-        self, weights: float, cache: float, activations: float, overhead: float, one: float
+        self,
+        batch: int,
+        weights: float,
+        cache: float,
+        activations: float,
+        overhead: float,
+        one: float,
     ) -> tuple[int, OutOfMemory | None]:
         """Rounds that the batch needs, and why it cannot run where it cannot.
 
@@ -293,8 +294,8 @@ class _Roofline:
         is left for the cache: requests that do not fit wait, and only a cache too small for
         one request is an error.
         """
-        limit = self.limit_gib * GIB
-        asked = self.args.get("kv_cache_memory_bytes")
+        limit = self._limit_gib * GIB
+        asked = self._args.get("kv_cache_memory_bytes")
         if isinstance(asked, int) and asked < one:
             return 1, _short("kv_cache", "the cache of one request", one, asked)
         fixed = weights + overhead
@@ -306,9 +307,27 @@ class _Roofline:
             return 1, _short(stage, "weights, activations and the cache of one", fixed + one, limit)
         if fixed + cache <= limit:
             return 1, None
-        if self.device.name == CPU:
+        if self._device.name == CPU:
             return 1, _short("kv_cache", "the whole batch", fixed + cache, limit)
-        return -(-self.batch // max(1, int((limit - fixed) // one))), None
+        return -(-batch // max(1, int((limit - fixed) // one))), None
+
+
+@lru_cache(maxsize=65536)
+def _prompts(batch: int, length: int, budget: int) -> tuple[int, Work]:
+    """Passes that the prompts of `batch` requests need, and the mean one of them."""
+    passes = max(1, -(-batch * length // budget))
+    if passes <= 1:
+        slices = accounting.prefill(batch, length)
+    elif batch >= passes:  # whole prompts, some in each pass
+        slices = accounting.prefill(-(-batch // passes), length)
+    else:  # long prompts in chunks: the mean chunk sees half of the others
+        chunk = -(-length * batch // passes)
+        slices = accounting.prefill(1, min(chunk, length), max(0, length - chunk) // 2)
+    return passes, accounting.one_pass(slices)
+
+
+_decoding = lru_cache(maxsize=65536)(accounting.decoding)
+"""Workloads come back with every engine of a sweep."""
 
 
 def usable_gib(device: Device, args: Mapping[str, Any]) -> float:
