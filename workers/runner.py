@@ -6,8 +6,16 @@ that a machine that grows slower over the minutes touches all of them alike inst
 whichever came last. Every repeat is a pair: the batch with one token per request (the
 paper's TTFT), then the batch in full. Timed passes carry no probe.
 
+Trials of a group share weights but may differ in top-k. They go by top-k, the smallest
+first, and for each the largest shape first: what does not fit is found out before time is
+spent on the rest, and what does not fit with few experts per token does not with more. From
+one top-k to the next the engine is asked to become the other model; one that cannot is
+closed and built anew.
+
 A failure ends the trial in which it happened and no other: the engine is given up, and a
-new one is built for those that remain. What fails while the engine is built ends them all.
+new one is built for those that remain. Memory that runs out while an engine is built ends
+them all, because all share the weights and none has a smaller top-k; any other failure to
+build ends those of its top-k.
 """
 
 from __future__ import annotations
@@ -21,20 +29,23 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from workers import memory, recorder
-from workers.contract.errors import TimedOut, TrialError, Unsupported
+from workers.contract.errors import OutOfMemory, TimedOut, TrialError, Unsupported
 from workers.contract.job import Job, Ticket
 from workers.contract.measurement import Measurement, Pass, PassKind
 from workers.contract.message import Finished, Message, Progress, Stage
+from workers.contract.model import Model
 from workers.engines.base import Engine, Site, engine_class
 from workers.hardware.device import Device, device
 from workers.hardware.hand import in_hand
 from workers.hardware.host import Host, describe
 from workers.metrics import interval
-from workers.moe.architecture import run_dtype
+from workers.moe.architecture import UnknownModel, resolve, run_dtype
 from workers.prompts import random_ids
 
 
@@ -104,7 +115,7 @@ class _Run:
                 yield self._failed(ticket, error)
             else:
                 waiting.append(ticket)
-        waiting.sort(key=_size, reverse=True)
+        waiting.sort(key=_turn)
         while waiting:
             done: set[str] = set()
             for message in self._one_engine(waiting):
@@ -115,7 +126,8 @@ class _Run:
             waiting = [ticket for ticket in waiting if ticket.trial_id not in done]
 
     def _one_engine(self, tickets: Sequence[Ticket]) -> Iterator[Message]:
-        """Builds an engine and measures on it until all are done or one fails."""
+        """Builds an engine and measures on it until all are done, one fails, or it cannot
+        become what the next top-k needs."""
         yield self._progress("load")
         kind = engine_class(tickets[0].trial.engine.kind)
         planned_for = tickets[0].trial.layout.device or self.job.profile
@@ -131,11 +143,11 @@ class _Run:
                 self.columns["engine_load_s"] = time.perf_counter() - start
             except TrialError as error:
                 for ticket in tickets:
-                    yield self._failed(ticket, error)
+                    if isinstance(error, OutOfMemory) or _top_k(ticket) == _top_k(tickets[0]):
+                        yield self._failed(ticket, error)
                 return
             try:
                 self.columns["engine_version"] = engine.loaded.version
-                self.columns["engine_args"] = json.dumps(engine.loaded.args, sort_keys=True)
                 self.columns["threads"] = engine.loaded.threads
                 self.measured = hand is not None
                 if hand is None:
@@ -146,7 +158,14 @@ class _Run:
                     )
                     self.target = hand.device
                 del self.columns["started_at"]
-                yield from self._measure(engine, [_Trial(one) for one in tickets])
+                for _, alike in groupby(tickets, key=_top_k):
+                    trials = [_Trial(one) for one in alike]
+                    first = trials[0].ticket
+                    if first is not tickets[0] and not engine.become(first.trial):
+                        break
+                    args = json.dumps(engine.loaded.args, sort_keys=True)
+                    self.columns["engine_args"] = args
+                    yield from self._measure(engine, trials)
             except _Failure as failure:
                 started = min((one.started_at for one in failure.trial.passes), default=None)
                 stamp = datetime.fromtimestamp(started, UTC) if started else datetime.now(UTC)
@@ -282,7 +301,22 @@ def _scratch(root: str | None) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _size(ticket: Ticket) -> tuple[int, int]:
-    """Largest first: what does not fit is found out before time is spent on the rest."""
+def _turn(ticket: Ticket) -> tuple[int, int, int]:
+    """Place in the order of a group: smallest top-k first, then largest shape first."""
     workload = ticket.trial.workload
-    return workload.batch_size * workload.tokens_per_request, workload.batch_size
+    tokens = workload.batch_size * workload.tokens_per_request
+    return _top_k(ticket), -tokens, -workload.batch_size
+
+
+def _top_k(ticket: Ticket) -> int:
+    return _top_k_of(ticket.trial.model)
+
+
+@cache
+def _top_k_of(model: Model) -> int:
+    """Experts per token; 0 where only the engine knows them."""
+    try:
+        architecture = resolve(model)
+    except (TrialError, UnknownModel):
+        return model.top_k or 0
+    return architecture.top_k if architecture else model.top_k or 0

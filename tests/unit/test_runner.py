@@ -13,7 +13,7 @@ from workers.contract.measurement import Pass
 from workers.contract.model import Model
 from workers.contract.trial import Trial
 from workers.contract.workload import Workload
-from workers.runner import _scratch, _size, _Trial
+from workers.runner import _scratch, _Trial, _turn
 
 
 def _trial(measure: Measure, workload: Workload | None = None) -> _Trial:
@@ -54,11 +54,16 @@ def test_stop_rule(measure: Measure, times: list[float], passes: int) -> None:
     assert made == passes
 
 
-def test_the_largest_workload_comes_first() -> None:
+def test_the_smallest_top_k_comes_first_then_the_largest_workload() -> None:
     sizes = [Workload(batch_size=b, input_tokens=i) for b, i in [(1, 10), (8, 500), (8, 10)]]
-    tickets = [_trial(Measure(), one).ticket for one in sizes]
-    ordered = sorted(tickets, key=_size, reverse=True)
-    assert [one.trial.workload for one in ordered] == [sizes[1], sizes[2], sizes[0]]
+    tickets = [
+        Ticket(trial=Trial(model=Model(name="mixtral-8x7b", top_k=k), workload=one), trial_id="t")
+        for k in (4, 1, None)
+        for one in sizes
+    ]
+    ordered = sorted(tickets, key=_turn)
+    assert [one.trial.model.top_k for one in ordered] == [1] * 3 + [None] * 3 + [4] * 3
+    assert [one.trial.workload for one in ordered] == [sizes[1], sizes[2], sizes[0]] * 3
 
 
 def test_temporary_files_go_where_they_are_removed(

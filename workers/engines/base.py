@@ -1,8 +1,10 @@
 """What every engine must offer, so that one runner measures them all.
 
 An engine is built for one group: its model, layout and settings, and the largest of the
-group's workloads. It only generates and reports; warm-up, repeats, statistics and records
-belong to the runner. Whatever goes wrong inside comes out as an `EngineError`.
+group's workloads. Trials of a group share the weights, not the number of experts per token:
+an engine that can change that in place says so (`become`). It only generates and reports;
+warm-up, repeats, statistics and records belong to the runner. Whatever goes wrong inside
+comes out as an `EngineError`.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ class Loaded:
 
     version: str
     args: dict[str, Any]
-    """Arguments it was built with, as JSON data."""
+    """Arguments that build it as it now runs, as JSON data."""
     architecture: Architecture
     """Structure that it really runs."""
     threads: int | None
@@ -52,7 +54,7 @@ class Engine(Protocol):
         """Builds the engine for `trial`'s engine key and all of `workloads`.
 
         Args:
-            trial: any trial of the group.
+            trial: the trial whose top-k it begins with.
             workloads: every workload that the engine must carry.
             site: where it is built.
 
@@ -78,6 +80,14 @@ class Engine(Protocol):
     def refuses(cls, trial: Trial) -> str | None:
         """Why this engine cannot do what `trial` asks for; null if it can try."""
 
+    def become(self, trial: Trial) -> bool:
+        """Turns into the engine of another trial of the group, whose weights are the same.
+
+        Returns:
+            True when it now is that engine, to the last logit, and `loaded` says so; false
+            when it cannot become it in place, and has to be closed and built anew.
+        """
+
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -88,6 +98,8 @@ class Engine(Protocol):
         temperature: float = 0.0,
     ) -> Pass:
         """Sends all prompts at once and waits for exactly `output_tokens` of each.
+
+        Nothing cached by an earlier pass is used.
 
         Args:
             prompts: token ids, batch × input tokens.

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 
 from workers.contract.engine import StandIn
-from workers.contract.errors import Infeasible, Unsupported
+from workers.contract.errors import EngineError, Infeasible, Unsupported
 from workers.contract.measurement import Memory, Pass, PassKind
 from workers.contract.trial import Trial
 from workers.contract.workload import Workload
@@ -30,23 +30,12 @@ class RooflineEngine:
     loaded: Loaded
 
     def __init__(self, trial: Trial, workloads: Sequence[Workload], site: Site) -> None:
-        self._trial = trial
-        self._architecture = _structure(trial)
+        self._workloads = workloads
         try:
             self._device = device(site.device)
         except UnknownDevice as error:
             raise Unsupported(str(error)) from error
-        predictions = [self._predict(one) for one in workloads]
-        for one in predictions:
-            if one.oom is not None and one.oom.stage in ("load", "kv_cache"):
-                raise one.oom
-        self._largest = max(predictions, key=lambda one: one.memory_gib)
-        self.loaded = Loaded(
-            version=VERSION,
-            args=asdict(self._device),
-            architecture=self._architecture,
-            threads=None,
-        )
+        self._load(trial)
 
     @classmethod
     def prepare(cls) -> None:
@@ -72,6 +61,13 @@ class RooflineEngine:
             if value:
                 return f"engine roofline does not predict {key}"
         return None
+
+    def become(self, trial: Trial) -> bool:
+        try:
+            self._load(trial)
+        except EngineError:
+            return False  # said again by the engine that is built for it
+        return True
 
     def generate(
         self,
@@ -113,6 +109,21 @@ class RooflineEngine:
 
     def close(self) -> None:
         """Nothing is held."""
+
+    def _load(self, trial: Trial) -> None:
+        self._trial = trial
+        self._architecture = _structure(trial)
+        predictions = [self._predict(one) for one in self._workloads]
+        for one in predictions:
+            if one.oom is not None and one.oom.stage in ("load", "kv_cache"):
+                raise one.oom
+        self._largest = max(predictions, key=lambda one: one.memory_gib)
+        self.loaded = Loaded(
+            version=VERSION,
+            args=asdict(self._device),
+            architecture=self._architecture,
+            threads=None,
+        )
 
     def _predict(self, workload: Workload) -> Prediction:
         trial = replace(self._trial, workload=workload)

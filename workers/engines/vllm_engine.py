@@ -8,17 +8,24 @@ pipeline-parallel ranks are processes of vLLM's own.
 Stepping it ourselves gives a stamp per token and per forward pass at the cost of one
 clock reading each. Lengths are exact: token ids in, end-of-sequence ignored, no tokenizer,
 no prefix cache. Nothing of vLLM is imported before an engine is built.
+
+Start-up on CUDA is kept short by what the group's own workloads tell: graphs are captured
+for the batch sizes that occur and for no others, the token budget of a pass is what the
+largest prompt batch fills, checkpoints are read ahead, and compiled code is shared between
+engines. Whatever a sweep says in `engine.args` wins.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+import hashlib
 import json
 import os
 import re
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -37,7 +44,7 @@ from workers.failures import explain
 from workers.hardware import host
 from workers.hardware.roofline import CPU_BLOCK
 from workers.moe.accounting import kv_cache_bytes
-from workers.moe.architecture import bend, catalogue, configuration
+from workers.moe.architecture import bend, catalogue, configuration, resolve
 from workers.moe.families import read
 from workers.moe.precision import precision
 
@@ -46,9 +53,13 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
     "TOKENIZERS_PARALLELISM": "false",
-    "TORCHINDUCTOR_CACHE_DIR": str(Path("~/.cache/vllm/inductor").expanduser()),
 }
 """Set before vLLM is imported."""
+LEAST_TOKEN_BUDGET = 8192
+"""Prompt tokens that vLLM's offline default takes into one pass on any GPU; on large ones it
+is twice that. A smaller budget is set only where no workload fills this one."""
+_GRAPH_ARGS = ("compilation_config", "cudagraph_capture_sizes", "max_cudagraph_capture_size")
+"""Arguments that decide on captured sizes; vLLM refuses two of them together."""
 
 _THREADS = re.compile(r"Resource temporarily unavailable|can't start new thread")
 """What is said when a thread cannot be made; under a memory limit, for want of a stack."""
@@ -66,6 +77,7 @@ class VllmEngine:
         self._output = _Output()
         self._llm: Any = None
         self._engine: Any = None
+        self._trial = trial
         self.prepare()
         from vllm import LLM
         from vllm.platforms import current_platform
@@ -76,7 +88,7 @@ class VllmEngine:
         self._limit_gib = trial.engine.memory_limit_gib
         failure: TrialError | None = None
         try:
-            self.loaded = self._build(LLM, trial, workloads, site.scratch)
+            self.loaded = self._build(LLM, trial, workloads)
         except Exception as error:  # noqa: BLE001  the edge: whatever comes becomes an outcome
             failure = self._explain(error)
         if failure is not None:
@@ -88,6 +100,9 @@ class VllmEngine:
     @classmethod
     def prepare(cls) -> None:
         os.environ.update(ENVIRONMENT)
+        root = Path(os.environ.get("VLLM_CACHE_ROOT") or "~/.cache/vllm").expanduser()
+        # Its default is the place for temporary files, which goes with every engine.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(root / "inductor"))
         try:
             import vllm
         except ImportError as error:
@@ -121,6 +136,37 @@ class VllmEngine:
             )
         return None
 
+    def become(self, trial: Trial) -> bool:
+        """Changes top-k where `vllm_worker.Report.set_top_k` can, on an eager engine.
+
+        A compiled or captured graph holds top-k as a constant; a draft model has layers of
+        its own; pipeline stages and spread experts were not checked.
+        """
+        before = self._trial
+        wanted = resolve(trial.model)
+        if wanted is None or _weights_of(trial) != _weights_of(before):
+            return False
+        layout, config = trial.layout, self._engine.vllm_config
+        if layout.devices != layout.tensor or layout.expert or trial.engine.speculative:
+            return False
+        if config.compilation_config.mode.name != "NONE" or not config.model_config.enforce_eager:
+            return False
+        try:
+            answers = self._llm.collective_rpc("set_top_k", args=(wanted.top_k,))
+        except Exception as error:  # noqa: BLE001  the engine goes, a new one will tell
+            answers = [str(error)]
+        if reasons := [one for one in answers if one is not None]:
+            print(f"top-k stays as it was built: {reasons[0]}")
+            return False
+        runs = self.loaded.architecture.config
+        self._trial = trial
+        self.loaded = replace(
+            self.loaded,
+            architecture=read(bend(runs, Model(name=trial.model.name, top_k=wanted.top_k))),
+            args=self.loaded.args | {"hf_overrides": _source(trial.model)[1]},
+        )
+        return True
+
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -144,6 +190,8 @@ class VllmEngine:
         engine = self._engine
         stamps: dict[str, list[float]] = {f"{next(self._ids)}": [] for _ in prompts}
         steps: list[float] = []
+        if engine.vllm_config.cache_config.enable_prefix_caching:  # asked for by the sweep
+            engine.reset_prefix_cache()
         gc.collect()
         started_at = time.time()
         start = time.perf_counter()
@@ -190,16 +238,14 @@ class VllmEngine:
         memory.unlimit()
         memory.trim()
 
-    def _build(
-        self, llm: Any, trial: Trial, workloads: Sequence[Workload], scratch: Path
-    ) -> Loaded:
-        args = self._arguments(trial, workloads, scratch)
+    def _build(self, llm: Any, trial: Trial, workloads: Sequence[Workload]) -> Loaded:
+        args = self._arguments(trial, workloads)
         self._llm = llm(**args)
         self._engine = self._llm.llm_engine
         config = self._engine.vllm_config.model_config.hf_config.to_dict()
         return Loaded(
             version=host.engine_version() or "unknown",
-            args=_told(args, trial.model.name, scratch),
+            args=_told(args, trial.model.name),
             architecture=read(config),
             threads=max(1, host.cores() // trial.layout.devices) if self._on_cpu else None,
         )
@@ -235,11 +281,9 @@ class VllmEngine:
             return int(self._limit_gib * 2**30)
         return int(host.describe().memory_gib * 2**30)
 
-    def _arguments(
-        self, trial: Trial, workloads: Sequence[Workload], scratch: Path
-    ) -> dict[str, Any]:
+    def _arguments(self, trial: Trial, workloads: Sequence[Workload]) -> dict[str, Any]:
         model, layout, settings = trial.model, trial.layout, trial.engine
-        source, overrides = _source(model, scratch)
+        source, overrides = _source(model)
         args: dict[str, Any] = {
             "model": source,
             "revision": model.revision,
@@ -270,15 +314,52 @@ class VllmEngine:
             args["worker_cls"] = "workers.engines.vllm_cpu_worker.LimitedCPUWorker"
             if self._limit_gib is not None:
                 args["additional_config"] = {"memory_limit_bytes": int(self._limit_gib * 2**30)}
-        elif self._limit_gib is not None:
-            share = self._limit_gib / host.describe().memory_gib
-            args["gpu_memory_utilization"] = min(1.0, share)
+        else:
+            args |= cuda_economy(trial, workloads)
+            if self._limit_gib is not None:
+                share = self._limit_gib / host.describe().memory_gib
+                args["gpu_memory_utilization"] = min(1.0, share)
         return args | settings.args
 
 
-def _told(args: dict[str, Any], name: str, scratch: Path) -> dict[str, Any]:
+def cuda_economy(trial: Trial, workloads: Sequence[Workload]) -> dict[str, Any]:
+    """Arguments that shorten the start of a CUDA engine and change nothing that is measured.
+
+    `cudagraph_capture_sizes`: tokens of a decode pass of each workload; vLLM's own list has
+    up to 51 sizes. Passes in which some requests have begun or ended later than others are
+    padded to the next of them.
+
+    `max_num_batched_tokens`: a power of two (so that groups share compiled code) that holds
+    the largest batch of prompts, where that is below vLLM's default; every prompt batch is
+    then cut into the same passes as with the default, and profiling runs on less.
+
+    `safetensors_load_strategy`: vLLM reads ahead by itself on network file systems alone.
+    """
+    per_request = 1 + (trial.engine.speculative.tokens if trial.engine.speculative else 0)
+    given = trial.engine.args
+    args: dict[str, Any] = {}
+    if not trial.engine.eager and not any(name in given for name in _GRAPH_ARGS):
+        sizes = {one.batch_size * per_request for one in workloads}
+        args["cudagraph_capture_sizes"] = sorted(sizes)
+    filled = max(
+        max(one.batch_size * max(one.input_tokens, per_request), one.tokens_per_request)
+        for one in workloads
+    )
+    if filled <= LEAST_TOKEN_BUDGET:
+        args["max_num_batched_tokens"] = 1 << (filled - 1).bit_length()
+    if trial.model.weights == "checkpoint":
+        args["safetensors_load_strategy"] = "prefetch"
+    return args
+
+
+def _weights_of(trial: Trial) -> tuple[Any, ...]:
+    """What two trials must share to run on the same weights."""
+    return replace(trial.model, top_k=None), trial.layout, trial.engine
+
+
+def _told(args: dict[str, Any], name: str) -> dict[str, Any]:
     """The arguments as JSON data, with the name of a skeleton in place of its folder."""
-    if Path(args["model"]).is_relative_to(scratch):
+    if Path(args["model"]).is_relative_to(_skeletons()):
         args = args | {"model": name}
     told: dict[str, Any] = json.loads(json.dumps(args, default=str))
     return told
@@ -304,14 +385,30 @@ class _Output:
             return file.read().decode(errors="replace")
 
 
-def _source(model: Model, scratch: Path) -> tuple[str, dict[str, Any]]:
+def _skeletons() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "moe-sweep/skeletons"
+
+
+def _skeleton(config: dict[str, Any]) -> Path:
+    """A folder with nothing but this configuration.
+
+    vLLM keys compiled code by the model's path among other things, so equal skeletons lie
+    in one place: a folder of its own for every engine would compile each anew.
+    """
+    text = json.dumps(config, sort_keys=True)
+    folder = _skeletons() / hashlib.sha256(text.encode()).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    whole = folder / f"{os.getpid()}.tmp"
+    whole.write_text(text)
+    whole.replace(folder / "config.json")
+    return folder
+
+
+def _source(model: Model) -> tuple[str, dict[str, Any]]:
     """Folder or hub id to load from, and what to override in its configuration."""
     config = configuration(model.name)
     if model.weights == "dummy" and config is not None:
-        folder = scratch / "skeleton"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_text(json.dumps(bend(config, model)))
-        return str(folder), {}
+        return str(_skeleton(bend(config, model))), {}
     name = catalogue()[model.name]["hub_id"] if model.name in catalogue() else model.name
     if config is None:
         asked = (model.ffn_dim, model.num_experts, model.top_k, model.num_layers)

@@ -3,6 +3,11 @@
 vLLM mixes this class into its worker (`worker_extension_cls`), so the methods run in
 every rank, in-process or not, on CPU and on CUDA, and answer through `collective_rpc` by
 name: no code travels between processes.
+
+The number of experts per token is no weight: the router of each MoE layer holds it as a
+plain number, and on an eager engine every kernel takes it from the ids that the router
+hands over. So it can be changed between passes. It is changed only where each object that
+could hold a copy is of a kind whose source was read (vLLM 0.32); anything else is refused.
 """
 
 from __future__ import annotations
@@ -10,8 +15,23 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
+from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
 from workers import memory
+
+ROUTERS = ("CPURouter", "FusedTopKRouter")
+"""Routers that pick the k largest of a softmax and keep nothing else that depends on k."""
+EXPERTS = (
+    "X86CPUUnquantizedExperts",
+    "ArmCPUUnquantizedExperts",
+    "PowerCPUUnquantizedExperts",
+    "CPUUnquantizedExperts",
+    "TritonExperts",
+)
+"""Kernels that take k from the shape of the chosen ids."""
+NAMES = ("top_k", "topk", "experts_per_token", "experts_per_tok")
+"""How an attribute is called that may hold a copy of k."""
 
 
 class Report:
@@ -36,6 +56,77 @@ class Report:
                 else max(0, memory.status("VmHWM") - self.idle_bytes)
             ),
         }
+
+    def set_top_k(self, top_k: int) -> str | None:
+        """Routes every token to `top_k` experts of each MoE layer from the next pass on.
+
+        Returns:
+            Why that cannot be done, before anything is changed; null when every MoE layer of
+            this rank has been read back with the new number.
+        """
+        model = self.model_runner.get_model()
+        layers = [one for one in model.modules() if isinstance(one, MoERunner)]
+        if not layers:
+            return "no MoE layer"
+        if unknown := _copies(model, layers):
+            return f"{unknown} may hold a top-k of its own"
+        for layer in layers:
+            if reason := _fixed(layer, top_k):
+                return f"{layer.layer_name}: {reason}"
+        for layer in layers:
+            for holder, name in _holders(layer):
+                setattr(holder, name, top_k)
+        held = {getattr(holder, name) for layer in layers for holder, name in _holders(layer)}
+        return None if held == {top_k} else f"read back {held} instead of {top_k}"
+
+
+def _holders(layer: MoERunner) -> list[tuple[Any, str]]:
+    """Every place of one MoE layer that holds top-k, as (object, attribute)."""
+    experts = layer.routed_experts
+    method = experts.quant_method
+    kernel = method.moe_kernel.fused_experts
+    configs = (layer.moe_config, experts.moe_config, method.moe, kernel.moe_config)
+    places = [(layer.router, "top_k"), (experts, "top_k"), (experts.expert_map_manager, "top_k")]
+    return [*places, *((config, "experts_per_token") for config in configs)]
+
+
+def _fixed(layer: MoERunner, top_k: int) -> str | None:
+    """Why this layer's top-k cannot be changed; null where it can."""
+    router, experts = layer.router, layer.routed_experts
+    kernel = experts.quant_method.moe_kernel
+    if type(layer) is not MoERunner or not isinstance(router, BaseRouter):
+        return f"a layer of kind {type(layer).__name__} with a {type(router).__name__}"
+    if type(router).__name__ not in ROUTERS or router.eplb_state is not None:
+        return f"router {type(router).__name__}"
+    if experts.use_grouped_topk or experts.custom_routing_function is not None:
+        return "experts chosen in groups, or by a function of the model"
+    if experts.scoring_func != "softmax" or experts.e_score_correction_bias is not None:
+        return "scores that are no plain softmax"
+    if experts.apply_router_weight_on_input:
+        return "router weights on the input, which fixes top-k at 1"
+    if type(experts.quant_method).__name__ != "UnquantizedFusedMoEMethod":
+        return f"weights under {type(experts.quant_method).__name__}"
+    if kernel is None or kernel.is_monolithic:
+        return "routing inside the kernel"
+    if type(kernel.fused_experts).__name__ not in EXPERTS:
+        return f"kernel {type(kernel.fused_experts).__name__}"
+    if layer.moe_config.moe_parallel_config.use_ep:
+        return "experts spread over devices"
+    if top_k > layer.moe_config.num_logical_experts:
+        return f"only {layer.moe_config.num_logical_experts} experts"
+    return None
+
+
+def _copies(model: torch.nn.Module, layers: list[MoERunner]) -> str | None:
+    """A module outside the layers' known places that may hold a copy of top-k."""
+    known = {id(holder) for layer in layers for holder in (layer.router, layer.routed_experts)}
+    for path, module in model.named_modules():
+        if id(module) in known:
+            continue
+        for name, value in vars(module).items():
+            if type(value) is int and any(word in name for word in NAMES):
+                return f"{path}.{name}"
+    return None
 
 
 def _flatten(caches: Any) -> list[torch.Tensor]:
