@@ -243,7 +243,7 @@ def place(one: Planned) -> Point:
             *(shape.counts if layers is None else layers),
             *shape.sizes,
             -layout.tensor,
-            prediction.weights_gib + PEER_GIB * (1 - layout.devices),
+            prediction.weights_gib + PEER_GIB * (layout.devices - 1),
         ),
         use=(*use, tokens, *shape.top_k),
     )
