@@ -42,7 +42,9 @@ memory that ran out at `load` says that no batch, no length and no top-k can hel
 not count. The stage comes from a traceback, and an engine process that dies without one is
 said to have been loading; therefore the arithmetic has to agree that the weights alone do
 not fit, else the workload counts. From `kv_cache` on it always does, and it is the largest
-of the whole group's, since the engine was built for all of them.
+of the whole group's, since the engine was built for all of them. A GPU engine that captures
+graphs has one for each batch size of its group, while a trial alone needs one: a group of
+several batch sizes is then evidence of nothing but its weights.
 """
 
 from __future__ import annotations
@@ -147,12 +149,15 @@ class Frontier:
         if stage == "load" and _predicted_stage(one) == "load":
             use = (_NONE,) * len(use)
         else:
-            for other in together:
+            group = tuple(together)
+            for other in group:
                 other_key, other_load, other_use = self._place(other)
                 if other_key != key:
                     return  # the engine held more than the order can tell
                 load = tuple(map(max, load, other_load))
                 use = tuple(map(max, use, other_use))
+            if _captures(one) and len({t.trial.workload.batch_size for t in (one, *group)}) > 1:
+                return
         known = self._witnesses.setdefault(key, [])
         if any(witness.below(load, use) for witness in known):
             return
@@ -355,6 +360,13 @@ def _positions(a: Architecture) -> int:
     whole: dict[str, Any] = dict(a.config)
     text = next((whole[key] for key in NESTED if isinstance(whole.get(key), dict)), whole)
     return Fields(text).maybe("max_position_embeddings") or 0
+
+
+def _captures(one: Planned) -> bool:
+    """Whether its engine captures graphs, or may."""
+    if one.trial.engine.eager or one.trial.engine.kind == "roofline":
+        return False
+    return one.prediction is None or one.prediction.device != CPU
 
 
 def _predicted_stage(one: Planned) -> OomStage | None:

@@ -14,6 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from analysis import load
+from analysis.figures.figure import RecordsFigure
 from analysis.figures.registry import find
 from orchestrator.dominance import Frontier, order, place
 from orchestrator.plan import Planned
@@ -24,6 +25,7 @@ from workers.contract.errors import Infeasible, OutOfMemory
 from workers.contract.job import Job, Ticket
 from workers.contract.layout import Layout
 from workers.contract.model import Model
+from workers.contract.outcome import OomStage
 from workers.contract.trial import Trial
 from workers.contract.workload import Workload
 from workers.hardware.device import device
@@ -128,8 +130,8 @@ def test_the_class_of_device_is_equal_and_the_share_of_a_gpu_is_in_the_limit() -
     least = _planned(args={"gpu_memory_utilization": 0.8})
     assert _above(least, _planned()) and _above(_planned(), most) and not _above(most, least)
     assert _above(_planned(memory_limit_gib=70.0), most)
-    both = {"args": {"gpu_memory_utilization": 0.5}, "memory_limit_gib": 70.0}
-    assert not _above(_planned(**both), _planned(memory_limit_gib=70.0))
+    both = _planned(args={"gpu_memory_utilization": 0.5}, memory_limit_gib=70.0)
+    assert not _above(both, _planned(memory_limit_gib=70.0))
 
 
 def test_fewer_devices_are_above_only_where_weights_outgrow_the_buffers_between_them() -> None:
@@ -173,7 +175,12 @@ def test_out_of_memory_at_load_counts_for_any_workload_if_the_arithmetic_agrees(
     huge = _planned(replace(MIXTRAL, num_experts=32, top_k=4), layout=Layout(tensor=4))
     assert huge.prediction and huge.prediction.oom and huge.prediction.oom.stage == "load"
     less = _changed(_changed(huge, "workload", batch_size=1, input_tokens=1), "model", top_k=1)
-    for stage, found in (("load", huge.trial_id), ("warmup", None), (None, None)):
+    cases: tuple[tuple[OomStage | None, str | None], ...] = (
+        ("load", huge.trial_id),
+        ("warmup", None),
+        (None, None),
+    )
+    for stage, found in cases:
         frontier = Frontier()
         frontier.add(huge, stage)
         assert frontier.witness(less) == found
@@ -187,17 +194,26 @@ def test_out_of_memory_at_load_counts_for_any_workload_if_the_arithmetic_agrees(
 
 
 def test_beyond_loading_a_witness_stands_for_all_that_its_engine_was_built_for() -> None:
-    small, large = (_planned(workload=Workload(batch_size=n)) for n in (1, 64))
-    between = _planned(workload=Workload(batch_size=8))
+    small, large, between, beyond = (
+        _planned(workload=Workload(batch_size=n), eager=True) for n in (1, 64, 8, 65)
+    )
     frontier = Frontier()
     frontier.add(small, "kv_cache", [small, large])
     assert frontier.witness(between) is None
-    beyond = _planned(workload=Workload(batch_size=65))
     assert frontier.witness(beyond) == frontier.witness(large) == small.trial_id
-    other = _planned(workload=Workload(arrivals="poisson"))
+    other = _planned(workload=Workload(arrivals="poisson"), eager=True)
     nothing = Frontier()
     nothing.add(small, "warmup", [small, other])
     assert len(nothing) == 0 and nothing.witness(large) is None
+
+
+def test_graphs_captured_for_other_batch_sizes_are_evidence_of_nothing() -> None:
+    small, large = (_planned(workload=Workload(batch_size=n)) for n in (1, 64))
+    frontier = Frontier()
+    frontier.add(small, "warmup", [small, large])
+    assert len(frontier) == 0
+    frontier.add(large, "warmup", [large])
+    assert len(frontier) == 1
 
 
 def test_a_trial_is_no_witness_against_itself() -> None:
@@ -401,11 +417,13 @@ def test_figures_draw_a_skipped_trial_as_out_of_memory(tmp_path: Path) -> None:
     table = pa.Table.from_batches(batches)
     with pa.ipc.new_file(folder / "part.arrow", table.schema) as writer:
         writer.write_table(table)
-    prepared = find("fig8").prepare(load(tmp_path / "s")).sort("num_experts")
+    figure = find("fig8")
+    assert isinstance(figure, RecordsFigure)
+    prepared = figure.prepare(load(tmp_path / "s")).sort("num_experts")
     assert prepared["outcome"].to_list()[2:] == ["oom", "skipped"]
     assert prepared["out_of_memory"].to_list()[2:] == [True, True]
     assert prepared["skipped_by"][3] == prepared["trial_id"][2]
-    find("fig8").chart(prepared)
+    figure.chart(prepared)
 
 
 def test_a_real_run_would_have_skipped_most_of_its_failures_and_no_result() -> None:
