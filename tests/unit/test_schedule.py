@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from itertools import count
+from random import Random
 
 import pytest
 from hypothesis import given, settings
@@ -11,41 +14,113 @@ from hypothesis import strategies as st
 from orchestrator.plan import Group, Planned
 from orchestrator.schedule import (
     RETRIES,
+    Abandon,
     Assign,
     Blame,
     Close,
     Command,
+    Event,
     GroupEnded,
+    Lane,
     LaneLost,
+    Need,
     Node,
+    NodeJoined,
+    NodeLost,
     Open,
+    Overdue,
+    Request,
     Schedule,
+    Skip,
     TrialEnded,
     Unplaceable,
+    from_json,
+    replay,
+    to_json,
 )
+from workers.contract.layout import Layout
 from workers.contract.model import Model
 from workers.contract.trial import Trial
 from workers.contract.workload import Workload
+from workers.hardware.device import device
+from workers.hardware.roofline import Prediction, predict
+from workers.moe.architecture import resolve
 
 
-def _group(name: str, devices: int = 1, trials: int = 1) -> Group:
+def _group(
+    name: str,
+    devices: int = 1,
+    trials: int = 1,
+    *,
+    s: float = 0.0,
+    device: str | None = None,
+) -> Group:
+    """A group that is predicted to take `s` seconds."""
     return Group(
         group_id=name,
         devices=devices,
         label=name,
         trials=tuple(
             Planned(
-                trial=Trial(model=Model(name=name), workload=Workload(batch_size=i + 1)),
+                trial=Trial(
+                    model=Model(name=name),
+                    layout=Layout(device=device),
+                    workload=Workload(batch_size=i + 1),
+                ),
                 trial_id=f"{name}{i}",
                 axes={},
+                prediction=replace(PREDICTION, load_s=s, close_s=0.0, e2e_s=0.0, prefill_s=0.0),
             )
             for i in range(trials)
         ),
     )
 
 
-def _node(name: str, devices: int = 8, *, cpu_only: bool = False) -> Node:
-    return Node(node_id=name, hostname=name, devices=devices, cpu_only=cpu_only)
+def _batches(name: str, batches: tuple[int, ...]) -> Group:
+    """One engine of a known model for several batches: `a4` is the trial of batch 4."""
+    model = Model(name="mixtral-8x7b", weights="dummy")
+    return Group(
+        group_id=name,
+        devices=1,
+        label=name,
+        trials=tuple(
+            Planned(
+                trial=Trial(model=model, workload=Workload(batch_size=batch)),
+                trial_id=f"{name}{batch}",
+                axes={},
+                prediction=replace(PREDICTION, load_s=0.0, close_s=0.0, e2e_s=0.0, prefill_s=0.0),
+            )
+            for batch in batches
+        ),
+    )
+
+
+def _prediction() -> Prediction:
+    model = Model(name="mixtral-8x7b", weights="dummy")
+    architecture = resolve(model)
+    assert architecture is not None
+    prediction = predict(architecture, Trial(model=model), device("h100"))
+    assert prediction is not None
+    return replace(prediction, oom=None)
+
+
+PREDICTION = _prediction()
+
+
+def _node(
+    name: str, devices: int = 8, *, cpu_only: bool = False, device_class: str | None = None
+) -> Node:
+    return Node(
+        node_id=name,
+        hostname=name,
+        devices=devices,
+        cpu_only=cpu_only,
+        device_class=device_class,
+    )
+
+
+def _skips(commands: list[Command]) -> list[Skip]:
+    return [one for one in commands if isinstance(one, Skip)]
 
 
 def _assigned(commands: list[Command]) -> list[tuple[int, str]]:
@@ -77,29 +152,84 @@ def test_a_process_that_left_the_device_dirty_is_replaced() -> None:
     assert _assigned(commands) == [(1, "b")]
 
 
-def test_lanes_fill_the_fullest_node_first() -> None:
+def test_wide_groups_go_first_and_narrow_ones_to_the_fullest_node() -> None:
     groups = [_group("a", 4), _group("b", 2), _group("c", 8), _group("d", 1)]
     state = Schedule.of(groups, [_node("n"), _node("m")])
-    assert _opened(state.start()) == [("n", 4), ("n", 2), ("m", 8), ("n", 1)]
+    assert _opened(state.start()) == [("n", 8), ("m", 4), ("m", 2), ("m", 1)]
 
 
-def test_devices_held_by_an_idle_process_of_another_size_are_freed() -> None:
+def test_a_group_that_could_decide_the_end_goes_before_wider_ones() -> None:
+    groups = [_group("long", 1, s=100.0), *(_group(f"w{i}", 8, s=10.0) for i in range(9))]
+    state = Schedule.of(groups, [_node("n"), _node("m")])
+    assert _assigned(state.start()) == [(0, "long"), (1, "w0")]
+
+
+def test_of_one_size_the_longest_prediction_goes_first() -> None:
+    groups = [_group("a", 8, s=1.0), _group("b", 8, s=3.0), _group("c", 8, s=2.0)]
+    state = Schedule.of(groups, [_node("n")])
+    assert _assigned(state.start()) == [(0, "b")]
+    state.on(TrialEnded(lane_id=0, trial_id="b0", at=3.0))
+    assert _assigned(state.on(GroupEnded(lane_id=0, clean=True, at=3.0))) == [(0, "c")]
+
+
+def test_a_process_is_kept_only_where_a_group_of_its_size_follows_at_once() -> None:
     state = Schedule.of([_group("a", 4), _group("b", 4), _group("c", 8)], [_node("n")])
-    assert _assigned(state.start()) == [(0, "a"), (1, "b")]
-    state.on(TrialEnded(lane_id=0, trial_id="a0"))
-    assert state.on(GroupEnded(lane_id=0, clean=True)) == []
-    state.on(TrialEnded(lane_id=1, trial_id="b0"))
-    commands = state.on(GroupEnded(lane_id=1, clean=True))
-    assert commands[:2] == [Close(lane_id=0), Close(lane_id=1)]
-    assert _opened(commands) == [("n", 8)] and _assigned(commands) == [(2, "c")]
+    assert _assigned(state.start()) == [(0, "c")]
+    state.on(TrialEnded(lane_id=0, trial_id="c0"))
+    commands = state.on(GroupEnded(lane_id=0, clean=True))
+    assert commands[0] == Close(lane_id=0)
+    assert _assigned(commands) == [(1, "a"), (2, "b")]
+    state.on(TrialEnded(lane_id=1, trial_id="a0"))
+    assert state.on(GroupEnded(lane_id=1, clean=True)) == [Close(lane_id=1)]
 
 
-def test_a_layout_larger_than_a_node_takes_several() -> None:
-    state = Schedule.of([_group("a", 16), _group("b", 8)], [_node("n"), _node("m")])
-    assert _opened(state.start()) == [(None, 16)]
+def test_a_gang_reserves_a_node_and_only_what_ends_in_time_may_use_it() -> None:
+    groups = [
+        _group("old", 4, s=100.0),
+        _group("gang", 8, s=60.0),
+        _group("late", 4, s=90.0),
+        _group("early", 4, s=20.0),
+    ]
+    state = Schedule.of(groups, [_node("n")])
+    assert _assigned(state.start()) == [(0, "old"), (1, "late")]  # all could decide the end
+    state.on(TrialEnded(lane_id=1, trial_id="late0", at=30.0))
+    # The gang waits for "old", until 100 by prediction: 20 s fit into the rest of the node.
+    assert _assigned(state.on(GroupEnded(lane_id=1, clean=True, at=30.0))) == [(1, "early")]
+    state.on(TrialEnded(lane_id=1, trial_id="early0", at=99.0))
+    assert state.on(GroupEnded(lane_id=1, clean=True, at=99.0)) == [Close(lane_id=1)]
+    state.on(TrialEnded(lane_id=0, trial_id="old0", at=110.0))
+    assert _assigned(state.on(GroupEnded(lane_id=0, clean=True, at=110.0))) == [(2, "gang")]
+
+
+def test_narrow_groups_do_not_starve_a_gang() -> None:
+    """Every node is full of narrow groups that end one after another; the gang waits for one."""
+    narrow = [_group(f"a{i}", 1, s=100.0 + i) for i in range(64)]
+    state = Schedule.of([*narrow, _group("gang", 8, s=10.0)], [_node("n"), _node("m")])
+    lanes = dict(_assigned(state.start()))
+    now, before = 100.0, 0
+    while "gang" not in lanes.values():
+        lane, name = next(iter(lanes.items()))
+        now += 1.0
+        state.on(TrialEnded(lane_id=lane, trial_id=f"{name}0", at=now))
+        del lanes[lane]
+        lanes |= dict(_assigned(state.on(GroupEnded(lane_id=lane, clean=True, at=now))))
+        before += 1
+    assert before <= 16  # one node is drained while the other goes on
+
+
+def test_layouts_over_several_nodes_run_side_by_side_where_there_is_room() -> None:
+    nodes = [_node(f"n{i}") for i in range(5)]
+    groups = [_group("a", 16), _group("b", 12), _group("c", 8), _group("d", 16)]
+    state = Schedule.of(groups, nodes)
+    lanes = [c.lane for c in state.start() if isinstance(c, Open)]
+    assert [lane.node_id for lane in lanes] == [None, None, "n4"]
+    assert lanes[0].parts == (("n0", 8), ("n1", 8))
+    assert lanes[1].devices == 16 and lanes[1].parts == (("n2", 8), ("n3", 8))
     state.on(TrialEnded(lane_id=0, trial_id="a0"))
     commands = state.on(GroupEnded(lane_id=0, clean=True))
-    assert _opened(commands) == [("n", 8)]
+    (lane,) = [c.lane for c in commands if isinstance(c, Open)]
+    assert commands[0] == Close(lane_id=0) and lane.parts == (("n0", 8), ("n1", 4))
+    assert state.free["n1"] == 0  # whole nodes
 
 
 def test_what_can_never_be_placed_is_refused_at_once() -> None:
@@ -107,6 +237,100 @@ def test_what_can_never_be_placed_is_refused_at_once() -> None:
         Schedule.of([_group("a", 32)], [_node("n"), _node("m")])
     with pytest.raises(Unplaceable, match="needs 4 devices, but the cluster has 2"):
         Schedule.of([_group("a", 4)], [_node("n", 2, cpu_only=True), _node("m", 2, cpu_only=True)])
+    nodes = [_node("n", device_class="h100"), _node("m", 4, device_class="l4"), _node("o")]
+    with pytest.raises(Unplaceable, match=r"8 devices of class l4, but the cluster has 4 .*h100"):
+        Schedule.of([_group("a", 8, device="l4")], nodes)
+    with pytest.raises(Unplaceable, match="1 devices of class b200, but the cluster has 0"):
+        Schedule.of([_group("a", device="b200")], nodes)
+
+
+def test_a_group_runs_on_the_class_that_its_trials_ask_for() -> None:
+    nodes = [_node("n", 8, device_class="h100"), _node("m", 8, device_class="l4"), _node("o")]
+    groups = [
+        _group("a", 4, device="l4"),
+        _group("b", 4, device="h100-sxm"),  # another name of h100
+        _group("c", 8, device="h100"),
+        _group("d", 4),
+        _group("e", 8),
+    ]
+    state = Schedule.of(groups, nodes)
+    commands = state.start()
+    lanes = {c.lane.lane_id: c.lane.node_id for c in commands if isinstance(c, Open)}
+    where = {name: lanes[lane] for lane, name in _assigned(commands)}
+    assert where == {"c": "n", "e": "o", "a": "m", "d": "m"}
+
+
+def test_a_lost_node_leaves_with_its_lanes_and_a_new_one_is_used() -> None:
+    state = Schedule.of([_group("a", 8, trials=2), _group("b", 8)], [_node("n"), _node("m")])
+    assert _assigned(state.start()) == [(0, "a"), (1, "b")]
+    state.on(TrialEnded(lane_id=0, trial_id="a0"))
+    assert state.on(NodeLost(node_id="n", trials=("a1",))) == [Close(lane_id=0)]
+    assert state.nodes.keys() == {"m"} and [one.group_id for one in state.waiting] == ["a"]
+    assert state.on(LaneLost(lane_id=0, trial_id="a1", retry=True)) == []  # told twice
+    commands = state.on(NodeJoined(node=_node("o")))
+    assert _opened(commands) == [("o", 8)]
+    (again,) = [c for c in commands if isinstance(c, Assign)]
+    assert again.attempts == {"a1": 2}
+
+
+def test_nodes_are_asked_for_and_not_for_ever() -> None:
+    groups = [_group("a", 8, trials=2), _group("b", 16), _group("c", 2)]
+    state = Schedule.of(groups, [_node("n", 4)], autoscaling=True)
+    first = state.start()
+    assert _assigned(first) == [(0, "c")]
+    wanted = (Need(16, None, 1), Need(8, None, 1), Need(2, None, 1))
+    assert first[-1] == Request(needs=wanted)
+    assert set(state.stranded) == set(wanted[:2])
+    joined = state.on(NodeJoined(node=_node("m"), at=5.0))
+    assert _assigned(joined) == [(1, "a")]
+    assert list(state.stranded) == [wanted[0]]
+    given_up = state.on(Overdue(at=900.0))
+    (gone,) = [c for c in given_up if isinstance(c, Abandon)]
+    assert gone.group.group_id == "b" and "needs 16 devices" in gone.reason
+    assert given_up[-1] == Request(needs=wanted[1:])
+    state.on(TrialEnded(lane_id=0, trial_id="c0", at=901.0))
+    state.on(GroupEnded(lane_id=0, clean=True, at=901.0))
+    for trial in ("a0", "a1"):
+        state.on(TrialEnded(lane_id=1, trial_id=trial, at=902.0))
+    assert state.on(GroupEnded(lane_id=1, clean=True, at=903.0))[-1] == Request(needs=())
+    assert state.finished
+
+
+def test_what_ran_out_of_memory_takes_larger_trials_with_it() -> None:
+    groups = [_batches("a", (4,)), _batches("b", (2, 8)), _batches("c", (16,))]
+    state = Schedule.of(groups, [_node("n", 1)])
+    assert _assigned(state.start()) == [(0, "a")]
+    skipped = state.on(TrialEnded(lane_id=0, trial_id="a4", exhausted=True, stage="run"))
+    assert [(c.witness, [t.trial_id for t in c.group.trials]) for c in _skips(skipped)] == [
+        ("a4", ["b8"]),
+        ("a4", ["c16"]),
+    ]
+    (second,) = [c for c in state.on(GroupEnded(lane_id=0, clean=True)) if isinstance(c, Assign)]
+    assert second.attempts == {"b2": 1}
+    state.on(TrialEnded(lane_id=0, trial_id="b2"))
+    state.on(GroupEnded(lane_id=0, clean=True))
+    assert state.finished
+
+
+def test_a_witness_of_an_earlier_run_counts_and_skipping_can_be_turned_off() -> None:
+    (known,) = _batches("k", (4,)).trials
+    groups = [_batches("b", (2, 8))]
+    state = Schedule.of(groups, [_node("n", 1)], known=[known])
+    first = state.start()
+    assert [c.witness for c in _skips(first)] == ["k4"]
+    assert [c.attempts for c in first if isinstance(c, Assign)] == [{"b2": 1}]
+    state = Schedule.of(groups, [_node("n", 1)], known=[known], skip=False)
+    assert not _skips(state.start())
+
+
+def test_a_witness_on_one_class_says_nothing_of_another() -> None:
+    nodes = [_node("n", 1, device_class="l4"), _node("m", 1, device_class="h100")]
+    groups = [_batches("a", (4,)), _batches("b", (4,)), _batches("c", (8,))]
+    state = Schedule.of(groups, nodes)
+    state.start()
+    assert not _skips(state.on(TrialEnded(lane_id=0, trial_id="a4", exhausted=True)))
+    skipped = state.on(TrialEnded(lane_id=1, trial_id="b4", exhausted=True))
+    assert [t.trial_id for c in _skips(skipped) for t in c.group.trials] == ["c8"]
 
 
 def test_a_death_ends_the_trial_in_hand_and_spares_the_rest() -> None:
@@ -146,66 +370,161 @@ def test_a_lost_node_is_no_fault_of_the_trial_but_not_for_ever() -> None:
 
 @st.composite
 def _clusters(draw: st.DrawFn) -> tuple[list[Group], list[Node]]:
-    sizes = draw(st.lists(st.sampled_from([1, 2, 4, 8]), min_size=1, max_size=3))
-    nodes = [_node(f"n{i}", size) for i, size in enumerate(sizes)]
-    wanted = st.sampled_from([one for one in (1, 2, 4, 8, 16) if one <= sum(sizes)])
-    shapes = draw(st.lists(st.tuples(wanted, st.integers(1, 3)), min_size=1, max_size=8))
-    return [_group(f"g{i}", d, t) for i, (d, t) in enumerate(shapes)], nodes
+    """Groups that can all run on the nodes, of up to two classes of device."""
+    sizes = draw(st.lists(st.sampled_from([1, 2, 4, 8]), min_size=1, max_size=4))
+    classes = draw(st.sampled_from([("h100",), ("h100", "l4"), ("l4", "l4", "h100")]))
+    nodes = [
+        _node(f"n{i}", size, device_class=classes[i % len(classes)]) for i, size in enumerate(sizes)
+    ]
+    room = {
+        name: sum(node.devices for node in nodes if node.device_class == name)
+        for name in {node.device_class for node in nodes}
+    }
+    asked = st.sampled_from([None, *sorted(str(name) for name in room)])
+    shape = st.tuples(
+        asked,
+        st.sampled_from([1, 2, 3, 4, 8, 16]),
+        st.integers(1, 3),
+        st.sampled_from([0.0, 1.0, 5.0, 50.0]),
+    )
+    groups = []
+    for i, (name, size, trials, s) in enumerate(draw(st.lists(shape, min_size=1, max_size=10))):
+        most = max(room.values()) if name is None else room[name]
+        groups.append(_group(f"g{i}-", min(size, most), trials, s=s, device=name))
+    return groups, nodes
 
 
-@settings(max_examples=200, deadline=None)
-@given(_clusters(), st.randoms(use_true_random=False))
+class _World:
+    """Carries commands out and checks that each is possible."""
+
+    def __init__(self, groups: list[Group], nodes: list[Node], *, autoscaling: bool) -> None:
+        self.nodes = {node.node_id: node for node in nodes}
+        self.asked = {t.trial_id: (t.trial.layout.device, g.held) for g in groups for t in g.trials}
+        self.state = Schedule.of(groups, nodes, autoscaling=autoscaling)
+        self.ended: list[str] = []
+        self.lanes: dict[int, Lane] = {}
+        self.work: dict[int, list[str]] = {}
+        self.log: list[tuple[Event, list[Command]]] = []
+        self.first = self.state.start()
+        self.carry_out(self.first)
+
+    def on(self, event: Event) -> None:
+        commands = self.state.on(event)
+        self.log.append((event, commands))
+        self.carry_out(commands)
+
+    def carry_out(self, commands: list[Command]) -> None:
+        for command in commands:
+            match command:
+                case Open(lane=lane):
+                    self.lanes[lane.lane_id] = lane
+                case Close(lane_id=lane_id):
+                    del self.lanes[lane_id]
+                    self.work.pop(lane_id, None)
+                case Assign(lane_id=lane_id, group=group):
+                    assert not self.work.get(lane_id), "two groups on one lane"
+                    self.work[lane_id] = [t.trial_id for t in group.trials]
+                    for trial in self.work[lane_id]:
+                        asked, held = self.asked[trial]
+                        assert self.lanes[lane_id].devices == held
+                        for node_id in self.on_nodes(lane_id):
+                            assert asked in (None, self.nodes[node_id].device_class)
+                case Blame(group=group) | Abandon(group=group) | Skip(group=group):
+                    self.ended += [t.trial_id for t in group.trials]
+        for name, node in self.nodes.items():
+            held = 0
+            for lane_id, lane in self.lanes.items():
+                if lane.node_id == name:
+                    held += lane.devices
+                elif name in self.on_nodes(lane_id):
+                    held += node.devices  # over several nodes: whole ones
+            assert held + self.state.free[name] == node.devices
+        assert set(self.lanes) == set(self.work), "a lane without work is closed"
+
+    def on_nodes(self, lane_id: int) -> list[str]:
+        lane = self.lanes[lane_id]
+        return [lane.node_id] if lane.node_id else [name for name, _ in lane.parts]
+
+
+@settings(max_examples=300, deadline=None)
+@given(_clusters(), st.randoms(use_true_random=False), st.booleans())
 def test_any_history_ends_every_trial_once_and_never_oversubscribes(
-    cluster: tuple[list[Group], list[Node]], chance: object
+    cluster: tuple[list[Group], list[Node]], chance: Random, autoscaling: bool
 ) -> None:
     groups, nodes = cluster
-    state = Schedule.of(groups, nodes)
-    ended: list[str] = []
-    open_lanes: dict[int, tuple[str | None, int]] = {}
-    work: dict[int, list[str]] = {}
-
-    def carry_out(commands: list[Command]) -> None:
-        for command in commands:
-            if isinstance(command, Open):
-                open_lanes[command.lane.lane_id] = (command.lane.node_id, command.lane.devices)
-            elif isinstance(command, Close):
-                del open_lanes[command.lane_id]
-                work.pop(command.lane_id, None)
-            elif isinstance(command, Assign):
-                assert command.lane_id in open_lanes
-                assert not work.get(command.lane_id)
-                work[command.lane_id] = [t.trial_id for t in command.group.trials]
-            else:
-                ended.extend(t.trial_id for t in command.group.trials)
-        spanning = [d for node, d in open_lanes.values() if node is None]
-        assert not spanning or len(open_lanes) == 1
-        for node in nodes:
-            held = sum(d for where, d in open_lanes.values() if where == node.node_id)
-            assert held <= node.devices
-        assert all(0 <= free <= state.nodes[name].devices for name, free in state.free.items())
-
-    carry_out(state.start())
+    world = _World(groups, nodes, autoscaling=autoscaling)
+    now, spare = 0.0, count()
     for _ in range(1000):
-        if state.finished:
+        if world.state.finished:
             break
-        lane = chance.choice(sorted(work))  # type: ignore[attr-defined]
-        roll = chance.random()  # type: ignore[attr-defined]
-        left = work[lane]
-        if roll < 0.15:
-            trial = chance.choice([None, *left])  # type: ignore[attr-defined]
-            retry = chance.random() < 0.5  # type: ignore[attr-defined]
-            work.pop(lane)
-            carry_out(state.on(LaneLost(lane_id=lane, trial_id=trial, retry=retry)))
-        elif left:
-            trial = left.pop(0)
-            ended.append(trial)
-            carry_out(state.on(TrialEnded(lane_id=lane, trial_id=trial)))
+        now += chance.choice([0.0, 0.5, 3.0])
+        if chance.random() > 0.95:
+            node = replace(chance.choice(nodes), node_id=f"new{next(spare)}")
+            world.nodes[node.node_id] = node
+            world.on(NodeJoined(node=node, at=now))
+        elif chance.random() > 0.95 and world.nodes:
+            name = chance.choice(sorted(world.nodes))
+            here = [lane for lane in world.lanes if name in world.on_nodes(lane)]
+            in_hand = [left[0] for lane in here if (left := world.work[lane])]
+            del world.nodes[name]
+            world.on(NodeLost(node_id=name, trials=tuple(in_hand[:1]), at=now))
+        elif not world.work:  # what waits has nowhere to run
+            assert world.state.stranded
+            world.on(Overdue(at=now))
         else:
-            work.pop(lane)
-            carry_out(state.on(GroupEnded(lane_id=lane, clean=roll < 0.8)))
-    assert state.finished
-    assert sorted(ended) == sorted(t.trial_id for g in groups for t in g.trials)
-    assert not open_lanes
+            lane = chance.choice(sorted(world.work))
+            left = world.work[lane]
+            roll = chance.random()
+            if roll > 0.85:
+                trial = chance.choice([None, *left])
+                retry = chance.random() < 0.5
+                world.on(LaneLost(lane_id=lane, trial_id=trial, retry=retry, at=now))
+            elif left:
+                trial = left.pop(0)
+                world.ended.append(trial)
+                out = roll > 0.7
+                world.on(TrialEnded(lane_id=lane, trial_id=trial, exhausted=out, at=now))
+            else:
+                del world.work[lane]
+                world.on(GroupEnded(lane_id=lane, clean=roll < 0.6, at=now))
+    assert world.state.finished
+    assert sorted(world.ended) == sorted(t.trial_id for g in groups for t in g.trials)
+    assert not world.lanes
+
+    log = [from_json(json.loads(json.dumps(to_json(event)))) for event, _ in world.log]
+    assert log == [event for event, _ in world.log]
+    again, commands = replay(groups, nodes, log, autoscaling=autoscaling)
+    assert commands == [world.first, *(commands for _, commands in world.log)]
+    assert again.finished
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from([1, 2, 4, 8]), st.integers(1, 60)), max_size=60))
+def test_a_simulated_run_is_near_the_bound(shapes: list[tuple[int, int]]) -> None:
+    """Where predictions are right, no history is worse than the bound, a longest group, and
+    the draining of nodes for gangs."""
+    groups = [_group(f"g{i}-", size, s=float(s)) for i, (size, s) in enumerate(shapes)]
+    groups += [_group(f"w{i}-", 8, s=30.0) for i in range(3)]
+    world = _World(groups, [_node("n"), _node("m")], autoscaling=False)
+    length = {f"g{i}-": float(s) for i, (_, s) in enumerate(shapes)}
+    began: dict[int, float] = {}
+    now = 0.0
+
+    def due(lane: int) -> float:
+        return began[lane] + length.get(world.work[lane][0].partition("-")[0] + "-", 30.0)
+
+    while not world.state.finished:
+        for lane in world.work:
+            began.setdefault(lane, now)
+        lane = min(world.work, key=due)
+        now = due(lane)
+        trial = world.work[lane].pop()
+        world.ended.append(trial)
+        world.on(TrialEnded(lane_id=lane, trial_id=trial, at=now))
+        del world.work[lane], began[lane]
+        world.on(GroupEnded(lane_id=lane, clean=True, at=now))
+    work = sum(size * s for size, s in shapes) + 3 * 8 * 30.0
+    assert now <= 2 * work / 16 + 2 * max([30, *(s for _, s in shapes)])
 
 
 def test_a_group_without_the_given_trials_is_none() -> None:
