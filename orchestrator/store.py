@@ -382,8 +382,8 @@ def settled(
 
     The newest record of a trial under the same guard decides. A record without an engine
     version or device ran on nothing (infeasible points, say) and fits every guard. A
-    skipped trial stays skipped only while its witness is settled itself: what ran out of
-    memory on one device says nothing about another.
+    skipped trial stays skipped only while its witness is settled itself, and by running out
+    of memory: what happened on one device says nothing about another.
 
     Args:
         records: at least the columns `RESUME` up to `finished_at`, from `finished`.
@@ -401,8 +401,9 @@ def settled(
             fitting = fitting.filter(pl.col(column).is_null() | (pl.col(column) == wanted))
     fitting = fitting.sort("finished_at", "attempt", nulls_last=False, maintain_order=True)
     skipped = pl.col("outcome") == "skipped"
-    witnesses = _newest(fitting.filter(~skipped), rerun)
-    valid = ~skipped | pl.col("skipped_by").is_null() | pl.col("skipped_by").is_in(list(witnesses))
+    newest = _newest(fitting.filter(~skipped), rerun)
+    witnesses = [trial for trial, outcome in newest.items() if outcome == "oom"]
+    valid = ~skipped | pl.col("skipped_by").is_null() | pl.col("skipped_by").is_in(witnesses)
     return _newest(fitting.filter(valid), rerun)
 
 

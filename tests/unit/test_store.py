@@ -315,3 +315,6 @@ def test_a_skipped_trial_stays_skipped_only_with_its_witness() -> None:
     assert settled(elsewhere, guard=HERE) == {"big": "ok"}
     alone = frame(record("big", outcome="skipped"))
     assert settled(alone, guard=HERE) == {"big": "skipped"}
+
+    fits_now = frame(record("small", outcome="oom"), skip, record("small", outcome="ok", minute=3))
+    assert settled(fits_now, guard=HERE) == {"small": "ok"}
