@@ -1,32 +1,42 @@
 """From points to ordered groups, before any machine is asked for.
 
-Trials with one engine key share an engine, so the unit of work is the group. Each trial
-is checked against the arithmetic of its layout and predicted by the roofline. The longest
-group goes first: what is started last should be short, or the end of a sweep is one
-device working while the others wait. A prediction never keeps a trial from running.
+Trials that can be measured on the weights of one engine make a group, and the group is the
+unit of work (`engine_group`). Each trial is checked against the arithmetic of its layout and
+predicted by the roofline. The longest group goes first: what is started last should be
+short, or the end of a sweep is one device working while the others wait. Groups that are
+predicted not to fit go last (`_turn`). A prediction never keeps a trial from running.
+
+A hundred thousand points share few models, layouts and engines, and the grid hands their
+blocks out as shared objects, so all that does not depend on the workload is worked out once
+per engine and found again by the identity of those objects.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from operator import attrgetter
 from typing import Any
 
-from orchestrator.grid import Expansion, Point
+from orchestrator.grid import Expansion, Point, uncollected
 from orchestrator.sweep import Sweep
+from workers.contract.engine import EngineSettings
 from workers.contract.errors import Infeasible
-from workers.contract.fingerprint import fingerprint
+from workers.contract.fingerprint import Fingerprints
+from workers.contract.layout import Layout
 from workers.contract.model import Model
 from workers.contract.trial import Trial
 from workers.hardware.device import Device, UnknownDevice
 from workers.hardware.device import device as find_device
-from workers.hardware.roofline import Prediction, predict
+from workers.hardware.roofline import Prediction, Roofline, roofline
 from workers.moe.architecture import UnknownModel, check, resolve
 from workers.moe.structure import Architecture
 
 ENGINE_SECTIONS = ("model", "layout", "engine")
 """Sections of a trial that its engine is built from."""
+TOP_K = "model.top_k"
+"""The one field of them that may vary within a group."""
 ROOFLINE_S = 0.01
 """A trial of the roofline engine, seconds: it only computes."""
 
@@ -59,8 +69,19 @@ class Planned:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class _Estimate:
+    """What the predictions of a group's trials come to."""
+
+    load_s: float
+    passes_s: float
+    memory_gib: float | None
+    limit_gib: float | None
+    oom: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Group:
-    """Trials that share one engine."""
+    """Trials that share the weights of one engine, those with one top-k side by side."""
 
     group_id: str
     devices: int
@@ -81,15 +102,12 @@ class Group:
     @property
     def predicted_load_s(self) -> float:
         """Building the engine once and ending it, in seconds; 0 if unknown."""
-        if self.predicts:
-            return ROOFLINE_S
-        known = [one.prediction for one in self.trials if one.prediction]
-        return max((one.load_s + one.close_s for one in known), default=0.0)
+        return ROOFLINE_S if self.predicts else self._estimate.load_s
 
     @property
     def predicted_passes_s(self) -> float:
         """Warm-ups and repeats of every trial, in seconds; 0 if unknown."""
-        return sum(one.predicted_s for one in self.trials)
+        return self._estimate.passes_s
 
     @property
     def predicted_s(self) -> float:
@@ -99,20 +117,36 @@ class Group:
     @property
     def predicted_memory_gib(self) -> float | None:
         """Memory that the most demanding trial needs on one device."""
-        known = [one.prediction.memory_gib for one in self.trials if one.prediction]
-        return max(known, default=None)
+        return self._estimate.memory_gib
 
     @property
     def memory_limit_gib(self) -> float | None:
         """What one device may use: the sweep's limit, else the device's memory."""
         asked = self.trials[0].trial.engine.memory_limit_gib
-        known = [one.prediction.limit_gib for one in self.trials if one.prediction]
-        return asked if asked is not None else max(known, default=None)
+        return asked if asked is not None else self._estimate.limit_gib
 
     @property
     def predicted_oom(self) -> int:
         """Trials that are predicted to run out of memory."""
-        return sum(1 for one in self.trials if one.prediction and one.prediction.oom)
+        return self._estimate.oom
+
+    @cached_property
+    def _estimate(self) -> _Estimate:
+        load_s = passes_s = 0.0
+        memory = limit = None
+        oom = 0
+        for one in self.trials:
+            known = one.prediction
+            if known is None:
+                continue
+            passes_s += one.predicted_s
+            load_s = max(load_s, known.load_s + known.close_s)
+            memory = max(memory or 0.0, known.memory_gib)
+            limit = max(limit or 0.0, known.limit_gib)
+            oom += known.oom is not None
+        return _Estimate(
+            load_s=load_s, passes_s=passes_s, memory_gib=memory, limit_gib=limit, oom=oom
+        )
 
     def only(self, trial_ids: Iterable[str]) -> Group | None:
         """This group with the given trials left, or null if none is."""
@@ -187,25 +221,18 @@ def build(sweep: Sweep, expansion: Expansion, device: Device) -> Plan:
     Raises:
         SweepError: a model that is neither in the catalogue, nor a folder, nor a hub id.
     """
+    planner = _Planner(sweep, device)
     infeasible: list[Planned] = []
     groups: dict[str, list[Planned]] = {}
-    keys: dict[Any, str] = {}
-    for point in expansion.points:
-        planned = _plan(sweep, point, device)
-        if planned.infeasible is not None:
-            infeasible.append(planned)
-        else:
-            groups.setdefault(_engine_key(planned.trial, keys), []).append(planned)
-    built = [
-        Group(
-            group_id=key[:12],
-            devices=trials[0].trial.layout.devices,
-            trials=tuple(trials),
-            label=_label(trials[0]),
-        )
-        for key, trials in groups.items()
-    ]
-    built.sort(key=lambda group: group.predicted_s, reverse=True)
+    with uncollected():
+        for point in expansion.points:
+            planned, group_id = planner.plan(point)
+            if planned.infeasible is not None:
+                infeasible.append(planned)
+            else:
+                groups.setdefault(group_id, []).append(planned)
+        built = [_group(group_id, trials) for group_id, trials in groups.items()]
+        built.sort(key=_turn)
     return Plan(
         sweep=sweep.name,
         profile=sweep.profile,
@@ -214,6 +241,19 @@ def build(sweep: Sweep, expansion: Expansion, device: Device) -> Plan:
         infeasible=tuple(infeasible),
         groups=tuple(built),
     )
+
+
+def engine_group(trial: Trial) -> tuple[Model, Layout, EngineSettings]:
+    """What trials must have in common to be measured on one engine's weights.
+
+    Top-k is no weight: an engine that runs its model's own Python code can be given another
+    one where it stands. One that was compiled or captured into graphs has it built in, so
+    there every top-k is an engine of its own.
+    """
+    model = trial.model
+    if trial.engine.eager and model.top_k is not None:
+        model = replace(model, top_k=None)
+    return model, trial.layout, trial.engine
 
 
 def own_dimensions(model: Model) -> Mapping[str, Any]:
@@ -233,49 +273,158 @@ def own_dimensions(model: Model) -> Mapping[str, Any]:
     }
 
 
-def _plan(sweep: Sweep, point: Point, device: Device) -> Planned:
-    trial = point.trial
-    prediction, reason = None, None
-    asked = trial.layout.device
-    try:
-        if asked is not None:
-            device = find_device(asked)
-        architecture = _structure(trial.model)
-        if architecture is not None:
-            check(architecture, trial.layout)
-            prediction = predict(architecture, trial, device)
-    except UnknownModel as error:
-        raise sweep.place("model.name", trial.model.name).error(str(error)) from error
-    except UnknownDevice as error:
-        raise sweep.place("layout.device", asked).error(str(error)) from error
-    except Infeasible as error:
-        reason = error
-    return Planned(
-        trial=trial,
-        trial_id=trial.trial_id,
-        axes=point.axes,
-        prediction=prediction,
-        infeasible=reason,
+@dataclass(kw_only=True, slots=True)
+class _Costs:
+    """What is known of all engines that cost the same, whatever else sets them apart."""
+
+    roofline: Roofline | None = None
+    infeasible: Infeasible | None = None
+    predictions: dict[int, Prediction] = field(default_factory=dict)
+    """By `id` of a workload."""
+
+
+class _Planner:
+    """Plans points one by one, and remembers what the next one can use.
+
+    Memories go by the `id` of blocks, which the points keep alive.
+    """
+
+    def __init__(self, sweep: Sweep, device: Device) -> None:
+        self._sweep, self._device = sweep, device
+        self._ids = Fingerprints()
+        self._engines: dict[tuple[int, int, int], tuple[_Costs, str]] = {}
+        self._costs: dict[tuple[Any, ...], _Costs] = {}
+        self._weights: dict[tuple[int, bool], Model] = {}
+
+    def plan(self, point: Point) -> tuple[Planned, str]:
+        """The point with what is known of it, and its group; none if it is infeasible."""
+        trial = point.trial
+        engine = (id(trial.model), id(trial.layout), id(trial.engine))
+        known = self._engines.get(engine)
+        if known is None:
+            known = self._engines[engine] = self._engine(trial)
+        costs, group_id = known
+        prediction = None
+        if costs.roofline is not None:
+            workload = id(trial.workload)
+            prediction = costs.predictions.get(workload)
+            if prediction is None:
+                prediction = costs.roofline.predict(trial.workload)
+                costs.predictions[workload] = prediction
+        planned = Planned(
+            trial=trial,
+            trial_id=self._ids.of(trial),
+            axes=point.axes,
+            prediction=prediction,
+            infeasible=costs.infeasible,
+        )
+        return planned, group_id
+
+    def _engine(self, trial: Trial) -> tuple[_Costs, str]:
+        model = trial.model
+        alike = (
+            *_shape(model), model.dtype, model.quantization, id(trial.layout), id(trial.engine)
+        )  # fmt: skip
+        costs = self._costs.get(alike)
+        if costs is None:
+            costs = self._costs[alike] = self._cost(trial)
+        return costs, "" if costs.infeasible is not None else self._group_id(trial)
+
+    def _cost(self, trial: Trial) -> _Costs:
+        """The roofline of an engine, or why it cannot be."""
+        asked, device = trial.layout.device, self._device
+        found = _Costs()
+        try:
+            if asked is not None:
+                device = find_device(asked)
+            architecture = _structure(trial.model)
+            if architecture is not None:
+                check(architecture, trial.layout)
+                found.roofline = roofline(architecture, trial, device)
+        except UnknownModel as error:
+            raise self._sweep.place("model.name", trial.model.name).error(str(error)) from error
+        except UnknownDevice as error:
+            raise self._sweep.place("layout.device", asked).error(str(error)) from error
+        except Infeasible as error:
+            found.infeasible = error.with_traceback(None)  # which would keep all that it saw
+        return found
+
+    def _group_id(self, trial: Trial) -> str:
+        key = (id(trial.model), trial.engine.eager)
+        model = self._weights.get(key)
+        if model is None:
+            model = self._weights[key] = engine_group(trial)[0]
+        return self._ids.of([model, trial.layout, trial.engine])[:12]
+
+
+def _group(group_id: str, trials: list[Planned]) -> Group:
+    """A group of `trials`, which come in the order of the grid."""
+    first = trials[0]
+    together = len({one.trial.model.top_k for one in trials}) > 1
+    if together:
+        trials.sort(key=_top_k)
+    parts = [
+        f"{key.partition('.')[2]} {value}"
+        for key, value in first.axes.items()
+        if key.partition(".")[0] in ENGINE_SECTIONS and not (together and key == TOP_K)
+    ]
+    return Group(
+        group_id=group_id,
+        devices=first.trial.layout.devices,
+        trials=tuple(trials),
+        label=" · ".join(parts) or first.trial.model.name,
     )
 
 
-@lru_cache(maxsize=100_000)
+def _turn(group: Group) -> tuple[bool, float]:
+    """Place of a group in the plan; equal ones stay in the order of the grid.
+
+    Longest predicted first. Groups of which no trial is predicted to fit go last, least
+    demanding first: each costs no more than a load, so they fill the end of a sweep where
+    anything longer would be waited for, and the first that really runs out of memory spares
+    all those behind it that need at least as much.
+    """
+    if group.predicted_oom == len(group.trials):
+        memory, limit = group.predicted_memory_gib, group.trials[0].prediction
+        assert memory is not None and limit is not None
+        return True, memory / limit.limit_gib
+    return False, -group.predicted_s
+
+
+def _top_k(planned: Planned) -> int:
+    """Routed experts per token, the model's own where none is asked for."""
+    model = planned.trial.model
+    if model.top_k is not None:
+        return model.top_k
+    architecture = _structure(model)
+    return architecture.top_k if architecture is not None else 0
+
+
+_shape = attrgetter("name", "ffn_dim", "num_experts", "top_k", "num_layers", "scale")
+"""All of a model that its structure follows from."""
+
+
 def _structure(model: Model) -> Architecture | None:
-    return resolve(model)
+    return _resolved(*_shape(model))
 
 
-def _engine_key(trial: Trial, known: dict[Any, str]) -> str:
-    """`trial.engine_key`, computed once per distinct engine."""
-    identity = (trial.model, trial.layout, id(trial.engine))
-    if identity not in known:
-        known[identity] = fingerprint([trial.model, trial.layout, trial.engine])
-    return known[identity]
-
-
-def _label(planned: Planned) -> str:
-    parts = [
-        f"{key.partition('.')[2]} {value}"
-        for key, value in planned.axes.items()
-        if key.partition(".")[0] in ENGINE_SECTIONS
-    ]
-    return " · ".join(parts) or planned.trial.model.name
+@lru_cache(maxsize=16_384)
+def _resolved(
+    name: str,
+    ffn_dim: int | None,
+    num_experts: int | None,
+    top_k: int | None,
+    num_layers: int | None,
+    scale: float,
+) -> Architecture | None:
+    return resolve(
+        Model(
+            name=name,
+            weights="dummy",  # which may be scaled
+            ffn_dim=ffn_dim,
+            num_experts=num_experts,
+            top_k=top_k,
+            num_layers=num_layers,
+            scale=scale,
+        )
+    )

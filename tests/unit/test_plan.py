@@ -7,12 +7,20 @@ from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from orchestrator.errors import SweepError
 from orchestrator.grid import expand
 from orchestrator.plan import Plan, build, own_dimensions
 from orchestrator.sweep import load
-from workers.contract.model import Model
+from workers.contract.engine import EngineSettings
+from workers.contract.fingerprint import Fingerprints, fingerprint
+from workers.contract.layout import Layout
+from workers.contract.measure import Measure
+from workers.contract.model import Model, Prune
+from workers.contract.trial import Trial
+from workers.contract.workload import Workload
 from workers.hardware.device import device
 
 BASE: dict[str, Any] = {
@@ -34,6 +42,115 @@ def test_workloads_share_an_engine_and_shapes_do_not(tmp_path: Path) -> None:
     assert {group.label for group in plan.groups} == {"top_k 1", "top_k 2"}
     assert {group.devices for group in plan.groups} == {4}
     assert plan.trials == plan.points == 6
+
+
+EAGER = {"base": BASE["base"] | {"engine": {"eager": True}}}
+
+
+def test_an_eager_engine_measures_every_top_k(tmp_path: Path) -> None:
+    plan = _plan(tmp_path, **EAGER, grid={"workload.batch_size": [2, 1], "model.top_k": [4, 1]})
+    (group,) = plan.groups
+    measured = [(one.trial.model.top_k, one.trial.workload.batch_size) for one in group.trials]
+    assert measured == [(1, 2), (1, 1), (4, 2), (4, 1)]
+    assert group.label == "mixtral-8x7b"
+    loads = {one.prediction.load_s for one in group.trials if one.prediction}
+    assert group.predicted_load_s == pytest.approx(loads.pop() + 5.0)  # its close, once
+    assert plan.to_json()["groups"][0]["trials"] == 4
+
+
+def test_a_model_s_own_top_k_stands_among_those_asked_for(tmp_path: Path) -> None:
+    plan = _plan(tmp_path, **EAGER, grid={"model.top_k": [3, None, 1]})
+    (group,) = plan.groups
+    assert [one.trial.model.top_k for one in group.trials] == [1, None, 3]
+
+
+def test_what_is_built_into_an_engine_sets_groups_apart(tmp_path: Path) -> None:
+    plan = _plan(tmp_path, **EAGER, grid={"model.top_k": [1, 2], "model.ffn_dim": [1792, 3584]})
+    assert [group.label for group in plan.groups] == ["ffn_dim 3584", "ffn_dim 1792"]
+    assert len({group.group_id for group in plan.groups}) == 2
+    mixed = _plan(tmp_path, grid={"engine.eager": [False, True], "model.top_k": [1, 2]})
+    assert sorted(len(group.trials) for group in mixed.groups) == [1, 1, 2]
+    labels = {group.label for group in mixed.groups}
+    assert labels == {"eager False · top_k 1", "eager False · top_k 2", "eager True"}
+
+
+def test_a_group_keeps_its_identity_without_some_of_its_trials(tmp_path: Path) -> None:
+    (whole,) = _plan(tmp_path, **EAGER, grid={"model.top_k": [1, 2]}).groups
+    (part,) = _plan(tmp_path, **EAGER, grid={"model.top_k": [2]}).groups
+    assert part.group_id == whole.group_id
+    assert part.label == "top_k 2"
+
+
+def test_what_does_not_fit_goes_last_and_the_least_demanding_first(tmp_path: Path) -> None:
+    plan = _plan(tmp_path, grid={"model.num_experts": [64, 8, 128, 16, 48]})
+    assert [group.label for group in plan.groups] == [
+        "num_experts 16",
+        "num_experts 8",
+        "num_experts 48",
+        "num_experts 64",
+        "num_experts 128",
+    ]
+    assert [group.predicted_oom for group in plan.groups] == [0, 0, 1, 1, 1]
+
+
+def test_a_group_that_fits_in_part_is_started_by_its_length(tmp_path: Path) -> None:
+    grid = {"model.num_layers": [1, 2], "workload.batch_size": [1, 64]}
+    long = BASE["base"] | {"workload": {"input_tokens": 100_000}}
+    small = _plan(tmp_path, "cpu", base=long, grid=grid).groups[-1].predicted_memory_gib
+    tight = long | {"engine": {"memory_limit_gib": small}}
+    plan = _plan(tmp_path, "cpu", base=tight, grid=grid)
+    assert [(group.label, group.predicted_oom) for group in plan.groups] == [
+        ("num_layers 1", 0),
+        ("num_layers 2", 1),
+    ]
+    assert plan.groups[0].predicted_s > plan.groups[1].predicted_s > 0
+
+
+_ARGS = st.dictionaries(st.text(max_size=3), st.none() | st.booleans() | st.integers(), max_size=2)
+_TRIALS = st.builds(
+    Trial,
+    model=st.builds(
+        Model,
+        name=st.sampled_from(["a", 'é"b']),
+        weights=st.just("dummy"),
+        ffn_dim=st.sampled_from([None, 1, 2]),
+        scale=st.sampled_from([1, 1.0, 0.5]),
+        prune=st.sampled_from([None, Prune(), Prune(ratio=0.25)]),
+    ),
+    layout=st.builds(Layout, tensor=st.sampled_from([1, True, 2])),
+    workload=st.builds(Workload, temperature=st.sampled_from([0, 0.0, -0.0, 1, 1.0])),
+    engine=st.builds(EngineSettings, args=_ARGS, memory_limit_gib=st.sampled_from([None, 1, 1.0])),
+    measure=st.builds(Measure, accuracy=st.sampled_from([(), ("x", "y")])),
+)
+
+
+@given(st.lists(_TRIALS, max_size=6))
+def test_identities_made_of_shared_parts_are_those_of_the_whole(trials: list[Trial]) -> None:
+    fast = Fingerprints()
+    for one in trials * 2:
+        assert fast.of(one) == fingerprint(one) == one.trial_id
+        assert fast.of([one.model, one.layout, one.engine]) == one.engine_key
+        crossed = Trial(model=one.model, workload=trials[0].workload, engine=trials[-1].engine)
+        assert fast.of(crossed) == crossed.trial_id
+
+
+def test_identities_of_plain_data_too() -> None:
+    fast = Fingerprints()
+    for value in (1, 1.0, True, "1", None, [1, [2.5]], {"b": 1, "a": [None]}, (), Layout):
+        try:
+            expected = fingerprint(value)
+        except TypeError:
+            with pytest.raises(TypeError):
+                fast.of(value)
+        else:
+            assert fast.of(value) == expected
+
+
+def test_planned_ids_are_those_of_the_trials(tmp_path: Path) -> None:
+    plan = _plan(tmp_path, grid={"model.top_k": [1, 9], "layout.tensor": [1, 2]})
+    every = [*plan.infeasible, *(one for group in plan.groups for one in group.trials)]
+    assert len({one.trial_id for one in every}) == 4
+    assert all(one.trial_id == one.trial.trial_id for one in every)
 
 
 def test_the_longest_group_comes_first(tmp_path: Path) -> None:

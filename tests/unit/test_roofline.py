@@ -6,6 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from workers.contract.engine import EngineSettings
 from workers.contract.layout import Layout
@@ -14,8 +16,10 @@ from workers.contract.trial import Trial
 from workers.contract.workload import Workload
 from workers.hardware.assumptions import assumptions
 from workers.hardware.device import device
-from workers.hardware.roofline import GIB, Prediction, predict
+from workers.hardware.roofline import GIB, Prediction, predict, roofline
+from workers.moe.accounting import Cost, Slice, decode, forward, prefill
 from workers.moe.architecture import resolve
+from workers.moe.precision import precision
 
 H100 = device("h100")
 MIXTRAL = Model(name="mixtral-8x7b", weights="dummy")
@@ -108,6 +112,101 @@ def test_arguments_of_the_engine_that_change_the_cost_are_heeded() -> None:
     assert with_args(gpu_memory_utilization=0.5).limit_gib == pytest.approx(H100.memory_gib / 2)
     starved = with_args(kv_cache_memory_bytes=1000)
     assert starved.oom is not None and starved.oom.stage == "kv_cache"
+
+
+_FIGURES = (
+    ("attention_bytes", "attention_flops"),
+    ("kv_bytes", "score_flops"),
+    ("router_bytes", "router_flops"),
+    ("expert_bytes", "expert_flops"),
+    ("shared_bytes", "shared_flops"),
+    ("dense_bytes", "dense_flops"),
+    ("head_bytes", "head_flops"),
+    ("norm_bytes", ""),
+    ("embedding_bytes", ""),
+)
+
+
+def _long_way(trial: Trial, target: str, slices: list[tuple[Slice, ...]]) -> float:
+    """Seconds of passes: layer by layer, pass by pass, stage by stage."""
+    a, peaks = resolve(trial.model), device(target)
+    assert a is not None
+    stored, assumed = precision(a, trial.model), assumptions(peaks)
+    seconds = 0.0
+    for stage in range(trial.layout.pipeline):
+        total = Cost()
+        for one in slices:
+            found = forward(a, stored, one, layout=trial.layout, stage=stage)
+            for layer in (found.outside, *found.layers):
+                total += layer
+        for size, work in _FIGURES:
+            moved = (
+                total.kv_read_bytes + total.kv_write_bytes
+                if size == "kv_bytes"
+                else getattr(total, size)
+            )
+            seconds += max(
+                moved / (peaks.bandwidth_gb_s * 1e9 * assumed.bandwidth_share),
+                (getattr(total, work) if work else 0.0)
+                / (peaks.tflops(stored.compute) * 1e12 * assumed.compute_share),
+            )
+    each = assumed.step_s + len(a.layers) * assumed.layer_s
+    return seconds + len(slices) * each
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    model=st.sampled_from(
+        [
+            MIXTRAL,
+            Model(name="deepseek-v2-lite"),
+            Model(name="llama-4-scout"),
+            Model(name="qwen1.5-moe-a2.7b", quantization="fp8"),
+        ]
+    ),
+    target=st.sampled_from(["h100", "a100"]),
+    workload=st.builds(
+        Workload,
+        batch_size=st.integers(1, 40),
+        input_tokens=st.integers(1, 200),
+        output_tokens=st.integers(1, 4),
+    ),
+    pipeline=st.integers(1, 3),
+)
+def test_a_workload_costs_what_its_passes_cost_layer_by_layer(
+    model: Model, target: str, workload: Workload, pipeline: int
+) -> None:
+    """Defect: a coefficient that is lost where the sheets of layers are added up."""
+    trial = Trial(model=model, workload=workload, layout=Layout(pipeline=pipeline))
+    a, peaks = resolve(model), replace(device(target), link_latency_s=0.0, link_gb_s=1e30)
+    assert a is not None
+    engine = roofline(a, trial, peaks)
+    assert engine is not None
+    found = engine.predict(workload)
+    assert found.waves == found.prefill_passes == 1
+    batch, tokens = workload.batch_size, workload.input_tokens
+    admitted = batch * assumptions(peaks).request_s
+    first = _long_way(trial, target, [prefill(batch, tokens)])
+    assert found.prefill_s == pytest.approx(first + admitted, rel=1e-12)
+    later = [decode(batch, tokens + i) for i in range(workload.output_tokens - 1)]
+    assert found.e2e_s == pytest.approx(
+        first + admitted + (_long_way(trial, target, later) if later else 0.0), rel=1e-12
+    )
+
+
+def test_one_engine_predicts_every_workload_as_a_trial_of_its_own() -> None:
+    a = resolve(MIXTRAL)
+    assert a is not None
+    layout = Layout(tensor=2, data=2, expert=True)
+    shared = roofline(a, Trial(model=MIXTRAL, layout=layout), H100)
+    assert shared is not None
+    for batch, tokens in ((1, 1), (64, 4096), (7, 100_000)):
+        workload = Workload(batch_size=batch, input_tokens=tokens, output_tokens=32)
+        alone = predict(a, Trial(model=MIXTRAL, layout=layout, workload=workload), H100)
+        assert alone is not None
+        found = shared.predict(workload)
+        assert replace(found, oom=None) == replace(alone, oom=None)
+        assert str(found.oom) == str(alone.oom)
 
 
 def test_columns_are_those_of_a_record() -> None:

@@ -150,7 +150,7 @@ def check(architecture: Architecture, layout: Layout) -> None:
     if layout.pipeline > a.num_layers:
         raise Infeasible(f"{a.num_layers} layers cannot fill {layout.pipeline} pipeline stages")
     over_tensor = f"the tensor degree {tensor}"
-    for layer in dict.fromkeys(a.layers):
+    for layer in {id(layer): layer for layer in a.layers}.values():  # hashing one takes longer
         attention = layer.attention
         _divides(attention.heads, "attention heads", tensor, over_tensor)
         if tensor > attention.kv_heads:
