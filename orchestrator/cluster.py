@@ -13,13 +13,19 @@ import secrets
 import shutil
 import socket
 import tempfile
-from dataclasses import dataclass
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, TracebackType
+from typing import Any
+
+import psutil
 
 from orchestrator.errors import ClusterError
-from orchestrator.schedule import Node
+from orchestrator.schedule import Need, Node
 from workers import memory
+from workers.hardware.device import CPU
 from workers.hardware.host import Host
 
 OBJECT_STORE_BYTES = 128 * 2**20
@@ -27,6 +33,14 @@ KNOCK_S = 10.0
 """Wait for a cluster's address to answer at all, seconds."""
 DESCRIBE_S = 120.0
 """Wait for every node to describe itself, seconds."""
+LOOK_S = 3.0
+"""Time between two looks at which nodes there are, seconds."""
+CLASS_LABEL = "device-class"
+"""Label of a node that names its class of device, where its driver's name does not."""
+WHOLE_NODE = 8
+"""Devices up to which a group is asked for on one node, where no larger node is there."""
+MOST_BUNDLES = 1_000
+"""Bundles in a request: more nodes than these need are never asked for at once."""
 
 _SETTINGS = {
     # Ray runs its workers at niceness 15: everything else on the machine, this driver first,
@@ -37,6 +51,14 @@ _SETTINGS = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DISABLE_IMPORT_WARNING": "1",
 }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Changes:
+    """Nodes that came and went since the last look."""
+
+    joined: tuple[Node, ...] = ()
+    lost: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)
@@ -50,6 +72,13 @@ class Cluster:
     """Node on which this process runs, where it is one of the nodes."""
     session: Path | None
     """Folder of a cluster of our own; null if it was there before us."""
+    autoscaling: bool = False
+    """Nodes can be asked for."""
+    _present: set[str] = field(default_factory=set)
+    """Nodes that are alive, those without a device included."""
+    _asked: dict[str, Any] = field(default_factory=dict)
+    """New nodes that have not described themselves yet."""
+    _looked_at: float = 0.0
 
     @classmethod
     def connect(cls, address: str | None) -> Cluster:
@@ -80,6 +109,55 @@ class Cluster:
             raise
         return cluster
 
+    def changes(self) -> Changes:
+        """Nodes that came and went; looks every `LOOK_S` and never waits for a node."""
+        if time.monotonic() < self._looked_at + LOOK_S:
+            return Changes()
+        self._looked_at = time.monotonic()
+        import ray
+
+        alive = _alive(ray)
+        lost = tuple(node.node_id for node in self.nodes if node.node_id not in alive)
+        self.nodes = tuple(node for node in self.nodes if node.node_id in alive)
+        for node_id in alive.keys() - self._present:
+            self._asked[node_id] = _describe(node_id)
+        self._present = set(alive)
+        joined: list[Node] = []
+        for node_id, answer in list(self._asked.items()):
+            if node_id in alive and not ray.wait([answer], timeout=0)[0]:
+                continue
+            del self._asked[node_id]
+            try:
+                self.hosts[node_id] = ray.get(answer)
+                joined += self._usable(alive, [node_id])
+            except (ray.exceptions.RayError, KeyError):
+                continue  # it went again before it could answer
+        self.nodes = (*self.nodes, *joined)
+        return Changes(joined=tuple(joined), lost=lost)
+
+    def request(self, needs: tuple[Need, ...]) -> None:
+        """Asks the autoscaler for nodes that carry all of `needs`, and for no others.
+
+        A request stays until the next one, beyond this process too: end with an empty one.
+        """
+        from ray.autoscaler.sdk import request_resources
+
+        widest = max((node.devices for node in self.nodes), default=WHOLE_NODE)
+        bundles: list[dict[str, int]] = []
+        labels: list[dict[str, str]] = []
+        for need in needs:
+            cpu = need.device_class == CPU or any(node.cpu_only for node in self.nodes)
+            alone = need.devices <= max(widest, WHOLE_NODE)
+            each = need.devices if alone else 1  # what no node holds alone, device by device
+            shape = {"CPU": each} if cpu else {"GPU": each, "CPU": each}
+            asked = need.device_class not in (None, CPU)
+            number = min(MOST_BUNDLES, need.groups * (need.devices // each))
+            bundles += [shape] * number
+            labels += [{CLASS_LABEL: str(need.device_class)} if asked else {}] * number
+        request_resources(
+            bundles=bundles[:MOST_BUNDLES], bundle_label_selectors=labels[:MOST_BUNDLES]
+        )
+
     def close(self) -> None:
         """Leaves the cluster; ends it and removes its session if it is ours."""
         import ray
@@ -102,37 +180,69 @@ class Cluster:
         self.close()
 
     def _describe(self, ray: ModuleType) -> None:
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-        from workers.actor import describe_node
-
-        alive = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
-        asked = {
-            node_id: describe_node.options(
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=node_id, soft=False)
-            ).remote()
-            for node_id in alive
-        }
+        alive = _alive(ray)
+        asked = {node_id: _describe(node_id) for node_id in alive}
         try:
             hosts: list[Host] = ray.get(list(asked.values()), timeout=DESCRIBE_S)
         except ray.exceptions.RayError as error:
             raise ClusterError(f"a node cannot be described: {_first_line(error)}") from error
         self.hosts = dict(zip(asked, hosts, strict=True))
-        gpus = {node_id: int(resources.get("GPU", 0)) for node_id, resources in alive.items()}
-        any_gpu = any(gpus.values())
-        self.nodes = tuple(
-            Node(
-                node_id=node_id,
-                hostname=self.hosts[node_id].hostname,
-                devices=gpus[node_id] if any_gpu else int(resources.get("CPU", 0)),
-                cpu_only=not any_gpu,
-            )
-            for node_id, resources in alive.items()
-            if (gpus[node_id] if any_gpu else resources.get("CPU", 0))
-        )
-        if not self.nodes:
+        self._present = set(alive)
+        self.nodes = self._usable(alive, list(alive))
+        self.autoscaling = _autoscales(ray.get_runtime_context().gcs_address)
+        if not self.nodes and not self.autoscaling:
             raise ClusterError("the cluster has neither a GPU nor a CPU to offer")
         self.driver_node = ray.get_runtime_context().get_node_id()
+
+    def _usable(
+        self, alive: Mapping[str, Mapping[str, Any]], node_ids: list[str]
+    ) -> tuple[Node, ...]:
+        """Those of `node_ids` that have a device. Where any node has a GPU, only GPUs count."""
+        any_gpu = any(node["Resources"].get("GPU") for node in alive.values())
+        nodes = []
+        for node_id in node_ids:
+            resources, host = alive[node_id]["Resources"], self.hosts[node_id]
+            gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
+            if not (gpus if any_gpu else cpus):
+                continue
+            known = host.device_class if bool(host.gpus) == any_gpu else None
+            nodes.append(
+                Node(
+                    node_id=node_id,
+                    hostname=host.hostname,
+                    devices=gpus if any_gpu else cpus,
+                    cpu_only=not any_gpu,
+                    device_class=alive[node_id]["Labels"].get(CLASS_LABEL) or known,
+                )
+            )
+        return tuple(nodes)
+
+
+def _alive(ray: ModuleType) -> dict[str, dict[str, Any]]:
+    return {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
+
+
+def _describe(node_id: str) -> Any:
+    """The answer to come of a node that is asked what it is."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    from workers.actor import describe_node
+
+    pinned = NodeAffinitySchedulingStrategy(node_id=node_id, soft=False)
+    return describe_node.options(scheduling_strategy=pinned).remote()
+
+
+def _autoscales(gcs_address: str) -> bool:
+    """Whether nodes can be asked for: the autoscaler of this cluster runs here with a file
+    that says how to start some. Without such a file Ray runs it too, and it only reports. On
+    a machine other than the head this cannot be seen, and the cluster counts as fixed."""
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or ()
+        if f"--gcs-address={gcs_address}" in words and any(
+            word.startswith("--autoscaling-config=") and not word.endswith("=") for word in words
+        ):
+            return True
+    return False
 
 
 def _import_ray() -> ModuleType:

@@ -83,14 +83,14 @@ class Pool:
 
     def __init__(self, cluster: Cluster, *, sweep: str, run_id: str, profile: str, logs: Path):
         self._cluster = cluster
-        self._nodes: dict[str, Node] = {node.node_id: node for node in cluster.nodes}
         self._names = {"sweep": sweep, "run_id": run_id, "profile": profile}
         self._logs = logs
         self._processes: dict[int, _Process] = {}
 
     def open(self, lane: Lane) -> None:
         """Starts a process with the lane's devices; its first messages wait for it."""
-        self._processes[lane.lane_id] = _Process(lane, Placement(lane, self._nodes))
+        nodes: dict[str, Node] = {node.node_id: node for node in self._cluster.nodes}
+        self._processes[lane.lane_id] = _Process(lane, Placement(lane, nodes))
 
     def assign(self, lane_id: int, group: Group, attempts: dict[str, int]) -> None:
         """Gives a group to an idle lane."""
@@ -130,6 +130,7 @@ class Pool:
         """What happened, as (lane, happening); waits for the first at most `timeout_s`."""
         streams = {id(one.stream): one for one in self._processes.values() if one.stream}
         if not streams:
+            time.sleep(timeout_s)
             return
         ready, _ = ray.wait(
             [one.stream for one in streams.values()],
@@ -148,6 +149,18 @@ class Pool:
         for process in streams.values():
             if process.stream is not None and process.silent_s() > process.patience_s:
                 yield process.lane.lane_id, self._overdue(process)
+
+    def in_hand(self, node_id: str) -> tuple[str, ...]:
+        """Trials that the processes on a node have begun and not ended."""
+        return tuple(
+            process.trial_id
+            for process in self._processes.values()
+            if process.trial_id is not None
+            and (
+                process.lane.node_id == node_id
+                or any(name == node_id for name, _ in process.lane.parts)
+            )
+        )
 
     def close(self, lane_id: int) -> None:
         """Ends a lane's process and everything it started.
@@ -221,7 +234,7 @@ class Pool:
         return Lost(error=error, trial_id=process.trial_id, retry=retry)
 
     def _cpu_only(self) -> bool:
-        return all(node.cpu_only for node in self._nodes.values())
+        return all(node.cpu_only for node in self._cluster.nodes)
 
 
 def _oom_stage(stage: str) -> OomStage:

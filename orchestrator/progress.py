@@ -2,13 +2,15 @@
 
 The roofline knows the shape of the remaining work but not the machine's overheads, so its
 seconds are scaled by what was really taken so far: those of building engines and those of
-passes each by their own factor, for they depend on different things. The share of the
-lanes' time that went into passes is kept beside it: it tells how much of a night is
-measuring and how much is loading.
+passes each by their own factor, for they depend on different things. What is left is then
+laid out over the devices that are there, the longest group first: the last group's end is
+what counts, not work over lanes. The share of the lanes' time that went into passes is kept
+beside it: it tells how much of a night is measuring and how much is loading.
 """
 
 from __future__ import annotations
 
+import heapq
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Mapping
@@ -22,6 +24,11 @@ from workers.contract.outcome import Outcome
 
 PRIOR_GROUPS = 3.0
 """Weight of the roofline's own seconds against what was measured, in mean groups."""
+LAID_OUT = 2_000
+"""Devices of all waiting groups up to which they are laid out one by one. With more, work
+over devices is as near (and takes no time)."""
+ETA_EVERY_S = 1.0
+"""A snapshot's ETA is at most so old."""
 LAST_OOM = 5
 """Out-of-memory trials that the display keeps in sight."""
 
@@ -75,6 +82,11 @@ class Tracker:
         self._groups = {group.group_id: _Group(group) for group in groups}
         self._lanes: dict[int, _Lane] = {}
         self._busy_s = self._held_s = 0.0
+        self._eta: tuple[float, float | None] | None = None
+        """When it was last worked out, and what it was."""
+        self._views = {key: self._group_view(one) for key, one in self._groups.items()}
+        self._changed: set[str] = set()
+        """Groups whose view is out of date."""
         self._oom: deque[str] = deque(maxlen=LAST_OOM)
         self.counts: Counter[Outcome] = Counter(resumed.values())
         """Terminal records by outcome, resumed ones included."""
@@ -95,6 +107,7 @@ class Tracker:
         lane.since = lane.counted = self._clock()
         state = self._groups[group.group_id]
         state.started = state.building = True
+        self._changed.add(group.group_id)
 
     def heard(self, lane_id: int, message: Message) -> None:
         """A lane's process said something."""
@@ -112,6 +125,7 @@ class Tracker:
         else:
             if lane.group_id:
                 self._groups[lane.group_id].done = True
+                self._changed.add(lane.group_id)
             lane.stage, lane.group_id, lane.since = "idle", None, self._clock()
 
     def ended(
@@ -123,6 +137,7 @@ class Tracker:
             self._total += 1  # infeasible points are in no group
             return
         state = self._groups[group_id]
+        self._changed.add(group_id)
         state.outcomes[outcome] += 1
         state.throughput = throughput or state.throughput
         if outcome == "oom":
@@ -146,12 +161,21 @@ class Tracker:
             [(one.passing_s, one.group.predicted_passes_s) for one in done if one.passing_s],
             groups,
         )
-        work = 0.0
+        nodes = self._nodes.values()
+        slots = sum(1 if node.cpu_only else node.devices for node in nodes)
+        if not slots:
+            return None
+        whole = all(node.cpu_only for node in nodes)  # a group takes a machine
+        on_lanes = {lane.group_id for lane in self._lanes.values()}
+        running: list[tuple[float, int]] = []
+        waiting: list[tuple[float, int]] = []
         for one in left:
+            work = max(0.0, one.group.predicted_passes_s * passing - one.passing_s)
             if one.building:
                 work += max(0.0, one.group.predicted_load_s * loading - one.loading_s)
-            work += max(0.0, one.group.predicted_passes_s * passing - one.passing_s)
-        return work / max(1, len(self._lanes))
+            held = 1 if whole else min(slots, one.group.held)
+            (running if one.group.group_id in on_lanes else waiting).append((work, held))
+        return makespan(running, waiting, slots)
 
     def _count(self, lane: _Lane) -> None:
         """Adds the time since the last message to the sums of the lane's group."""
@@ -176,15 +200,28 @@ class Tracker:
             profile=self._plan.profile,
             device=self._device,
             elapsed_s=self._clock() - self._began,
-            eta_s=self.eta_s(),
+            eta_s=self._recent_eta_s(),
             trials_total=self._total,
             resumed=self._resumed,
             counts=dict(self.counts),
             lanes=tuple(self._lane_view(one) for one in self._lanes.values()),
-            groups=tuple(self._group_view(one) for one in self._groups.values()),
+            groups=self._group_views(),
             last_oom=tuple(self._oom),
             busy_share=self.busy_share(),
         )
+
+    def _recent_eta_s(self) -> float | None:
+        now = self._clock()
+        if self._eta is None or now >= self._eta[0] + ETA_EVERY_S:
+            self._eta = (now, self.eta_s())
+        then, left = self._eta
+        return None if left is None else max(0.0, left - (now - then))
+
+    def _group_views(self) -> tuple[GroupView, ...]:
+        for group_id in self._changed:
+            self._views[group_id] = self._group_view(self._groups[group_id])
+        self._changed.clear()
+        return tuple(self._views.values())
 
     def _lane_view(self, one: _Lane) -> LaneView:
         state = self._groups.get(one.group_id) if one.group_id else None
@@ -219,6 +256,30 @@ class Tracker:
             throughput_tok_s=one.throughput,
             state="done" if one.done else "running" if one.started else "waiting",
         )
+
+
+def makespan(
+    running: list[tuple[float, int]], waiting: list[tuple[float, int]], slots: int
+) -> float:
+    """Seconds until the last group ends, the longest waiting one always next.
+
+    Args:
+        running: seconds left and devices of each group that has its devices.
+        waiting: seconds and devices of each group that has none.
+        slots: devices in all.
+    """
+    longest = max((seconds for seconds, _ in (*running, *waiting)), default=0.0)
+    if sum(held for _, held in waiting) > LAID_OUT:
+        work = sum(seconds * held for seconds, held in (*running, *waiting))
+        return max(longest, work / slots)
+    taken = [seconds for seconds, held in running for _ in range(held)][:slots]
+    free = [0.0] * (slots - len(taken)) + taken
+    heapq.heapify(free)
+    for seconds, held in sorted(waiting, reverse=True):
+        begins = [heapq.heappop(free) for _ in range(held)][-1]
+        for _ in range(held):
+            heapq.heappush(free, begins + seconds)
+    return max(longest, *free)
 
 
 def _factor(seen: list[tuple[float, float]], groups: Collection[_Group]) -> float:

@@ -5,10 +5,15 @@
 The driver holds no result in memory longer than it takes to write it down: a record is on
 disk before the schedule hears that its trial ended, so whatever kills the driver costs at
 most the trials in flight.
+
+Whatever the schedule hears is a line of `logs/<run>/events.jsonl`, with what it commanded:
+the first line has the nodes and groups that it began with, and `schedule.replay` goes
+through the others again.
 """
 
 from __future__ import annotations
 
+import json
 import secrets
 import signal
 import sys
@@ -22,24 +27,25 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+import polars as pl
 from rich.console import Console
 
 from orchestrator import manifest, plan, schedule
-from orchestrator.display.base import Display, choose
+from orchestrator.display.base import Display, choose, span
 from orchestrator.errors import ClusterError
 from orchestrator.grid import expand
 from orchestrator.plan import Group, Plan, Planned
 from orchestrator.progress import Tracker
-from orchestrator.store import Dataset, Guard, settled
+from orchestrator.store import RESUME, Dataset, Guard, settled
 from orchestrator.streams import diverted
 from orchestrator.sweep import Sweep, load
 from workers import recorder
-from workers.contract.errors import TrialError
+from workers.contract.errors import Crashed, TimedOut, TrialError
 from workers.contract.job import Job, Ticket
 from workers.contract.message import Finished, Progress, Released
 from workers.contract.outcome import FAULTS, Outcome
 from workers.hardware import roofline
-from workers.hardware.device import device
+from workers.hardware.device import CPU, device
 from workers.hardware.host import Host, describe, device_class
 
 if TYPE_CHECKING:
@@ -48,6 +54,8 @@ if TYPE_CHECKING:
 
 POLL_S = 0.25
 """Wait for the next message before the display is refreshed, seconds."""
+NODE_WAIT_S = 900.0
+"""Wait for nodes that are asked for or that went away, seconds, unless the request says."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,6 +74,8 @@ class Request:
     """Run trials too that dominance makes pointless."""
     plain: bool = False
     json: bool = False
+    node_wait_s: float = NODE_WAIT_S
+    """Wait for a node that a trial needs and the cluster does not have yet, seconds."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,7 +142,7 @@ def execute(request: Request) -> Summary:
         from orchestrator.cluster import Cluster
 
         with Cluster.connect(request.address) as cluster:
-            found = _cluster_profile(cluster)
+            found = _cluster_profile(cluster) or profile
             if request.profile is None and found != profile:
                 sweep, planned = prepare(request, found)
             display = choose(plain=request.plain, json=request.json, console=Console(file=terminal))
@@ -161,8 +171,15 @@ class _Run:
         self._began = time.monotonic()
         self._settled = self._earlier()
         self._groups, self._infeasible = self._due()
+        known = list(self._exhausted())
         try:
-            self._schedule = schedule.Schedule.of(self._groups, cluster.nodes)
+            self._schedule = schedule.Schedule.of(
+                self._groups,
+                cluster.nodes,
+                skip=not request.no_skip,
+                known=known,
+                autoscaling=cluster.autoscaling,
+            )
         except schedule.Unplaceable as error:
             raise ClusterError(str(error)) from error
         wanted = {
@@ -186,6 +203,24 @@ class _Run:
             logs=dataset.logs,
         )
         self._made: Counter[Outcome] = Counter()
+        self._stranded_at: float | None = None
+        self._events = _EventLog(dataset.logs / self._run_id / "events.jsonl")
+        self._events.write(
+            {
+                "event": "start",
+                "nodes": [asdict(node) for node in cluster.nodes],
+                "groups": [
+                    [group.group_id, [one.trial_id for one in group.trials]]
+                    for group in self._groups
+                ],
+                "skip": not request.no_skip,
+                "known": [
+                    [one.one.trial_id, one.stage, [other.trial_id for other in one.together]]
+                    for one in known
+                ],
+                "autoscaling": cluster.autoscaling,
+            }
+        )
 
     def execute(self) -> Summary:
         self._open_manifest()
@@ -200,6 +235,9 @@ class _Run:
         finally:
             with _deaf():
                 self._pool.close_all()
+                if self._cluster.autoscaling:
+                    self._cluster.request(())
+                self._events.close()
                 self._close_manifest()
         self._display.update(self._tracker.snapshot())
         return Summary(
@@ -215,30 +253,75 @@ class _Run:
         )
 
     def _loop(self) -> None:
-        self._carry_out(self._schedule.start())
+        commands = self._schedule.start()
+        self._events.write({"event": "started", "commands": list(map(schedule.brief, commands))})
+        self._carry_out(commands)
         while not self._schedule.finished:
+            self._look_at_nodes()
             for lane_id, happening in self._pool.poll(POLL_S):
                 if isinstance(happening, Progress):
                     self._tracker.heard(lane_id, happening)
-                    continue
-                if isinstance(happening, Finished):
+                elif isinstance(happening, Finished):
                     self._commit(happening)
                     self._tracker.heard(lane_id, happening)
-                    ended = schedule.TrialEnded(lane_id=lane_id, trial_id=happening.trial_id)
-                    self._carry_out(self._schedule.on(ended))
+                    self._on(_ended(lane_id, happening, self._at()))
                 elif isinstance(happening, Released):
                     if not happening.clean:
                         self._display.say(f"device not clean, process replaced: {happening.detail}")
                     self._tracker.heard(lane_id, happening)
-                    clean = schedule.GroupEnded(lane_id=lane_id, clean=happening.clean)
-                    self._carry_out(self._schedule.on(clean))
+                    self._on(
+                        schedule.GroupEnded(lane_id=lane_id, clean=happening.clean, at=self._at())
+                    )
                 else:
                     self._display.say(f"process lost: {happening.error}")
                     lost = schedule.LaneLost(
-                        lane_id=lane_id, trial_id=happening.trial_id, retry=happening.retry
+                        lane_id=lane_id,
+                        trial_id=happening.trial_id,
+                        retry=happening.retry,
+                        at=self._at(),
                     )
-                    self._carry_out(self._schedule.on(lost), happening.error)
+                    self._on(lost, happening.error)
             self._display.update(self._tracker.snapshot())
+
+    def _at(self) -> float:
+        """Seconds since the start, to the millisecond."""
+        return round(time.monotonic() - self._began, 3)
+
+    def _on(self, event: schedule.Event, error: TrialError | None = None) -> None:
+        """Tells the schedule and does what it says."""
+        commands = self._schedule.on(event)
+        self._events.write(
+            {**schedule.to_json(event), "commands": list(map(schedule.brief, commands))}
+        )
+        self._carry_out(commands, error)
+
+    def _look_at_nodes(self) -> None:
+        """Nodes that came and went, and those that will not come any more."""
+        changes = self._cluster.changes()
+        for node_id in changes.lost:
+            host = self._cluster.hosts[node_id].hostname
+            self._display.say(f"node lost: {host}")
+            in_hand = self._pool.in_hand(node_id)
+            self._on(
+                schedule.NodeLost(node_id=node_id, trials=in_hand, at=self._at()),
+                Crashed(f"the node {host} was lost"),
+            )
+        for node in changes.joined:
+            self._display.say(f"node joined: {node.hostname}")
+            self._stranded_at = None
+            self._note_node(node.node_id)
+            self._on(schedule.NodeJoined(node=node, at=self._at()))
+        if not self._schedule.stranded:
+            self._stranded_at = None
+        elif self._stranded_at is None:
+            self._stranded_at = time.monotonic()
+            needs = ", ".join(
+                f"{need.groups} groups of {need.devices} {need.device_class or 'device(s)'}"
+                for need in self._schedule.stranded
+            )
+            self._display.say(f"waiting up to {span(self._request.node_wait_s)} for nodes: {needs}")
+        elif time.monotonic() > self._stranded_at + self._request.node_wait_s:
+            self._on(schedule.Overdue(at=self._at()))
 
     def _carry_out(
         self, commands: Sequence[schedule.Command], error: TrialError | None = None
@@ -257,6 +340,12 @@ class _Run:
                 case schedule.Blame():
                     assert error is not None, "trials are ended by the death of their lane"
                     self._blame(command, error)
+                case schedule.Skip(witness=witness, group=group):
+                    self._skip(group, witness)
+                case schedule.Abandon():
+                    self._abandon(command)
+                case schedule.Request(needs=needs):
+                    self._cluster.request(needs)
 
     def _commit(self, finished: Finished) -> None:
         self._dataset.commit(self._run_id, records=finished.record, samples=finished.samples)
@@ -273,6 +362,37 @@ class _Run:
             self._dataset.commit(self._run_id, records=record)
             self._made[error.outcome] += 1
             self._tracker.ended(blame.group.group_id, error.outcome)
+
+    def _skip(self, group: Group, witness: str) -> None:
+        """Terminal records of trials that a witness makes pointless."""
+        attempts = {one.trial_id: 1 for one in group.trials}
+        job = self._pool.job(group, attempts, local=False)
+        columns = self._host_columns(group)
+        for ticket in job.tickets:
+            record = recorder.skipped(job, ticket, witness, **columns)
+            self._dataset.commit(self._run_id, records=record)
+            self._made["skipped"] += 1
+            self._tracker.ended(group.group_id, "skipped")
+
+    def _host_columns(self, group: Group) -> dict[str, Any]:
+        """The machine on which a group would have run."""
+        asked = group.trials[0].trial.layout.device
+        name = asked if asked in (None, CPU) else device(asked).name
+        fitting = [node for node in self._cluster.nodes if name in (None, node.device_class)]
+        return recorder.where(self._cluster.hosts[fitting[0].node_id]) if fitting else {}
+
+    def _abandon(self, given_up: schedule.Abandon) -> None:
+        """Terminal records of trials for which no node came. A deadline passed, and nothing
+        was found out about the trial: `timeout`, which `--rerun timeout` takes up again."""
+        wait = span(self._request.node_wait_s)
+        error = TimedOut(f"{given_up.reason}, and no such node came within {wait}")
+        self._display.say(str(error))
+        attempts = {name: max(1, number) for name, number in given_up.attempts.items()}
+        job = self._pool.job(given_up.group, attempts, local=False)
+        for ticket in job.tickets:
+            self._dataset.commit(self._run_id, records=recorder.failed(job, ticket, error))
+            self._made["timeout"] += 1
+            self._tracker.ended(given_up.group.group_id, "timeout")
 
     def _write_infeasible(self) -> None:
         for one in self._infeasible:
@@ -294,11 +414,42 @@ class _Run:
         """Trials that an earlier run settled on machines like the ones in hand."""
         if self._request.fresh:
             return {}
-        records = self._dataset.finished()
+        records = self._records()
         done: dict[str, Outcome] = {}
         for guard in self._guards():
             done |= settled(records, guard=guard, rerun=self._request.rerun)
         return done
+
+    def _records(self) -> pl.DataFrame:
+        return self._dataset.finished((*RESUME, "group_id", "oom_stage", "oom_scope"))
+
+    def _exhausted(self) -> Iterator[schedule.Exhausted]:
+        """What an earlier run found out of device memory, with what its engine held besides.
+
+        A group of which a trial is no longer in the sweep proves nothing: memory may have run
+        out for that trial.
+        """
+        if "oom" not in self._settled.values():
+            return
+        planned = {one.trial_id: one for group in self._plan.groups for one in group.trials}
+        groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for row in self._records().filter(pl.col("group_id").is_not_null()).to_dicts():
+            groups.setdefault((row["run_id"], row["group_id"]), []).append(row)
+        for rows in groups.values():
+            together = [planned.get(row["trial_id"]) for row in rows]
+            for row in rows:
+                trial_id = row["trial_id"]
+                if (
+                    row["oom_scope"] == "device"
+                    and row["engine"] != "roofline"
+                    and self._settled.get(trial_id) == "oom"
+                    and all(together)
+                ):
+                    yield schedule.Exhausted(
+                        one=planned[trial_id],
+                        stage=row["oom_stage"],
+                        together=tuple(one for one in together if one is not None),
+                    )
 
     def _guards(self) -> Iterator[Guard]:
         """The environments in which a result would be made now."""
@@ -338,15 +489,57 @@ class _Run:
             state = manifest.with_node(state, self._run_id, node_id, asdict(host))
         manifest.write(self._dataset.manifest, state)
 
+    def _note_node(self, node_id: str) -> None:
+        state = manifest.read(self._dataset.manifest, self._sweep.name)
+        host = asdict(self._cluster.hosts[node_id])
+        manifest.write(
+            self._dataset.manifest, manifest.with_node(state, self._run_id, node_id, host)
+        )
+
     def _close_manifest(self) -> None:
         state = manifest.read(self._dataset.manifest, self._sweep.name)
         state = manifest.finished(state, self._run_id, at=datetime.now(UTC), counts=self._made)
         manifest.write(self._dataset.manifest, state)
 
 
-def _cluster_profile(cluster: Cluster) -> str:
-    classes = {device_class(cluster.hosts[node.node_id]) for node in cluster.nodes}
-    return sorted(classes)[0]
+class _EventLog:
+    """One JSON line per event, each on disk when `write` returns, as far as the process goes."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("w", encoding="utf-8")
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        json.dump(line, self._file, separators=(",", ":"))
+        self._file.write("\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _ended(lane_id: int, finished: Finished, at: float) -> schedule.TrialEnded:
+    """The event of a terminal record. Memory counts as exhausted where a device's was, and
+    where that was measured."""
+    row = finished.record.select(["oom_scope", "oom_stage", "engine"]).to_pylist()[0]
+    exhausted = (
+        finished.outcome == "oom" and row["oom_scope"] == "device" and row["engine"] != "roofline"
+    )
+    return schedule.TrialEnded(
+        lane_id=lane_id,
+        trial_id=finished.trial_id,
+        exhausted=exhausted,
+        stage=row["oom_stage"] if exhausted else None,
+        at=at,
+    )
+
+
+def _cluster_profile(cluster: Cluster) -> str | None:
+    """The class of device to plan for; null where no node is there yet."""
+    classes = {
+        node.device_class or device_class(cluster.hosts[node.node_id]) for node in cluster.nodes
+    }
+    return min(classes, default=None)
 
 
 def _devices(cluster: Cluster) -> str:

@@ -223,6 +223,16 @@ class Request:
 Command = Open | Assign | Close | Blame | Skip | Abandon | Request
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Exhausted:
+    """A trial that an earlier run found out of device memory."""
+
+    one: Planned
+    stage: OomStage | None
+    together: tuple[Planned, ...]
+    """All trials of its group."""
+
+
 class Unplaceable(ValueError):
     """A group that needs devices that the cluster does not have."""
 
@@ -495,7 +505,7 @@ class Schedule:
         nodes: Iterable[Node],
         *,
         skip: bool = True,
-        known: Iterable[Planned] = (),
+        known: Iterable[Exhausted] = (),
         autoscaling: bool = False,
     ) -> Schedule:
         """The start: everything waits, all devices are free.
@@ -519,10 +529,11 @@ class Schedule:
         for group in groups:
             state._enqueue(next(state._numbers), group)
         state._skips = skip
-        for one in known if skip else ():
-            classes = state._classes(one)
+        for earlier in known if skip else ():
+            classes = state._classes(earlier.one)
             if len(classes) == 1:  # else nothing says on which of them it was
-                state._frontiers.setdefault(classes[0], Frontier()).add(one)
+                frontier = state._frontiers.setdefault(classes[0], Frontier())
+                frontier.add(earlier.one, earlier.stage, earlier.together)
         if not autoscaling:
             for number, kind in state._stranded():
                 raise Unplaceable(state._missing(kind, state._waiting[number].label))
@@ -1041,7 +1052,7 @@ def replay(
     events: Iterable[Event],
     *,
     skip: bool = True,
-    known: Iterable[Planned] = (),
+    known: Iterable[Exhausted] = (),
     autoscaling: bool = False,
 ) -> tuple[Schedule, list[list[Command]]]:
     """The schedule after a history, with the commands of the start and of every event.

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from orchestrator.plan import Group, Plan, Planned
-from orchestrator.progress import Tracker
+from orchestrator.progress import Tracker, makespan
 from orchestrator.schedule import Lane, Node
 from workers.contract.message import Finished, Progress, Released
 from workers.contract.model import Model
@@ -38,7 +38,7 @@ def _group(name: str, trials: int = 1) -> Group:
         trial=Trial(model=model, workload=workload),
         trial_id="",
         axes={},
-        prediction=predict(a, Trial(model=model, workload=workload), device("h100")),
+        prediction=predict(a, Trial(model=model, workload=workload), device("h200")),
     )
     return Group(group_id=name, devices=1, trials=(planned,) * trials, label=f"group {name}")
 
@@ -95,16 +95,16 @@ def _run(tracker: Tracker, clock: _Clock, group: Group, load_s: float, passes_s:
 
 def test_eta_begins_with_the_prediction_and_follows_what_groups_really_took() -> None:
     clock = _Clock()
-    groups = [_group(name, trials=500) for name in "abcdefgh"]
+    groups = [_group(name, trials=500) for name in "abcdefghijkl"]
     tracker = _tracker(clock, *groups)
     tracker.opened(Lane(lane_id=0, node_id="n", devices=1))
     load, passes = groups[0].predicted_load_s, groups[0].predicted_passes_s
-    assert tracker.eta_s() == pytest.approx(8 * (load + passes))
+    assert tracker.eta_s() == pytest.approx(12 * (load + passes))
     errors = []
-    for index, group in enumerate(groups[:6]):
+    for index, group in enumerate(groups[:10]):
         tracker_eta = tracker.eta_s()
         assert tracker_eta is not None
-        truth = (8 - index) * (load / 2 + passes * 3)
+        truth = (12 - index) * (load / 2 + passes * 3)
         errors.append(abs(tracker_eta / truth - 1))
         _run(tracker, clock, group, load / 2, passes * 3)
     assert errors == sorted(errors, reverse=True)
@@ -123,6 +123,48 @@ def test_eta_counts_down_while_a_group_runs() -> None:
     tracker.heard(0, Progress(stage="warmup"))  # it stands: what is left of loading is none
     left = tracker.eta_s()
     assert left is not None and after is not None and left < after
+
+
+@pytest.mark.parametrize(
+    ("running", "waiting", "slots", "expected"),
+    [
+        ([], [(3.0, 1), (2.0, 1), (1.0, 1)], 2, 3.0),
+        ([(5.0, 1)], [(3.0, 1), (1.0, 1)], 2, 5.0),
+        ([(5.0, 1)], [(3.0, 2)], 2, 8.0),  # a gang waits for both
+        ([], [(4.0, 1)], 8, 4.0),  # not work over devices
+        ([(1.0, 8)], [], 8, 1.0),
+        ([], [(1.0, 1)] * 20_000, 8, 2500.0),  # too many to be laid out
+    ],
+)
+def test_the_end_of_what_is_left(
+    running: list[tuple[float, int]],
+    waiting: list[tuple[float, int]],
+    slots: int,
+    expected: float,
+) -> None:
+    assert makespan(running, waiting, slots) == pytest.approx(expected)
+
+
+def test_eta_counts_devices_that_no_lane_holds_yet() -> None:
+    clock = _Clock()
+    groups = [_group(name, trials=500) for name in "abcd"]
+    node = Node(node_id="n", hostname="box", devices=2, cpu_only=False)
+    plan = Plan(sweep="s", profile="cpu", points=9, dropped={}, infeasible=(), groups=tuple(groups))
+    tracker = Tracker(plan, groups, {"n": node}, device="2 gpus", resumed={}, clock=clock)
+    one = groups[0].predicted_s
+    assert tracker.eta_s() == pytest.approx(2 * one)
+    tracker.opened(Lane(lane_id=0, node_id="n", devices=1))
+    tracker.assigned(0, groups[0])
+    assert tracker.eta_s() == pytest.approx(2 * one)
+
+
+def test_a_snapshot_takes_the_eta_of_the_last_second_less_what_has_passed() -> None:
+    clock = _Clock()
+    tracker = _tracker(clock, _group("a"), _group("b"))
+    before = tracker.snapshot().eta_s
+    clock.now = 0.5
+    after = tracker.snapshot().eta_s
+    assert before is not None and after == pytest.approx(before - 0.5)
 
 
 def test_eta_is_null_where_nothing_is_predicted() -> None:

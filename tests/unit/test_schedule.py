@@ -20,6 +20,7 @@ from orchestrator.schedule import (
     Close,
     Command,
     Event,
+    Exhausted,
     GroupEnded,
     Lane,
     LaneLost,
@@ -313,7 +314,8 @@ def test_what_ran_out_of_memory_takes_larger_trials_with_it() -> None:
 
 
 def test_a_witness_of_an_earlier_run_counts_and_skipping_can_be_turned_off() -> None:
-    (known,) = _batches("k", (4,)).trials
+    earlier = _batches("k", (4,)).trials
+    known = Exhausted(one=earlier[0], stage="run", together=earlier)
     groups = [_batches("b", (2, 8))]
     state = Schedule.of(groups, [_node("n", 1)], known=[known])
     first = state.start()
