@@ -17,6 +17,7 @@ import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from orchestrator import fields
@@ -99,7 +100,7 @@ def _expand(sweep: Sweep, resolve: Resolve | None) -> Expansion:
     checks = [_Check(constraint, blocks, factors, resolve) for constraint in sweep.where]
     dropped = {constraint.text: 0 for constraint in sweep.where}
     axes = [[{cell.key: cell.written for cell in row} for row in rows] for rows in factors]
-    model, layout, workload, engine, measure = (block.built for block in blocks.values())
+    model, layout, workload, engine, measure = (block.maker() for block in blocks.values())
     once = _Once(sweep, blocks.values())
     points: list[Point] = []
     size = 0
@@ -209,6 +210,13 @@ class _Block(_Part):
         self._numbers: dict[Any, int] = {}
         self._tokens: dict[str, int] = {}
 
+    def maker(self) -> Callable[[Index], Any]:
+        """`built`, which looks at no index where nothing varies."""
+        if self.rows:
+            return self.built
+        once = cache(lambda: self.built(()))
+        return lambda index: once()
+
     def built(self, index: Index) -> Any:
         """The dataclass at a point; raises what the contract says against it."""
         found = self._made(index)
@@ -232,8 +240,11 @@ class _Block(_Part):
         """
         _, field, *path = name.split(".")
         answers: dict[Any, Mapping[str, Any]] = {}
+        at, given = (0, []) if path else self._given(name)
 
         def read(index: Index) -> Any:
+            if given and (known := given[index[at]]) is not None:
+                return known
             block = self._made(index)
             if not isinstance(block, SweepError):
                 value = getattr(block, field, None)
@@ -253,6 +264,14 @@ class _Block(_Part):
             return answers[key].get(field)
 
         return read
+
+    def _given(self, name: str) -> tuple[int, list[Any]]:
+        """The factor that sets a field in each of its rows, and to what; nothing if none does."""
+        for i, rows in self.rows.items():
+            found = [cell.value for row in rows for cell in row if cell.key == name]
+            if len(found) == len(rows):
+                return i, found
+        return 0, []
 
     def _made(self, index: Index) -> Any:
         """The dataclass at a point, or the SweepError in its place."""

@@ -28,7 +28,6 @@ from workers.contract.layout import Layout
 from workers.moe.precision import Precision
 from workers.moe.structure import Architecture, Attention, Layer, Part, Weight
 
-T = TypeVar("T")
 Piece = TypeVar("Piece", "Look", "Choice")
 
 VOCAB_PADDING = 64
@@ -522,6 +521,7 @@ def stage_of(
 def _stage(a: Architecture, precision: Precision, layout: Layout, stage: int) -> Stage:
     layers = stage_layers(a.num_layers, layout.pipeline)[stage]
     kinds: dict[object, tuple[Sheet, int]] = {}
+    copies: dict[object, int] = {}
     local: dict[int, list[Weight]] = {}
     of_layer, held = [], 0
     for index in layers:
@@ -539,13 +539,14 @@ def _stage(a: Architecture, precision: Precision, layout: Layout, stage: int) ->
             kinds[kind] = _sheet(layer, local[id(layer)], sizes, precision, layout)
         sheet, size = kinds[kind]
         of_layer.append(sheet)
+        copies[kind] = copies.get(kind, 0) + 1
         held += size
     outside = _outside(a, precision, layout, stage)
     return Stage(
         layers=layers,
         of_layer=tuple(of_layer),
         outside=outside,
-        sheet=_together([*of_layer, outside]),
+        sheet=_together([*((kinds[kind][0], n) for kind, n in copies.items()), (outside, 1)]),
         weight_bytes=held + _ends_bytes(a, precision, layout, stage),
     )
 
@@ -641,9 +642,8 @@ def _ends_bytes(a: Architecture, precision: Precision, layout: Layout, stage: in
     )
 
 
-def _together(sheets: Iterable[Sheet]) -> Sheet:
-    """The sheet whose cost is the sum of the costs of `sheets`."""
-    kinds = _counted(sheets)
+def _together(kinds: Sequence[tuple[Sheet, int]]) -> Sheet:
+    """The sheet whose cost is that of so many copies of each sheet."""
     looks: dict[object, list[tuple[Look, int]]] = {}
     choices: dict[object, list[tuple[Choice, int]]] = {}
     for sheet, copies in kinds:
@@ -652,7 +652,7 @@ def _together(sheets: Iterable[Sheet]) -> Sheet:
         for one in sheet.choices:
             choices.setdefault((one.experts, one.top_k, one.replicas), []).append((one, copies))
     return Sheet(
-        **{name: sum(n * getattr(one, name) for one, n in kinds) for name in _LINEAR},
+        **{name: sum([n * getattr(one, name) for one, n in kinds]) for name in _LINEAR},
         looks=tuple(_merged(found, _LOOK) for found in looks.values()),
         choices=tuple(_merged(found, _CHOICE) for found in choices.values()),
     )
@@ -669,14 +669,10 @@ _LINEAR = tuple(part.name for part in fields(Sheet) if part.name not in ("looks"
 _PARTS: tuple[Part, ...] = ("attention", "norm", "router", "expert", "shared", "dense")
 
 
-def _counted(items: Iterable[T]) -> list[tuple[T, int]]:
-    """Each object once, and how often it is there; layers that are alike share theirs."""
-    found = {}
-    numbers: Counter[int] = Counter()
-    for item in items:
-        found[id(item)] = item
-        numbers[id(item)] += 1
-    return [(item, numbers[key]) for key, item in found.items()]
+def _counted(layers: Iterable[Cost]) -> list[tuple[Cost, int]]:
+    """Each cost once, and how many layers have it; layers that are alike share one object."""
+    numbers = Counter(map(id, layers))
+    return [(cost, numbers[key]) for key, cost in {id(cost): cost for cost in layers}.items()]
 
 
 def _one_pass(
