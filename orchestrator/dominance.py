@@ -134,8 +134,8 @@ class Frontier:
 
     def add(
         self, one: Planned, stage: OomStage | None = None, together: Iterable[Planned] = ()
-    ) -> None:
-        """Takes `one` for a witness.
+    ) -> bool:
+        """Takes `one` for a witness; whether that says anything new.
 
         Its memory must have run out on the device (`oom_scope`), as it was run and not as it
         was predicted, but for the roofline engine, whose prediction is its result.
@@ -153,17 +153,18 @@ class Frontier:
             for other in group:
                 other_key, other_load, other_use = self._place(other)
                 if other_key != key:
-                    return  # the engine held more than the order can tell
+                    return False  # the engine held more than the order can tell
                 load = tuple(map(max, load, other_load))
                 use = tuple(map(max, use, other_use))
             if _captures(one) and len({t.trial.workload.batch_size for t in (one, *group)}) > 1:
-                return
+                return False
         known = self._witnesses.setdefault(key, [])
         if any(witness.below(load, use) for witness in known):
-            return
+            return False
         new = _Witness(trial_id=one.trial_id, load=load, use=use)
         known[:] = [witness for witness in known if not new.below(witness.load, witness.use)]
         known.append(new)
+        return True
 
     def witness(self, one: Planned) -> str | None:
         """The trial that ran out of memory and that `one` is at or above; null if there is

@@ -50,8 +50,8 @@ RETRIES = 3
 """Executions of a trial whose lane was lost through no fault of the trial's own."""
 TRUST = 2.0
 """Factor within which a prediction is trusted."""
-EAGER_LOOKS = 64
-LOOK_S = 1.0
+EAGER_LOOKS = 8
+LOOK_S = 5.0
 """After so many, a look through all that waits for trials to skip is taken at most this
 often, in seconds. Every group is looked at again before it starts."""
 
@@ -647,8 +647,7 @@ class Schedule:
         lane = self.lanes[event.lane_id]
         name = self.nodes[_nodes(lane)[0]].device_class
         frontier = self._frontiers.setdefault(name, Frontier())
-        news = frontier.witness(one) is None
-        frontier.add(one, event.stage, self._running[event.lane_id].group.trials)
+        news = frontier.add(one, event.stage, self._running[event.lane_id].group.trials)
         if not news or (self._looks >= EAGER_LOOKS and self._now < self._looked_at + LOOK_S):
             return []
         self._looks += 1
