@@ -24,6 +24,7 @@ import psutil
 import ray
 
 from workers import memory, runner
+from workers.contract.engine import EngineKind
 from workers.contract.errors import TrialError
 from workers.contract.job import Job
 from workers.contract.message import Message, Released
@@ -53,16 +54,23 @@ class EngineHost:
         """Devices that Ray gave to this process, as `CUDA_VISIBLE_DEVICES` lists them."""
         return os.environ.get("CUDA_VISIBLE_DEVICES", "")
 
+    def prepare(self, kind: EngineKind) -> None:
+        """Imports an engine ahead of the first group, which then starts with its load.
+
+        Imports take all of a core for seconds: not beside a measurement on the same cores.
+        """
+        if self._idle_bytes is None:
+            with contextlib.suppress(TrialError):  # the runner meets it again and records it
+                engine_class(kind).prepare()
+            memory.trim()
+            self._idle_bytes = memory.status("VmRSS")
+
     def run(self, job: Job) -> Iterator[Message]:
         """Measures a group; see `workers.runner.run`. Ends with `Released`."""
         if job.log is not None:
             _log_to(job.log)
         _wait_for_gpus()
-        if self._idle_bytes is None:
-            with contextlib.suppress(TrialError):  # the runner meets it again and records it
-                engine_class(job.tickets[0].trial.engine.kind).prepare()
-            memory.trim()
-            self._idle_bytes = memory.status("VmRSS")
+        self.prepare(job.tickets[0].trial.engine.kind)
         yield from runner.run(job)
         yield self._released()
 

@@ -10,7 +10,8 @@ Trials of a group share weights but may differ in top-k. They go by top-k, the s
 first, and for each the largest shape first: what does not fit is found out before time is
 spent on the rest, and what does not fit with few experts per token does not with more. From
 one top-k to the next the engine is asked to become the other model; one that cannot is
-closed and built anew.
+closed and built anew. A shape that this engine has run with another top-k is warm but for
+its MoE kernels, so its warm-up ends after a few tokens.
 
 A failure ends the trial in which it happened and no other: the engine is given up, and a
 new one is built for those that remain. Memory that runs out while an engine is built ends
@@ -25,7 +26,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -40,6 +41,7 @@ from workers.contract.job import Job, Ticket
 from workers.contract.measurement import Measurement, Pass, PassKind
 from workers.contract.message import Finished, Message, Progress, Stage
 from workers.contract.model import Model
+from workers.contract.workload import Workload
 from workers.engines.base import Engine, Site, engine_class
 from workers.hardware.device import Device, device
 from workers.hardware.hand import in_hand
@@ -47,6 +49,9 @@ from workers.hardware.host import Host, describe
 from workers.metrics import interval
 from workers.moe.architecture import UnknownModel, resolve, run_dtype
 from workers.prompts import random_ids
+
+REWARM_TOKENS = 4
+"""Tokens of a warm-up where all but top-k is warm: a prompt pass and three decode passes."""
 
 
 def run(job: Job) -> Iterator[Message]:
@@ -158,6 +163,7 @@ class _Run:
                     )
                     self.target = hand.device
                 del self.columns["started_at"]
+                warm: set[Workload] = set()
                 for _, alike in groupby(tickets, key=_top_k):
                     trials = [_Trial(one) for one in alike]
                     first = trials[0].ticket
@@ -165,7 +171,8 @@ class _Run:
                         break
                     args = json.dumps(engine.loaded.args, sort_keys=True)
                     self.columns["engine_args"] = args
-                    yield from self._measure(engine, trials)
+                    yield from self._measure(engine, trials, warm)
+                    warm |= {one.ticket.trial.workload for one in trials}
             except _Failure as failure:
                 started = min((one.started_at for one in failure.trial.passes), default=None)
                 stamp = datetime.fromtimestamp(started, UTC) if started else datetime.now(UTC)
@@ -175,15 +182,21 @@ class _Run:
                 yield self._progress("close")
                 engine.close()
 
-    def _measure(self, engine: Engine, trials: list[_Trial]) -> Iterator[Message]:
+    def _measure(
+        self, engine: Engine, trials: list[_Trial], warm: Set[Workload]
+    ) -> Iterator[Message]:
         for one in trials:
             if not self.measured:
                 one.repeatable = True
                 continue
             yield self._progress("warmup", one)
+            workload = one.ticket.trial.workload
+            tokens = workload.output_tokens
+            if workload in warm:
+                tokens = min(tokens, REWARM_TOKENS)
             for _ in range(one.ticket.trial.measure.warmup):
                 self._pass(engine, one, 1, "warmup")
-                self._pass(engine, one, one.ticket.trial.workload.output_tokens, "warmup")
+                self._pass(engine, one, tokens, "warmup")
         waiting = list(trials)
         while waiting:
             for one in list(waiting):

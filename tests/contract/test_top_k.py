@@ -120,6 +120,22 @@ def test_after_becoming_it_speaks_as_the_engine_built_for_that_top_k(
             fresh.close()
 
 
+@pytest.mark.slow
+def test_every_rank_of_a_tensor_layout_changes(checkpoint: Path, tmp_path: Path) -> None:
+    model, layout = Model(name=str(checkpoint)), Layout(tensor=2)
+    engine = _engine(_trial(model, 2, layout=layout), tmp_path)
+    try:
+        assert engine.become(_trial(model, 1, layout=layout))
+        became = _said(engine)
+    finally:
+        engine.close()
+    fresh = _engine(_trial(model, 1, layout=layout), tmp_path)
+    try:
+        assert became == _said(fresh)
+    finally:
+        fresh.close()
+
+
 @pytest.fixture(scope="module")
 def skeleton(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmEngine]:
     engine = _engine(_trial(MIXTRAL, 2), tmp_path_factory.mktemp("scratch"))
@@ -187,7 +203,11 @@ def _run(model: Model, top_ks: Sequence[int], folder: Path, kind: str = "vllm") 
     )
     messages = list(runner.run(job))
     loads = [m for m in messages if isinstance(m, Progress) and m.stage == "load"]
-    records = [m.record.to_pylist()[0] for m in messages if isinstance(m, Finished)]
+    records = [
+        m.record.to_pylist()[0] | {"samples": m.samples.to_pylist() if m.samples else []}
+        for m in messages
+        if isinstance(m, Finished)
+    ]
     assert {one["outcome"] for one in records} == {"ok"}
     assert {one["trial_id"] for one in records} == {one.trial_id for one in trials}
     return len(loads), records
@@ -203,6 +223,14 @@ def test_a_group_of_several_top_ks_is_measured_on_one_engine(kind: str, tmp_path
     active = [one["params_active"] for one in records]
     assert active[0] < active[2] < active[4]
     assert len({one["params_total"] for one in records}) == 1
+    if kind == "vllm":
+        assert [_warmups(one) for one in records] == [[1, 8], [1, 4], *[[1, 4]] * 4]
+
+
+def _warmups(record: dict[str, Any]) -> list[int]:
+    """Tokens per request of each of a trial's warm-up passes."""
+    rows = [one for one in record["samples"] if one["kind"] == "warmup"]
+    return [len(one["token_s"][0]) for one in rows]
 
 
 def test_experts_chosen_in_groups_need_an_engine_for_each_top_k(tmp_path: Path) -> None:
