@@ -360,7 +360,7 @@ class _Planner:
 def _group(group_id: str, trials: list[Planned]) -> Group:
     """A group of `trials`, which come in the order of the grid."""
     first = trials[0]
-    together = len({one.trial.model.top_k for one in trials}) > 1
+    together = any(one.trial.model.top_k != first.trial.model.top_k for one in trials)
     if together:
         trials.sort(key=_top_k)
     parts = [

@@ -307,6 +307,8 @@ def _equal(a: Any, b: Any, left: str) -> bool:
 
 
 def _sort(value: Any) -> str:
+    if type(value) is int or type(value) is float:
+        return "number"
     if isinstance(value, bool):
         return "truth"
     if isinstance(value, int | float):

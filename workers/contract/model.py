@@ -65,7 +65,7 @@ class Model:
         named("model.name", self.name)
         for key in ("ffn_dim", "num_experts", "top_k", "num_layers"):
             value = getattr(self, key)
-            if value is not None:
+            if value is not None and not (type(value) is int and value >= 1):
                 at_least(f"model.{key}", value, 1)
         fraction("model.scale", self.scale, closed=True)
         if self.weights == "checkpoint" and self.scale != 1.0:

@@ -294,8 +294,8 @@ def _cut_lists(text: Tree, old: int, new: int) -> None:
 def _regroup(text: Tree) -> None:
     """DeepSeek's groups of experts still divide them, and leave top-k enough to choose from."""
     f = Fields(text)
-    groups, experts = f.maybe("n_group"), _value(text, _EXPERTS)
-    if not groups or not experts:
+    groups = f.maybe("n_group")
+    if not groups or not (experts := _value(text, _EXPERTS)):
         return
     fitting = [n for n in range(1, groups + 1) if experts % n == 0 and experts // n > 1]
     groups = max(fitting, default=1)

@@ -5,12 +5,15 @@ apart under the fused name, because their parts are cut differently and counted 
 How tensor parallelism cuts each follows vLLM's layers: queries and up-projections by
 outputs, what follows them by inputs, keys and values by heads, latents and routers not at
 all.
+
+Structures of a sweep differ in a few widths, so weights that are alike are made once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 from workers.moe.fields import Fields
 from workers.moe.structure import Architecture, Attention, Cut, Experts, Layer, Part, Weight
@@ -109,6 +112,7 @@ def latent(f: Fields, *, q_rank: int | None = 1536, kv_rank: int = 512) -> Atten
     )
 
 
+@lru_cache(maxsize=4096)
 def gated(
     path: str,
     hidden: int,
@@ -166,6 +170,7 @@ def routed(
     )
 
 
+@lru_cache(maxsize=4096)
 def vectors(part: Part, size: int, *names: str, bias: bool = False) -> tuple[Weight, ...]:
     """Norms and the like: one vector of `size` for each name."""
     return tuple(Weight(name=name, part=part, shape=(size,), bias=bias) for name in names)
@@ -299,6 +304,7 @@ def decoder(
     )
 
 
+@lru_cache(maxsize=4096)
 def _attention(name: str, shape: tuple[int, ...], cut: Cut, *, bias: bool = False) -> Weight:
     return Weight(name=name, part="attention", shape=shape, bias=bias, cut=cut)
 

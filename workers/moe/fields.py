@@ -36,6 +36,8 @@ class Fields:
         """
         for key in keys:
             value = self.config.get(key)
+            if type(value) is int and value >= least:
+                return value
             if isinstance(value, list | tuple) and value and all(v == value[0] for v in value):
                 value = value[0]
             if value is None:
