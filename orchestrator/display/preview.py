@@ -25,7 +25,10 @@ def preview(plan: Plan) -> Renderables:
     lines += [f"infeasible {count}: {reason}" for reason, count in reasons.items()]
     tight = sum(group.predicted_oom for group in plan.groups)
     if tight:
-        lines.append(f"{tight} trials are predicted to run out of memory; they run all the same")
+        lines.append(
+            f"{tight} trials are predicted to run out of memory; they run all the same, "
+            "unless a less demanding one really does before"
+        )
     lines.append(
         f"predicted: {_span(plan.predicted_s)} one after another, "
         f"{plan.device_hours:.3g} device-hours (roofline, before any measurement)"
