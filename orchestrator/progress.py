@@ -22,8 +22,9 @@ from orchestrator.schedule import Lane, Node
 from workers.contract.message import Finished, Message, Progress
 from workers.contract.outcome import Outcome
 
-PRIOR_GROUPS = 3.0
-"""Weight of the roofline's own seconds against what was measured, in mean groups."""
+PRIOR_SHARE = 0.05
+"""Weight of the roofline's own seconds against what was measured, as a share of all of them:
+as much as the first twentieth of the work."""
 LAID_OUT = 2_000
 """Devices of all waiting groups up to which they are laid out one by one. With more, work
 over devices is as near (and takes no time)."""
@@ -284,6 +285,6 @@ def makespan(
 
 def _factor(seen: list[tuple[float, float]], groups: Collection[_Group]) -> float:
     """Seconds really taken over those predicted, drawn towards 1 while little was seen."""
-    prior = PRIOR_GROUPS * sum(one.group.predicted_s for one in groups) / len(groups)
+    prior = PRIOR_SHARE * sum(one.group.predicted_s for one in groups)
     taken, predicted = (sum(column) for column in zip(*seen, strict=True)) if seen else (0.0, 0.0)
     return (taken + prior) / (predicted + prior) if predicted + prior else 1.0

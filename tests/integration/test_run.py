@@ -59,7 +59,7 @@ def test_a_sweep_ends_every_point_in_one_record_and_leaves_nothing(tmp_path: Pat
         assert row["peak_bandwidth_gb_s"] >= row["calibrated_bandwidth_gb_s"] * 0.99 > 0
         assert 0 < row["s_mbu_paper"] < row["s_mbu"] and row["s_mbu_paper"] < row["mbu"]
         assert 0 < row["s_mfu"] < row["mfu"] < 1 and row["prefill_s_mbu"] > 0
-    assert ok["engine_load_s"].n_unique() == 2  # one engine for both batches of a top-k
+    assert ok["engine_load_s"].n_unique() == 1  # one engine: both batches, both top-k
 
     oom = frame.filter(pl.col("outcome") == "oom")
     assert set(oom["oom_stage"]) == {"load"} and set(oom["oom_scope"]) == {"device"}

@@ -323,7 +323,7 @@ def test_a_profile_may_replace_or_remove_every_part(read: Load) -> None:
         ),
         (
             "  layout: {zzzzzz: 1}\n",
-            "4: base.layout.zzzzzz: unknown key; layout has tensor, pipeline, data, expert",
+            "4: base.layout.zzzzzz: unknown key; layout has tensor, pipeline, data, expert, device",
         ),
         (
             "  model.top_k.x: 1\n",
