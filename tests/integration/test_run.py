@@ -149,7 +149,7 @@ def test_a_killed_engine_ends_its_trial_and_no_other(tmp_path: Path) -> None:
     path = sweep_file(
         tmp_path,
         base=_base(workload={"batch_size": 2, "input_tokens": 16, "output_tokens": 4000}),
-        grid={"model.top_k": [1, 2]},
+        grid={"model.num_experts": [8, 4]},
     )
     before = footprint()
     driver = start(path, "--out", tmp_path, "--json")
