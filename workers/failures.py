@@ -53,6 +53,7 @@ _OUT_OF_MEMORY = (
     _Words(re.compile(r"To serve at least one request with the model's max"), "kv_cache", "device"),
     _Words(re.compile(r"is less than requested memory for kv"), "kv_cache", None),
     _Words(re.compile(r"DefaultCPUAllocator: can't allocate memory"), None, None),
+    _Words(re.compile(r"ScratchPadManager: aligned_alloc failed"), None, None),
     _Words(re.compile(r"std::bad_alloc|\bMemoryError\b"), None, None),
     _Words(re.compile(r"\[Errno 12\] Cannot allocate memory"), None, None),
 )

@@ -10,8 +10,9 @@ Trials of a group share weights but may differ in top-k. They go by top-k, the s
 first, and for each the largest shape first: what does not fit is found out before time is
 spent on the rest, and what does not fit with few experts per token does not with more. From
 one top-k to the next the engine is asked to become the other model; one that cannot is
-closed and built anew. A shape that this engine has run with another top-k is warm but for
-its MoE kernels, so its warm-up ends after a few tokens.
+closed and built anew. What runs out of memory after others on one engine is tried again on
+one of its own, since their buffers were still there. A shape that this engine has run with
+another top-k is warm but for its MoE kernels, so its warm-up ends after a few tokens.
 
 A failure ends the trial in which it happened and no other: the engine is given up, and a
 new one is built for those that remain. Memory that runs out while an engine is built ends
@@ -151,6 +152,7 @@ class _Run:
                     if isinstance(error, OutOfMemory) or _top_k(ticket) == _top_k(tickets[0]):
                         yield self._failed(ticket, error)
                 return
+            warm: set[Workload] = set()
             try:
                 self.columns["engine_version"] = engine.loaded.version
                 self.columns["threads"] = engine.loaded.threads
@@ -163,7 +165,6 @@ class _Run:
                     )
                     self.target = hand.device
                 del self.columns["started_at"]
-                warm: set[Workload] = set()
                 for _, alike in groupby(tickets, key=_top_k):
                     trials = [_Trial(one) for one in alike]
                     first = trials[0].ticket
@@ -174,6 +175,8 @@ class _Run:
                     yield from self._measure(engine, trials, warm)
                     warm |= {one.ticket.trial.workload for one in trials}
             except _Failure as failure:
+                if warm and isinstance(failure.error, OutOfMemory):
+                    return  # buffers of another top-k are still there: it gets its own engine
                 started = min((one.started_at for one in failure.trial.passes), default=None)
                 stamp = datetime.fromtimestamp(started, UTC) if started else datetime.now(UTC)
                 self.columns["started_at"] = stamp

@@ -168,3 +168,10 @@ def test_reasons_are_one_short_line() -> None:
     found = explain(RuntimeError("a\nb " * 1000), stage="run", device_is_cpu=True)
     assert "\n" not in str(found)
     assert len(str(found)) <= 500
+
+
+def test_the_scratch_pad_of_the_cpu_kernels_is_memory_of_the_device() -> None:
+    text = "ScratchPadManager: aligned_alloc failed for size 46485504"
+    failure = explain(RuntimeError(text), stage="run", log="", device_is_cpu=True)
+    assert isinstance(failure, OutOfMemory)
+    assert (failure.stage, failure.scope) == ("run", "device")
