@@ -1,18 +1,21 @@
 """One sweep of 12 points by `vllm bench sweep serve` and by ours, one after the other.
 
-    PYTHONPATH=. python tests/bench/bench_peer.py MODEL_FOLDER [--repeats 1 3] [--keep FOLDER]
+    PYTHONPATH=. python tests/bench/bench_peer.py MODEL_FOLDER [--keep FOLDER]
 
 The folder holds a Mixtral with weights and a tokenizer. Three engine settings (top-k 1, 2,
-4) times four workloads; both sides run eagerly on the same cores with the same limits on
-sequences and lengths, no prefix cache, and one batch of requests per point.
+4) times four workloads; both sides run eagerly on the same cores, without a prefix cache,
+and time the same batch of requests per point. Ours runs as the peer works (no warm-up, each
+point once) and as a sweep should (a warm-up; 1 and 3 repeats). Theirs runs as a user starts
+it, and once more with the limits on sequences and lengths, and the binding of threads, that
+ours works out from the workloads, which makes its servers start sooner.
 
 What differs is the way of working, and it shows in the latencies too:
 
 - theirs starts an HTTP server per engine setting and a client process per workload; tokens
   travel through a detokenizer, JSON and a socket. Its client sends one request before the
   batch to see that the server answers, and measures each point once.
-- ours keeps the engine in one warm process and changes top-k in place; it warms every shape
-  up, and measures a batch with one token and the batch in full, `repeats` times.
+- ours keeps the engine in one warm process and changes top-k in place; beside each batch in
+  full it measures the batch with one token.
 
 vLLM's command line needs a distribution called `vllm`, which the CPU build does not have, so
 the modules behind it are started directly. Their summary table needs pandas; where that is
@@ -50,19 +53,22 @@ CLIENT = (
 FIGURES = ("ttft", "tpot", "e2el")
 Point = tuple[int, int, int, int]
 """Top-k and workload."""
+OURS = ((0, 1), (1, 1), (1, 3))
+"""Warm-ups and repeats."""
+LIMITS = ("--max-model-len", LENGTH, "--max-num-seqs", BATCH)
 Figures = dict[Point, dict[str, float]]
 """Medians over requests, milliseconds."""
 
 
-def ours(model: str, repeats: int, folder: Path) -> tuple[float, Figures]:
+def ours(model: str, warmup: int, repeats: int, folder: Path) -> tuple[float, Figures]:
     """Seconds from the start of our command to its end, and the medians of its points."""
-    name = f"peer{repeats}"
+    name = f"warmup{warmup}-repeats{repeats}"
     sweep = {
         "name": name,
         "base": {
             "model": {"name": model},
             "engine": {"eager": True},
-            "measure": {"repeats": repeats, "warmup": 1},
+            "measure": {"repeats": repeats, "warmup": warmup},
         },
         "grid": {"model.top_k": list(TOP_KS)},
         "zip": {
@@ -80,7 +86,7 @@ def ours(model: str, repeats: int, folder: Path) -> tuple[float, Figures]:
     found = folder / name
     records, samples = (pl.scan_ipc(found / table).collect() for table in ("records", "samples"))
     loads = records["engine_load_s"].unique().len()
-    print(f"ours, repeats {repeats}: {seconds:.1f} s, {loads} engine(s) built")
+    print(f"ours, {name}: {seconds:.1f} s, {loads} engine(s) built", flush=True)
     keys = ("top_k", "input_tokens", "output_tokens", "batch_size")
     figures = {}
     for row in records.iter_rows(named=True):
@@ -97,8 +103,9 @@ def ours(model: str, repeats: int, folder: Path) -> tuple[float, Figures]:
     return seconds, figures
 
 
-def theirs(model: str, folder: Path) -> tuple[float, Figures]:
-    """The same of `vllm bench sweep serve`."""
+def theirs(model: str, folder: Path, *, limited: bool) -> tuple[float, Figures]:
+    """The same of `vllm bench sweep serve`, with our limits or with its own."""
+    name = "limited" if limited else "default"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -121,7 +128,7 @@ def theirs(model: str, folder: Path) -> tuple[float, Figures]:
     server = [
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", model, "--enforce-eager", "--dtype", "bfloat16"),
-        *("--max-model-len", LENGTH, "--max-num-seqs", BATCH, "--no-enable-prefix-caching"),
+        *("--no-enable-prefix-caching", *(LIMITS if limited else ())),
         *("--host", "127.0.0.1", "--port", port),
     ]
     client = [
@@ -132,17 +139,18 @@ def theirs(model: str, folder: Path) -> tuple[float, Figures]:
         *(sys.executable, "-m", "vllm.benchmarks.sweep.serve"),
         *("--serve-cmd", _line(server), "--bench-cmd", _line(client)),
         *("--after-bench-cmd", "true", "--serve-params", serve, "--bench-params", bench),
-        *("--num-runs", "1", "--output-dir", folder, "--experiment-name", "theirs"),
+        *("--num-runs", "1", "--output-dir", folder, "--experiment-name", name),
     ]
-    cores = ",".join(str(core) for core in sorted(os.sched_getaffinity(0)))
     environment = {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": cores,
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",  # by default it asks for nearly all of the memory
     }
+    if limited:
+        cores = ",".join(str(core) for core in sorted(os.sched_getaffinity(0)))
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = cores
     start = time.perf_counter()
-    with (folder / "theirs.log").open("w") as log:
+    with (folder / f"{name}.log").open("w") as log:
         subprocess.run(
             [str(one) for one in command],
             check=False,
@@ -152,7 +160,7 @@ def theirs(model: str, folder: Path) -> tuple[float, Figures]:
         )
     seconds = time.perf_counter() - start
     figures: Figures = {}
-    for path in (folder / "theirs").rglob("run=0.json"):
+    for path in (folder / name).rglob("run=0.json"):
         told: dict[str, Any] = json.loads(path.read_text())
         assert told["completed"] == told["num_prompts"], f"requests failed: {path}"
         overrides = told["hf_overrides"]["num_experts_per_tok"]
@@ -160,8 +168,8 @@ def theirs(model: str, folder: Path) -> tuple[float, Figures]:
         figures[*point, told["num_prompts"]] = {name: told[f"median_{name}_ms"] for name in FIGURES}
     expected = len(TOP_KS) * len(WORKLOADS)
     if len(figures) != expected:
-        raise SystemExit(f"theirs gave {len(figures)} of {expected} points: {folder}/theirs.log")
-    print(f"theirs: {seconds:.1f} s, {len(TOP_KS)} servers and {expected} clients")
+        raise SystemExit(f"theirs gave {len(figures)} of {expected} points: {folder}/{name}.log")
+    print(f"theirs, {name}: {seconds:.1f} s, {len(TOP_KS)} servers, {expected} clients", flush=True)
     return seconds, figures
 
 
@@ -173,26 +181,26 @@ def main() -> None:
     """Runs ours for each number of repeats, then theirs, and prints both beside each other."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("model")
-    parser.add_argument("--repeats", type=int, nargs="+", default=[1, 3])
     parser.add_argument("--keep", type=Path, help="folder for everything that both write")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         folder = options.keep or Path(name)
         folder.mkdir(parents=True, exist_ok=True)
-        mine = {repeats: ours(options.model, repeats, folder) for repeats in options.repeats}
-        seconds, other = theirs(options.model, folder)
-    for repeats, (own, _) in mine.items():
-        print(f"makespan theirs / ours with repeats {repeats}: {seconds / own:.1f}")
-    columns = [f"ours×{repeats}" for repeats in mine] + ["theirs"]
-    print(f"\nmedians over requests, ms: {' / '.join(columns)}")
-    print(f"{'top-k':>5} {'in/out':>7} {'batch':>5}  {'TTFT':>24} {'TPOT':>24} {'E2E':>27}")
-    for point in sorted(other):
+        mine = {how: ours(options.model, *how, folder) for how in OURS}
+        other = {how: theirs(options.model, folder, limited=how) for how in (False, True)}
+    print("\nmakespan theirs / ours       by default   with our limits")
+    for (warmup, repeats), (seconds, _) in mine.items():
+        ratios = "".join(f"{other[how][0] / seconds:14.1f}" for how in (False, True))
+        print(f"  warm-ups {warmup}, repeats {repeats}    {ratios}")
+    print("\nmedians over requests, ms: ours once / ours warm, 3 repeats / theirs / theirs limited")
+    print(f"{'top-k':>5} {'in/out':>7} {'batch':>5} {'TTFT':>26} {'TPOT':>26} {'E2E':>28}")
+    shown = [mine[OURS[0]][1], mine[OURS[-1]][1], other[False][1], other[True][1]]
+    for point in sorted(shown[0]):
         top_k, given, made, batch = point
-        sides = [figures[point] for _, figures in mine.values()] + [other[point]]
-        cells = [" / ".join(f"{one[name]:.0f}" for one in sides) for name in FIGURES]
+        cells = [" / ".join(f"{one[point][name]:.0f}" for one in shown) for name in FIGURES]
         print(
-            f"{top_k:>5} {f'{given}/{made}':>7} {batch:>5}  "
-            f"{cells[0]:>24} {cells[1]:>24} {cells[2]:>27}"
+            f"{top_k:>5} {f'{given}/{made}':>7} {batch:>5} "
+            f"{cells[0]:>26} {cells[1]:>26} {cells[2]:>28}"
         )
 
 
