@@ -28,6 +28,7 @@ from workers.contract.engine import EngineSettings
 from workers.contract.model import Model
 from workers.contract.trial import Trial
 from workers.contract.workload import Workload
+from workers.engines.base import Site
 from workers.engines.vllm_engine import VllmEngine
 from workers.metrics import interval
 from workers.moe.architecture import bend, configuration
@@ -120,7 +121,7 @@ def main() -> None:
             workload=workload,
             engine=EngineSettings(eager=True),
         )
-        engine = VllmEngine(trial, [workload], folder)
+        engine = VllmEngine(trial, [workload], Site(scratch=folder, device="cpu"))
         theirs = Theirs(engine, workload, folder)
 
         def ours(index: int, temperature: float = 1.0) -> float:
