@@ -17,7 +17,8 @@ from workers.contract.outcome import OUTCOMES, Outcome
 
 if TYPE_CHECKING:
     from orchestrator.plan import Plan
-    from orchestrator.run import Request, Summary
+    from orchestrator.request import Request
+    from orchestrator.run import Summary
 
 PIPE_WIDTH = 120
 """Columns of a plan that goes to a file or a pipe."""
@@ -87,7 +88,7 @@ def main(
     did, 2 the sweep or the arguments are wrong, 3 the cluster cannot be reached or can
     never run a trial, 130 interrupted.
     """
-    from orchestrator.run import Request
+    from orchestrator.request import Request
 
     request = Request(
         sweep=sweep,
@@ -108,8 +109,7 @@ def main(
 def _explained(request: Request, *, dry_run: bool) -> int:
     """Exit status; whatever a user can cause ends in one line on standard error."""
     from orchestrator.errors import ClusterError, SweepError
-    from orchestrator.run import execute, local_profile, prepare
-    from orchestrator.store import StoreError
+    from orchestrator.request import local_profile, prepare
     from workers.hardware.device import UnknownDevice
 
     try:
@@ -117,10 +117,8 @@ def _explained(request: Request, *, dry_run: bool) -> int:
             _, plan = prepare(request, request.profile or local_profile())
             _show_plan(plan, as_json=request.json)
             return 0
-        summary = execute(request)
-        _show_summary(summary, as_json=request.json)
-        return summary.status
-    except (SweepError, UnknownDevice, StoreError) as error:
+        return _run(request)
+    except (SweepError, UnknownDevice) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except ClusterError as error:
@@ -129,6 +127,19 @@ def _explained(request: Request, *, dry_run: bool) -> int:
     except KeyboardInterrupt:
         print("interrupted before the first trial", file=sys.stderr)
         return 130
+
+
+def _run(request: Request) -> int:
+    from orchestrator.run import execute
+    from orchestrator.store import StoreError
+
+    try:
+        summary = execute(request)
+    except StoreError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    _show_summary(summary, as_json=request.json)
+    return summary.status
 
 
 def _show_plan(plan: Plan, *, as_json: bool) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 
 from orchestrator.errors import ClusterError
-from orchestrator.schedule import Need, Node
+from orchestrator.events import Need, Node
 from workers import memory
 from workers.hardware.device import CPU
 from workers.hardware.host import Host

@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import (
 )
 
 from orchestrator.errors import ClusterError
-from orchestrator.schedule import Lane, Node
+from orchestrator.events import Lane, Node
 
 NODE_LABEL = "ray.io/node-id"
 PLACEMENT_S = 120.0

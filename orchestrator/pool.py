@@ -17,9 +17,9 @@ from typing import Any
 import ray
 
 from orchestrator.cluster import Cluster
+from orchestrator.events import Lane, Node
 from orchestrator.placement import Placement
 from orchestrator.plan import Group
-from orchestrator.schedule import Lane, Node
 from workers.actor import EngineHost
 from workers.contract.errors import Crashed, OutOfMemory, TimedOut, TrialError
 from workers.contract.job import Job, Ticket

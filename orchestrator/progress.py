@@ -17,8 +17,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 from orchestrator.display.base import GroupView, LaneView, Snapshot
+from orchestrator.events import Lane, Node
 from orchestrator.plan import Group, Plan
-from orchestrator.schedule import Lane, Node
 from workers.contract.message import Finished, Message, Progress
 from workers.contract.outcome import Outcome
 

@@ -30,15 +30,15 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 from rich.console import Console
 
-from orchestrator import manifest, plan, schedule
+from orchestrator import events, manifest, schedule
 from orchestrator.display.base import Display, choose, span
 from orchestrator.errors import ClusterError
-from orchestrator.grid import expand
 from orchestrator.plan import Group, Plan, Planned
 from orchestrator.progress import Tracker
+from orchestrator.request import Request, local_profile, prepare
 from orchestrator.store import RESUME, Dataset, Guard, settled
 from orchestrator.streams import diverted
-from orchestrator.sweep import Sweep, load
+from orchestrator.sweep import Sweep
 from workers import recorder
 from workers.contract.errors import Crashed, TimedOut, TrialError
 from workers.contract.job import Job, Ticket
@@ -46,7 +46,7 @@ from workers.contract.message import Finished, Progress, Released
 from workers.contract.outcome import FAULTS, Outcome
 from workers.hardware import roofline
 from workers.hardware.device import CPU, device
-from workers.hardware.host import Host, describe, device_class
+from workers.hardware.host import Host, device_class
 
 if TYPE_CHECKING:
     from orchestrator.cluster import Cluster
@@ -54,28 +54,6 @@ if TYPE_CHECKING:
 
 POLL_S = 0.25
 """Wait for the next message before the display is refreshed, seconds."""
-NODE_WAIT_S = 900.0
-"""Wait for nodes that are asked for or that went away, seconds, unless the request says."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Request:
-    """What the command line asked for."""
-
-    sweep: Path
-    overrides: tuple[str, ...] = ()
-    out: Path = Path("results")
-    profile: str | None = None
-    address: str | None = None
-    fresh: bool = False
-    rerun: frozenset[Outcome] = frozenset()
-    limit: int | None = None
-    no_skip: bool = False
-    """Run trials too that dominance makes pointless."""
-    plain: bool = False
-    json: bool = False
-    node_wait_s: float = NODE_WAIT_S
-    """Wait for a node that a trial needs and the cluster does not have yet, seconds."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,27 +79,6 @@ class Summary:
         if self.interrupted:
             return 130
         return 1 if any(self.counts.get(outcome) for outcome in FAULTS) else 0
-
-
-def prepare(request: Request, profile: str) -> tuple[Sweep, Plan]:
-    """The sweep and its plan; loads no engine, no Ray.
-
-    Raises:
-        SweepError: what the user wrote is wrong.
-        UnknownDevice: the profile names no device class.
-    """
-    target = device(profile)
-    sweep = load(request.sweep, request.overrides, profile)
-    return sweep, plan.build(sweep, expand(sweep, plan.own_dimensions), target)
-
-
-def local_profile() -> str:
-    """The device class of this machine.
-
-    Raises:
-        UnknownDevice: its GPU is not in the catalogue.
-    """
-    return device_class(describe())
 
 
 def execute(request: Request) -> Summary:
@@ -254,7 +211,7 @@ class _Run:
 
     def _loop(self) -> None:
         commands = self._schedule.start()
-        self._events.write({"event": "started", "commands": list(map(schedule.brief, commands))})
+        self._events.write({"event": "started", "commands": list(map(events.brief, commands))})
         self._carry_out(commands)
         while not self._schedule.finished:
             self._look_at_nodes()
@@ -270,11 +227,11 @@ class _Run:
                         self._display.say(f"device not clean, process replaced: {happening.detail}")
                     self._tracker.heard(lane_id, happening)
                     self._on(
-                        schedule.GroupEnded(lane_id=lane_id, clean=happening.clean, at=self._at())
+                        events.GroupEnded(lane_id=lane_id, clean=happening.clean, at=self._at())
                     )
                 else:
                     self._display.say(f"process lost: {happening.error}")
-                    lost = schedule.LaneLost(
+                    lost = events.LaneLost(
                         lane_id=lane_id,
                         trial_id=happening.trial_id,
                         retry=happening.retry,
@@ -287,12 +244,10 @@ class _Run:
         """Seconds since the start, to the millisecond."""
         return round(time.monotonic() - self._began, 3)
 
-    def _on(self, event: schedule.Event, error: TrialError | None = None) -> None:
+    def _on(self, event: events.Event, error: TrialError | None = None) -> None:
         """Tells the schedule and does what it says."""
         commands = self._schedule.on(event)
-        self._events.write(
-            {**schedule.to_json(event), "commands": list(map(schedule.brief, commands))}
-        )
+        self._events.write({**events.to_json(event), "commands": list(map(events.brief, commands))})
         self._carry_out(commands, error)
 
     def _look_at_nodes(self) -> None:
@@ -303,14 +258,14 @@ class _Run:
             self._display.say(f"node lost: {host}")
             in_hand = self._pool.in_hand(node_id)
             self._on(
-                schedule.NodeLost(node_id=node_id, trials=in_hand, at=self._at()),
+                events.NodeLost(node_id=node_id, trials=in_hand, at=self._at()),
                 Crashed(f"the node {host} was lost"),
             )
         for node in changes.joined:
             self._display.say(f"node joined: {node.hostname}")
             self._stranded_at = None
             self._note_node(node.node_id)
-            self._on(schedule.NodeJoined(node=node, at=self._at()))
+            self._on(events.NodeJoined(node=node, at=self._at()))
         if not self._schedule.stranded:
             self._stranded_at = None
         elif self._stranded_at is None:
@@ -321,37 +276,37 @@ class _Run:
             )
             self._display.say(f"waiting up to {span(self._request.node_wait_s)} for nodes: {needs}")
         elif time.monotonic() > self._stranded_at + self._request.node_wait_s:
-            self._on(schedule.Overdue(at=self._at()))
+            self._on(events.Overdue(at=self._at()))
 
     def _carry_out(
-        self, commands: Sequence[schedule.Command], error: TrialError | None = None
+        self, commands: Sequence[events.Command], error: TrialError | None = None
     ) -> None:
         for command in commands:
             match command:
-                case schedule.Open(lane=lane):
+                case events.Open(lane=lane):
                     self._pool.open(lane)
                     self._tracker.opened(lane)
-                case schedule.Assign(lane_id=lane_id, group=group, attempts=attempts):
+                case events.Assign(lane_id=lane_id, group=group, attempts=attempts):
                     self._pool.assign(lane_id, group, attempts)
                     self._tracker.assigned(lane_id, group)
-                case schedule.Close(lane_id=lane_id):
+                case events.Close(lane_id=lane_id):
                     self._pool.close(lane_id)
                     self._tracker.closed(lane_id)
-                case schedule.Blame():
+                case events.Blame():
                     assert error is not None, "trials are ended by the death of their lane"
                     self._blame(command, error)
-                case schedule.Skip(witness=witness, group=group):
+                case events.Skip(witness=witness, group=group):
                     self._skip(group, witness)
-                case schedule.Abandon():
+                case events.Abandon():
                     self._abandon(command)
-                case schedule.Request(needs=needs):
+                case events.Request(needs=needs):
                     self._cluster.request(needs)
 
     def _commit(self, finished: Finished) -> None:
         self._dataset.commit(self._run_id, records=finished.record, samples=finished.samples)
         self._made[finished.outcome] += 1
 
-    def _blame(self, blame: schedule.Blame, error: TrialError) -> None:
+    def _blame(self, blame: events.Blame, error: TrialError) -> None:
         """Terminal records of trials whose host can no longer write them."""
         local = blame.node_id == self._cluster.driver_node
         job = self._pool.job(blame.group, blame.attempts, local=local)
@@ -381,7 +336,7 @@ class _Run:
         fitting = [node for node in self._cluster.nodes if name in (None, node.device_class)]
         return recorder.where(self._cluster.hosts[fitting[0].node_id]) if fitting else {}
 
-    def _abandon(self, given_up: schedule.Abandon) -> None:
+    def _abandon(self, given_up: events.Abandon) -> None:
         """Terminal records of trials for which no node came. A deadline passed, and nothing
         was found out about the trial: `timeout`, which `--rerun timeout` takes up again."""
         wait = span(self._request.node_wait_s)
@@ -518,14 +473,14 @@ class _EventLog:
         self._file.close()
 
 
-def _ended(lane_id: int, finished: Finished, at: float) -> schedule.TrialEnded:
+def _ended(lane_id: int, finished: Finished, at: float) -> events.TrialEnded:
     """The event of a terminal record. Memory counts as exhausted where a device's was, and
     where that was measured."""
     row = finished.record.select(["oom_scope", "oom_stage", "engine"]).to_pylist()[0]
     exhausted = (
         finished.outcome == "oom" and row["oom_scope"] == "device" and row["engine"] != "roofline"
     )
-    return schedule.TrialEnded(
+    return events.TrialEnded(
         lane_id=lane_id,
         trial_id=finished.trial_id,
         exhausted=exhausted,

@@ -27,21 +27,40 @@ When a lane dies, the trial in hand is ended unless the cause lies outside it an
 can mend it; the rest of its group waits again, because nothing is known against it. Death
 while the engine is built ends the whole group. A node that is gone takes its lanes with it.
 
-No event looks at all groups or all nodes: groups wait in sorted lists by size and class of
-device, nodes stand in sets by free devices.
+No event looks at all groups or all nodes (`orchestrator.ledger`).
 """
 
 from __future__ import annotations
 
-import heapq
-from bisect import bisect_right, insort
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import count
-from typing import Any, NamedTuple
+from typing import Any
 
 from orchestrator.dominance import Frontier
+from orchestrator.events import (
+    Abandon,
+    Assign,
+    Blame,
+    Close,
+    Command,
+    Event,
+    GroupEnded,
+    Lane,
+    LaneLost,
+    Need,
+    Node,
+    NodeJoined,
+    NodeLost,
+    Open,
+    Overdue,
+    Request,
+    Skip,
+    TrialEnded,
+    nodes_of,
+)
+from orchestrator.ledger import Kind, Ledger, Machine, Queue
 from orchestrator.plan import Group, Planned
 from workers.contract.outcome import OomStage
 from workers.hardware.device import CPU, device
@@ -57,173 +76,6 @@ often, in seconds. Every group is looked at again before it starts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Node:
-    """A machine of the cluster."""
-
-    node_id: str
-    hostname: str
-    devices: int
-    """GPUs, or CPU cores where there are none."""
-    cpu_only: bool
-    """The machine as a whole is the device: one engine at a time, on all cores."""
-    device_class: str | None = None
-    """Class in the device catalogue; null where it is not known."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Lane:
-    """Devices that one process holds."""
-
-    lane_id: int
-    node_id: str | None
-    """Null: over several nodes."""
-    devices: int
-    parts: tuple[tuple[str, int], ...] = ()
-    """Over several nodes: each of them with the devices that are used there. The lane
-    holds the whole node."""
-
-
-class Need(NamedTuple):
-    """Devices that groups of one kind wait for or use."""
-
-    devices: int
-    """Of each group."""
-    device_class: str | None
-    groups: int
-
-
-# --- events: what happened. `at`: seconds since the start, never falling.
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrialEnded:
-    """A terminal record of this trial is in the dataset."""
-
-    lane_id: int
-    trial_id: str
-    exhausted: bool = False
-    """It was measured to need more memory than a device has."""
-    stage: OomStage | None = None
-    """Where it ran out."""
-    at: float = 0.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GroupEnded:
-    """The group's engine is gone and the lane's process lives."""
-
-    lane_id: int
-    clean: bool
-    """The devices are as free as before the group."""
-    at: float = 0.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LaneLost:
-    """The lane's process died or was killed."""
-
-    lane_id: int
-    trial_id: str | None
-    """Trial in hand; null while the engine was built or closed."""
-    retry: bool
-    """The cause lies outside the trial, and another try can end better."""
-    at: float = 0.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class NodeLost:
-    """A node is gone, and every process on it."""
-
-    node_id: str
-    trials: tuple[str, ...] = ()
-    """Trials in hand on its lanes; those behind them had not begun."""
-    at: float = 0.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class NodeJoined:
-    """A node can be used."""
-
-    node: Node
-    at: float = 0.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Overdue:
-    """Nobody waits any longer for nodes that are not there."""
-
-    at: float = 0.0
-
-
-Event = TrialEnded | GroupEnded | LaneLost | NodeLost | NodeJoined | Overdue
-
-
-# --- commands: what to do
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Open:
-    """Start a process with a lane's devices."""
-
-    lane: Lane
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Assign:
-    """Give a group to a lane's process."""
-
-    lane_id: int
-    group: Group
-    attempts: dict[str, int]
-    """Trial → executions, this one included."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Close:
-    """End a lane's process."""
-
-    lane_id: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Blame:
-    """Write the terminal record of trials that ended with their lane."""
-
-    node_id: str | None
-    """Where the lane was; null: over several nodes."""
-    group: Group
-    attempts: dict[str, int]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Skip:
-    """Write the terminal record of trials that a witnessed out-of-memory makes pointless."""
-
-    witness: str
-    """Trial that ran out of memory."""
-    group: Group
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Abandon:
-    """Write the terminal record of trials for which no node came in time."""
-
-    group: Group
-    attempts: dict[str, int]
-    reason: str
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Request:
-    """Ask the autoscaler for nodes that carry all of these at once."""
-
-    needs: tuple[Need, ...]
-
-
-Command = Open | Assign | Close | Blame | Skip | Abandon | Request
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Exhausted:
     """A trial that an earlier run found out of device memory."""
 
@@ -235,217 +87,6 @@ class Exhausted:
 
 class Unplaceable(ValueError):
     """A group that needs devices that the cluster does not have."""
-
-
-class _Kind(NamedTuple):
-    """Groups that can stand in for one another on a lane."""
-
-    devices: int
-    device_class: str | None
-    """Null: any."""
-
-
-class _Queue:
-    """Waiting groups of one kind, the longest predicted last; equals in the plan's order."""
-
-    def __init__(self) -> None:
-        self._keys: list[tuple[float, int]] = []
-
-    def __bool__(self) -> bool:
-        return bool(self._keys)
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    @property
-    def longest(self) -> tuple[float, int]:
-        """Predicted seconds of the longest, and its number below zero."""
-        return self._keys[-1]
-
-    def add(self, predicted_s: float, number: int) -> None:
-        insort(self._keys, (predicted_s, -number))
-
-    def take(self, key: tuple[float, int]) -> int:
-        """Removes a group by its key; its number."""
-        del self._keys[bisect_right(self._keys, key) - 1]
-        return -key[1]
-
-    def within(self, limit_s: float) -> tuple[float, int] | None:
-        """The longest that is predicted to take at most `limit_s`."""
-        place = bisect_right(self._keys, (limit_s, 1))
-        return self._keys[place - 1] if place else None
-
-    def numbers(self) -> list[int]:
-        """Every group's number, the longest first."""
-        return [-number for _, number in reversed(self._keys)]
-
-
-@dataclass(slots=True)
-class _Machine:
-    """A node and who is on it."""
-
-    node: Node
-    free: int
-    ends: dict[int, tuple[float, int]] = field(default_factory=dict)
-    """Lane → predicted end, and devices that it gives back then."""
-    reserved: bool = False
-    soonest: float = 0.0
-    """When as many devices will be free as the pool's widest waiting gang needs."""
-
-    def frees(self, devices: int) -> float:
-        """When `devices` of it will be free."""
-        free = self.free
-        if free >= devices:
-            return 0.0
-        for end, given in sorted(self.ends.values()):
-            free += given
-            if free >= devices:
-                return end
-        return 0.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Reservation:
-    """Nodes that are kept for the next group of a kind."""
-
-    kind: _Kind
-    machines: tuple[_Machine, ...]
-    until: float
-    """When they were predicted to be free."""
-
-
-class _Pool:
-    """The nodes of one class of device."""
-
-    def __init__(self, device_class: str | None) -> None:
-        self.device_class = device_class
-        self.machines: dict[str, _Machine] = {}
-        self.reservation: _Reservation | None = None
-        self.widest = 0
-        """Devices of its largest node."""
-        self.devices = 0
-        self.gang_devices = 0
-        """Those that a layout over several nodes can use."""
-        self._by_free: dict[int, dict[str, None]] = {}
-        """Free devices → nodes that are not reserved."""
-        self._wanted = 0
-        self._heap: list[tuple[float, str]] = []
-
-    def join(self, node: Node) -> None:
-        machine = _Machine(node, node.devices)
-        self.machines[node.node_id] = machine
-        self._shelve(machine)
-        self._count()
-
-    def leave(self, node_id: str) -> None:
-        machine = self.machines[node_id]
-        if machine.reserved:
-            self.unreserve()
-        self._unshelve(machine)
-        del self.machines[node_id]
-        self._count()
-
-    def _count(self) -> None:
-        nodes = [machine.node for machine in self.machines.values()]
-        self.widest = max((node.devices for node in nodes), default=0)
-        self.devices = sum(1 if node.cpu_only else node.devices for node in nodes)
-        self.gang_devices = sum(node.devices for node in nodes if not node.cpu_only)
-        self._wanted = 0
-
-    def hold(self, machine: _Machine, lane_id: int, devices: int, end: float) -> None:
-        """Gives devices of a node to a lane that is predicted to end at `end`."""
-        machine.ends[lane_id] = (end, devices)
-        self._change(machine, -devices)
-
-    def give_back(self, machine: _Machine, lane_id: int) -> None:
-        """Takes a lane's devices back."""
-        _, devices = machine.ends.pop(lane_id)
-        self._change(machine, devices)
-
-    def _change(self, machine: _Machine, devices: int) -> None:
-        if not machine.reserved:
-            self._unshelve(machine)
-        machine.free += devices
-        assert 0 <= machine.free <= machine.node.devices, "a device is held twice"
-        if not machine.reserved:
-            self._shelve(machine)
-        if self._wanted:
-            self._foresee(machine)
-
-    def _shelve(self, machine: _Machine) -> None:
-        self._by_free.setdefault(machine.free, {})[machine.node.node_id] = None
-
-    def _unshelve(self, machine: _Machine) -> None:
-        self._by_free[machine.free].pop(machine.node.node_id, None)
-
-    def fullest(self, devices: int) -> _Machine | None:
-        """The node with the fewest free devices that are enough."""
-        for free in range(devices, self.widest + 1):
-            if shelf := self._by_free.get(free):
-                return self.machines[next(iter(shelf))]
-        return None
-
-    def whole(self, devices: int, kind: _Kind) -> list[_Machine] | None:
-        """Free nodes that together have `devices`, those reserved for `kind` first."""
-        mine = self.reservation
-        found = list(mine.machines) if mine is not None and mine.kind == kind else []
-        found = [machine for machine in found if machine.free == machine.node.devices]
-        room = sum(machine.node.devices for machine in found)
-        for free in range(self.widest, 0, -1):
-            if room >= devices:
-                break
-            for node_id in self._by_free.get(free, ()):
-                machine = self.machines[node_id]
-                if free == machine.node.devices and not machine.node.cpu_only:
-                    found.append(machine)
-                    room += free
-                    if room >= devices:
-                        break
-        return found if room >= devices else None
-
-    def reserve(self, kind: _Kind) -> None:
-        """Keeps the nodes that will be free soonest for the next group of `kind`."""
-        over = kind.devices > self.widest
-        wanted = -1 if over else kind.devices
-        if self._wanted != wanted:
-            self._wanted, self._heap = wanted, []
-            for machine in self.machines.values():
-                self._foresee(machine)
-        chosen: list[_Machine] = []
-        room = 0
-        while self._heap and room < kind.devices:
-            soonest, node_id = heapq.heappop(self._heap)
-            found = self.machines.get(node_id)
-            if found is None or found.soonest != soonest or found in chosen:
-                continue
-            chosen.append(found)
-            room += found.node.devices
-        assert room >= kind.devices, "a gang waits that no node can ever hold"
-        for machine in chosen:
-            heapq.heappush(self._heap, (machine.soonest, machine.node.node_id))
-            self._unshelve(machine)
-            machine.reserved = True
-        self.reservation = _Reservation(
-            kind=kind,
-            machines=tuple(chosen),
-            until=max(machine.soonest for machine in chosen),
-        )
-
-    def _foresee(self, machine: _Machine) -> None:
-        node = machine.node
-        wanted = node.devices if self._wanted == -1 else self._wanted
-        if node.devices < wanted or (self._wanted == -1 and node.cpu_only):
-            return
-        machine.soonest = machine.frees(wanted)
-        heapq.heappush(self._heap, (machine.soonest, node.node_id))
-
-    def unreserve(self) -> None:
-        """Gives the reserved nodes back to everyone."""
-        assert self.reservation is not None
-        for machine in self.reservation.machines:
-            machine.reserved = False
-            self._shelve(machine)
-        self.reservation = None
 
 
 @dataclass(slots=True)
@@ -481,9 +122,9 @@ class Schedule:
         self._waiting: dict[int, Group] = {}
         """Groups by number, in the plan's order."""
         self._predicted: dict[int, float] = {}
-        self._queues: dict[_Kind, _Queue] = {}
-        self._pools: dict[str | None, _Pool] = {}
-        self._homes: dict[_Kind, tuple[_Pool, ...]] = {}
+        self._queues: dict[Kind, Queue] = {}
+        self._ledgers: dict[str | None, Ledger] = {}
+        self._homes: dict[Kind, tuple[Ledger, ...]] = {}
         """Where each kind can run, found when it is first asked for."""
         self._running: dict[int, _Running] = {}
         self._spare: dict[int, Lane] = {}
@@ -549,8 +190,8 @@ class Schedule:
         """Node → devices that no lane holds."""
         return {
             node_id: machine.free
-            for pool in self._pools.values()
-            for node_id, machine in pool.machines.items()
+            for ledger in self._ledgers.values()
+            for node_id, machine in ledger.machines.items()
         }
 
     @property
@@ -613,30 +254,30 @@ class Schedule:
 
     # --- what waits
 
-    def _kind(self, group: Group) -> _Kind:
+    def _kind(self, group: Group) -> Kind:
         asked = None if group.predicts else group.trials[0].trial.layout.device
-        return _Kind(group.held, asked if asked in (None, CPU) else device(asked).name)
+        return Kind(group.held, asked if asked in (None, CPU) else device(asked).name)
 
     def _enqueue(self, number: int, group: Group) -> None:
         kind = self._kind(group)
         predicted_s = group.predicted_s
         self._waiting[number] = group
         self._predicted[number] = predicted_s
-        self._queues.setdefault(kind, _Queue()).add(predicted_s, number)
+        self._queues.setdefault(kind, Queue()).add(predicted_s, number)
         self._weigh(kind, predicted_s)
 
-    def _dequeue(self, number: int, kind: _Kind) -> Group:
+    def _dequeue(self, number: int, kind: Kind) -> Group:
         predicted_s = self._predicted[number]
         self._queues[kind].take((predicted_s, -number))
         self._weigh(kind, -predicted_s)
         return self._waiting.pop(number)
 
-    def _weigh(self, kind: _Kind, predicted_s: float) -> None:
+    def _weigh(self, kind: Kind, predicted_s: float) -> None:
         self._waiting_work += predicted_s * self._width(kind)
         claimed = self._claimed.get(kind.device_class, 0.0)
         self._claimed[kind.device_class] = claimed + predicted_s * self._width(kind)
 
-    def _width(self, kind: _Kind) -> int:
+    def _width(self, kind: Kind) -> int:
         """Devices of a group in the sums; a CPU machine counts as one."""
         return 1 if self._cpu_only else kind.devices
 
@@ -645,7 +286,7 @@ class Schedule:
     def _learn(self, event: TrialEnded, one: Planned) -> list[Command]:
         """Skips what waits and cannot fit, since `one` did not."""
         lane = self.lanes[event.lane_id]
-        name = self.nodes[_nodes(lane)[0]].device_class
+        name = self.nodes[nodes_of(lane)[0]].device_class
         frontier = self._frontiers.setdefault(name, Frontier())
         news = frontier.add(one, event.stage, self._running[event.lane_id].group.trials)
         if not news or (self._looks >= EAGER_LOOKS and self._now < self._looked_at + LOOK_S):
@@ -678,9 +319,9 @@ class Schedule:
                 commands.append(Skip(witness=witness, group=skipped))
         return commands
 
-    def _against(self, kind: _Kind) -> list[Frontier]:
+    def _against(self, kind: Kind) -> list[Frontier]:
         """What speaks against trials of a kind: of every class on which they could run."""
-        classes = [pool.device_class for pool in self._home(kind)]
+        classes = [ledger.device_class for ledger in self._home(kind)]
         known = [self._frontiers[name] for name in classes if name in self._frontiers]
         return known if len(known) == len(classes) else []
 
@@ -688,57 +329,57 @@ class Schedule:
         """Classes of device on which a trial that has run may have been."""
         asked = one.trial.layout.device
         name = asked if asked in (None, CPU) else device(asked).name
-        return [name] if name is not None else list(self._pools)
+        return [name] if name is not None else list(self._ledgers)
 
     # --- where it can run
 
     def _join(self, node: Node) -> None:
         self.nodes[node.node_id] = node
-        if node.device_class not in self._pools:
-            self._pools[node.device_class] = _Pool(node.device_class)
-        self._pools[node.device_class].join(node)
+        if node.device_class not in self._ledgers:
+            self._ledgers[node.device_class] = Ledger(node.device_class)
+        self._ledgers[node.device_class].join(node)
         self._homes.clear()
 
     def _leave(self, node_id: str, in_hand: set[str]) -> list[Command]:
         node = self.nodes.pop(node_id, None)
         if node is None:
             return []
-        pool = self._pools[node.device_class]
+        ledger = self._ledgers[node.device_class]
         commands: list[Command] = []
-        for lane_id in list(pool.machines[node_id].ends):
+        for lane_id in list(ledger.machines[node_id].ends):
             begun = in_hand.intersection(self._running[lane_id].left)
             commands += self._lost(lane_id, begun, retry=True)
-        pool.leave(node_id)
-        if not pool.machines:
-            del self._pools[node.device_class]
+        ledger.leave(node_id)
+        if not ledger.machines:
+            del self._ledgers[node.device_class]
         self._homes.clear()
         self._asks_nodes = True
         return commands + self._fill()
 
-    def _home(self, kind: _Kind) -> tuple[_Pool, ...]:
+    def _home(self, kind: Kind) -> tuple[Ledger, ...]:
         """Pools whose nodes can hold a group, or can together where none does alone."""
         if kind not in self._homes:
             asked = kind.device_class
-            pools = [p for name, p in self._pools.items() if asked is None or name == asked]
-            homes = tuple(pool for pool in pools if pool.widest >= kind.devices)
+            ledgers = [p for name, p in self._ledgers.items() if asked is None or name == asked]
+            homes = tuple(ledger for ledger in ledgers if ledger.widest >= kind.devices)
             self._homes[kind] = homes or tuple(
-                pool for pool in pools if pool.gang_devices >= kind.devices
+                ledger for ledger in ledgers if ledger.gang_devices >= kind.devices
             )
         return self._homes[kind]
 
-    def _stranded(self) -> Iterator[tuple[int, _Kind]]:
+    def _stranded(self) -> Iterator[tuple[int, Kind]]:
         for kind, queue in self._queues.items():
             if queue and not self._home(kind):
                 for number in queue.numbers():
                     yield number, kind
 
-    def _missing(self, kind: _Kind, label: str) -> str:
+    def _missing(self, kind: Kind, label: str) -> str:
         asked = kind.device_class
         of_class = "" if asked is None else f" of class {asked}"
-        found = [p for name, p in self._pools.items() if asked is None or name == asked]
-        most = max((max(pool.widest, pool.gang_devices) for pool in found), default=0)
+        found = [p for name, p in self._ledgers.items() if asked is None or name == asked]
+        most = max((max(ledger.widest, ledger.gang_devices) for ledger in found), default=0)
         text = f"group {label} needs {kind.devices} devices{of_class}, but the cluster has {most}"
-        others = sorted({str(name or "unknown") for name in self._pools if name != asked})
+        others = sorted({str(name or "unknown") for name in self._ledgers if name != asked})
         return f"{text} (others: {', '.join(others)})" if asked and others else f"{text} in all"
 
     def _abandon(self) -> list[Command]:
@@ -756,7 +397,7 @@ class Schedule:
         if not self.autoscaling or not (self._asks_nodes or (self._requested and self.finished)):
             return []
         self._asks_nodes = False
-        needs: Counter[_Kind] = Counter()
+        needs: Counter[Kind] = Counter()
         for kind, queue in self._queues.items():
             needs[kind] += len(queue)
         for running in self._running.values():
@@ -777,9 +418,9 @@ class Schedule:
         """Gives work to whatever can have some; closes the lanes that got none."""
         commands: list[Command] = []
         while self._waiting:
-            for pool in self._pools.values():
-                if pool.reservation and not self._queues[pool.reservation.kind]:
-                    pool.unreserve()
+            for ledger in self._ledgers.values():
+                if ledger.reservation and not self._queues[ledger.reservation.kind]:
+                    ledger.unreserve()
             order = self._order()
             if not any(self._place(kind, commands) for kind in order):
                 self._reserve(order)
@@ -787,15 +428,15 @@ class Schedule:
         commands += [self._close(lane_id) for lane_id in list(self._spare)]
         return commands + self._ask()
 
-    def _order(self) -> list[_Kind]:
+    def _order(self) -> list[Kind]:
         """Kinds that wait, the one to be served first at the head."""
         scale = self._scale()
-        capacity = sum(pool.devices for pool in self._pools.values())
+        capacity = sum(ledger.devices for ledger in self._ledgers.values())
         running = self._ending_work - self._now * self._busy
         work = max(0.0, self._waiting_work * scale + running)
         end = self._now + (work / capacity if capacity else 0.0)
 
-        def place(kind: _Kind) -> tuple[Any, ...]:
+        def place(kind: Kind) -> tuple[Any, ...]:
             longest, number = self._queues[kind].longest
             decides = longest > 0 and self._now + TRUST * longest * scale >= end
             free_to_choose = kind.device_class is None
@@ -810,50 +451,50 @@ class Schedule:
         known = self._taken_s > 0 and self._foreseen_s > 0
         return self._taken_s / self._foreseen_s if known else 1.0
 
-    def _place(self, kind: _Kind, commands: list[Command]) -> bool:
+    def _place(self, kind: Kind, commands: list[Command]) -> bool:
         """Starts one group of a kind where there is room for it, or skips trials of it."""
         homes = self._home(kind)
         if len(homes) > 1:  # where groups with no choice leave most
             homes = tuple(sorted(homes, key=self._crowding))
         longest = self._queues[kind].longest
-        for pool in homes:
-            if kind.devices > pool.widest:
-                if machines := pool.whole(kind.devices, kind):
+        for ledger in homes:
+            if kind.devices > ledger.widest:
+                if machines := ledger.whole(kind.devices, kind):
                     if skipped := self._skip([-longest[1]]):
                         commands += skipped
                         return True
-                    self._begin_over(pool, machines, kind, longest, commands)
+                    self._begin_over(ledger, machines, kind, longest, commands)
                     return True
-            elif machine := self._room(pool, kind):
+            elif machine := self._room(ledger, kind):
                 if skipped := self._skip([-longest[1]]):
                     commands += skipped
                     return True
-                self._begin(pool, machine, kind, longest, commands)
+                self._begin(ledger, machine, kind, longest, commands)
                 return True
-        return any(self._backfill(pool, kind, commands) for pool in homes)
+        return any(self._backfill(ledger, kind, commands) for ledger in homes)
 
-    def _crowding(self, pool: _Pool) -> tuple[float, int]:
+    def _crowding(self, ledger: Ledger) -> tuple[float, int]:
         """How much waits that can run nowhere else."""
-        if pool.device_class is None:
+        if ledger.device_class is None:
             return (0.0, 0)
         waiting = sum(
             len(queue)
             for kind, queue in self._queues.items()
-            if kind.device_class == pool.device_class
+            if kind.device_class == ledger.device_class
         )
-        return (self._claimed.get(pool.device_class, 0.0) / pool.devices, waiting)
+        return (self._claimed.get(ledger.device_class, 0.0) / ledger.devices, waiting)
 
-    def _room(self, pool: _Pool, kind: _Kind) -> _Machine | None:
-        mine = pool.reservation
+    def _room(self, ledger: Ledger, kind: Kind) -> Machine | None:
+        mine = ledger.reservation
         if mine is not None and mine.kind == kind:
             for machine in mine.machines:
                 if machine.free >= kind.devices:
                     return machine
-        best = pool.fullest(kind.devices)
+        best = ledger.fullest(kind.devices)
         for lane in self._spare.values():
-            if lane.devices != kind.devices or lane.node_id not in pool.machines:
+            if lane.devices != kind.devices or lane.node_id not in ledger.machines:
                 continue
-            warm = pool.machines[lane.node_id]
+            warm = ledger.machines[lane.node_id]
             if best is None or warm.reserved:
                 continue
             if warm.free == best.free or not self._wider_waits(kind.devices):
@@ -863,10 +504,10 @@ class Schedule:
     def _wider_waits(self, devices: int) -> bool:
         return any(queue and kind.devices > devices for kind, queue in self._queues.items())
 
-    def _backfill(self, pool: _Pool, kind: _Kind, commands: list[Command]) -> bool:
+    def _backfill(self, ledger: Ledger, kind: Kind, commands: list[Command]) -> bool:
         """Starts a group on a reserved node if it ends before its time."""
-        kept = pool.reservation
-        if kept is None or kept.kind == kind or kind.devices > pool.widest:
+        kept = ledger.reservation
+        if kept is None or kept.kind == kind or kind.devices > ledger.widest:
             return False
         limit = (kept.until - self._now) / self._scale()
         key = self._queues[kind].within(limit) if limit > 0 else None
@@ -877,30 +518,30 @@ class Schedule:
                 if skipped := self._skip([-key[1]]):
                     commands += skipped
                 else:
-                    self._begin(pool, machine, kind, key, commands)
+                    self._begin(ledger, machine, kind, key, commands)
                 return True
         return False
 
-    def _reserve(self, order: list[_Kind]) -> None:
+    def _reserve(self, order: list[Kind]) -> None:
         """Keeps nodes for the widest gang that waits, where narrower groups wait too."""
         by_width = sorted(order, key=lambda kind: -kind.devices)  # stable
-        kept = {pool.reservation.kind for pool in self._pools.values() if pool.reservation}
+        kept = {ledger.reservation.kind for ledger in self._ledgers.values() if ledger.reservation}
         for kind in by_width:
             if kind in kept or not self._home(kind):
                 continue
-            pool = min(self._home(kind), key=self._crowding)
+            ledger = min(self._home(kind), key=self._crowding)
             narrower = any(
-                other.devices < kind.devices and pool in self._home(other) for other in by_width
+                other.devices < kind.devices and ledger in self._home(other) for other in by_width
             )
-            if narrower and pool.reservation is None:
-                pool.reserve(kind)
+            if narrower and ledger.reservation is None:
+                ledger.reserve(kind)
                 kept.add(kind)
 
     def _begin(
         self,
-        pool: _Pool,
-        machine: _Machine,
-        kind: _Kind,
+        ledger: Ledger,
+        machine: Machine,
+        kind: Kind,
         key: tuple[float, int],
         commands: list[Command],
     ) -> None:
@@ -920,13 +561,13 @@ class Schedule:
             lane = Lane(lane_id=next(self._lane_ids), node_id=node.node_id, devices=kind.devices)
             self.lanes[lane.lane_id] = lane
             commands.append(Open(lane=lane))
-        self._assign(pool, [(machine, kind.devices)], lane, kind, key, commands)
+        self._assign(ledger, [(machine, kind.devices)], lane, kind, key, commands)
 
     def _begin_over(
         self,
-        pool: _Pool,
-        machines: list[_Machine],
-        kind: _Kind,
+        ledger: Ledger,
+        machines: list[Machine],
+        kind: Kind,
         key: tuple[float, int],
         commands: list[Command],
     ) -> None:
@@ -957,30 +598,30 @@ class Schedule:
             self.lanes[lane.lane_id] = lane
             commands.append(Open(lane=lane))
         held = [(machine, machine.node.devices) for machine in machines]
-        self._assign(pool, held, lane, kind, key, commands)
+        self._assign(ledger, held, lane, kind, key, commands)
 
     def _make_room(self, node_id: str, commands: list[Command]) -> None:
         """Closes the lanes without work on a node: their devices count as free already."""
-        in_the_way = [one for one in self._spare.values() if node_id in _nodes(one)]
+        in_the_way = [one for one in self._spare.values() if node_id in nodes_of(one)]
         commands += [self._close(lane.lane_id) for lane in in_the_way]
 
     def _assign(
         self,
-        pool: _Pool,
-        machines: list[tuple[_Machine, int]],
+        ledger: Ledger,
+        machines: list[tuple[Machine, int]],
         lane: Lane,
-        kind: _Kind,
+        kind: Kind,
         key: tuple[float, int],
         commands: list[Command],
     ) -> None:
         predicted_s, number = key[0], -key[1]
         group = self._dequeue(number, kind)
-        if pool.reservation is not None and pool.reservation.kind == kind:
-            pool.unreserve()
+        if ledger.reservation is not None and ledger.reservation.kind == kind:
+            ledger.unreserve()
         end = self._now + predicted_s * self._scale()
         for machine, devices in machines:
             whole = machine.node.devices if machine.node.cpu_only else devices
-            pool.hold(machine, lane.lane_id, whole, end)
+            ledger.hold(machine, lane.lane_id, whole, end)
         self._running[lane.lane_id] = _Running(
             number=number,
             group=group,
@@ -1008,10 +649,10 @@ class Schedule:
         if done:
             self._taken_s += self._now - running.since
             self._foreseen_s += running.predicted_s
-        for node_id in _nodes(lane):
+        for node_id in nodes_of(lane):
             if (node := self.nodes.get(node_id)) is not None:
-                pool = self._pools[node.device_class]
-                pool.give_back(pool.machines[node_id], lane_id)
+                ledger = self._ledgers[node.device_class]
+                ledger.give_back(ledger.machines[node_id], lane_id)
         return running
 
     def _close(self, lane_id: int) -> Close:
@@ -1037,11 +678,7 @@ class Schedule:
         return commands
 
 
-def _nodes(lane: Lane) -> tuple[str, ...]:
-    return tuple(name for name, _ in lane.parts) if lane.node_id is None else (lane.node_id,)
-
-
-def _by_width(kind: _Kind) -> tuple[int, str]:
+def _by_width(kind: Kind) -> tuple[int, str]:
     return (-kind.devices, kind.device_class or "")
 
 
@@ -1062,49 +699,3 @@ def replay(
     """
     state = Schedule.of(groups, nodes, skip=skip, known=known, autoscaling=autoscaling)
     return state, [state.start(), *(state.on(event) for event in events)]
-
-
-_EVENTS: Mapping[str, type[Any]] = {
-    one.__name__: one for one in (TrialEnded, GroupEnded, LaneLost, NodeLost, NodeJoined, Overdue)
-}
-
-
-def to_json(event: Event) -> dict[str, Any]:
-    """An event as plain data, for a line of the log."""
-    return {"event": type(event).__name__, **asdict(event)}
-
-
-def from_json(data: Mapping[str, Any]) -> Event:
-    """The event that `to_json` wrote; other keys than its own are let be.
-
-    Raises:
-        KeyError: no such event.
-    """
-    kind = _EVENTS[data["event"]]
-    fields = {name: data[name] for name in kind.__dataclass_fields__ if name in data}
-    if "node" in fields:
-        fields["node"] = Node(**fields["node"])
-    if "trials" in fields:
-        fields["trials"] = tuple(fields["trials"])
-    made: Event = kind(**fields)
-    return made
-
-
-def brief(command: Command) -> str:
-    """A command in one short line, for the log of events."""
-    match command:
-        case Open(lane=lane):
-            return f"open {lane.lane_id}: {lane.devices} on {' '.join(_nodes(lane))}"
-        case Assign(lane_id=lane_id, group=group):
-            return f"assign {lane_id}: {group.group_id}, {len(group.trials)} trials"
-        case Close(lane_id=lane_id):
-            return f"close {lane_id}"
-        case Blame(group=group) | Abandon(group=group):
-            word = type(command).__name__.lower()
-            return f"{word} {group.group_id}, {len(group.trials)} trials"
-        case Skip(witness=witness, group=group):
-            return f"skip {group.group_id}, {len(group.trials)} trials, by {witness}"
-        case Request(needs=needs):
-            return "request " + ", ".join(
-                f"{need.groups} x {need.devices} {need.device_class or 'any'}" for need in needs
-            )

@@ -20,18 +20,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import count
 
+from orchestrator.events import Assign, Close, Command, Event, GroupEnded, Node, Open, TrialEnded
 from orchestrator.plan import Group, Planned
-from orchestrator.schedule import (
-    Assign,
-    Close,
-    Command,
-    Event,
-    GroupEnded,
-    Node,
-    Open,
-    Schedule,
-    TrialEnded,
-)
+from orchestrator.schedule import Schedule
 from workers.contract.measure import Measure
 from workers.contract.model import Model
 from workers.contract.trial import Trial

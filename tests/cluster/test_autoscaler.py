@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from orchestrator.cluster import Changes, Cluster
-from orchestrator.schedule import Need
+from orchestrator.events import Need
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(280)]
 

@@ -20,8 +20,7 @@ import yaml
 
 from orchestrator.cluster import Changes, Cluster
 from orchestrator.errors import ClusterError
-from orchestrator.plan import Group, Planned
-from orchestrator.schedule import (
+from orchestrator.events import (
     Assign,
     Blame,
     Close,
@@ -31,10 +30,10 @@ from orchestrator.schedule import (
     NodeJoined,
     NodeLost,
     Open,
-    Schedule,
     TrialEnded,
-    Unplaceable,
 )
+from orchestrator.plan import Group, Planned
+from orchestrator.schedule import Schedule, Unplaceable
 from workers.contract.engine import EngineSettings
 from workers.contract.layout import Layout
 from workers.contract.measure import Measure
@@ -172,8 +171,8 @@ def test_a_killed_process_ends_its_trial(cluster: Cluster, tmp_path: Path) -> No
 def test_a_layout_over_several_nodes_gets_a_placement_group(cluster: Cluster) -> None:
     import ray
 
+    from orchestrator.events import Lane
     from orchestrator.placement import Placement
-    from orchestrator.schedule import Lane
 
     nodes = {node.node_id: node for node in cluster.nodes}
     parts = tuple((node_id, 2) for node_id in nodes)
@@ -274,8 +273,10 @@ def test_nodes_of_several_classes_that_come_and_go() -> None:
 
 
 def test_the_log_of_a_run_gives_the_same_commands_again(tmp_path: Path) -> None:
-    from orchestrator.run import Request, execute, prepare
-    from orchestrator.schedule import Exhausted, Node, brief, from_json, replay
+    from orchestrator.events import Node, brief, from_json
+    from orchestrator.request import Request, prepare
+    from orchestrator.run import execute
+    from orchestrator.schedule import Exhausted, replay
 
     file = tmp_path / "log.yaml"
     base = {

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
+from orchestrator.events import Lane, Node
 from orchestrator.plan import Group, Plan, Planned
 from orchestrator.progress import Tracker, makespan
-from orchestrator.schedule import Lane, Node
 from workers.contract.message import Finished, Progress, Released
 from workers.contract.model import Model
 from workers.contract.record import RECORDS, rows

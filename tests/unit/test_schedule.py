@@ -11,16 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.plan import Group, Planned
-from orchestrator.schedule import (
-    RETRIES,
+from orchestrator.events import (
     Abandon,
     Assign,
     Blame,
     Close,
     Command,
     Event,
-    Exhausted,
     GroupEnded,
     Lane,
     LaneLost,
@@ -31,14 +28,13 @@ from orchestrator.schedule import (
     Open,
     Overdue,
     Request,
-    Schedule,
     Skip,
     TrialEnded,
-    Unplaceable,
     from_json,
-    replay,
     to_json,
 )
+from orchestrator.plan import Group, Planned
+from orchestrator.schedule import RETRIES, Exhausted, Schedule, Unplaceable, replay
 from workers.contract.layout import Layout
 from workers.contract.model import Model
 from workers.contract.trial import Trial

@@ -1,0 +1,62 @@
+"""What the command line asks for, and the plan that follows from it.
+
+All that `--dry-run` needs, so it stands apart from the run itself, which loads Arrow and
+polars before it can do anything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestrator import plan
+from orchestrator.grid import expand
+from orchestrator.plan import Plan
+from orchestrator.sweep import Sweep, load
+from workers.contract.outcome import Outcome
+from workers.hardware.device import device
+from workers.hardware.host import describe, device_class
+
+NODE_WAIT_S = 900.0
+"""Wait for nodes that are asked for or that went away, seconds, unless the request says."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """What the command line asked for."""
+
+    sweep: Path
+    overrides: tuple[str, ...] = ()
+    out: Path = Path("results")
+    profile: str | None = None
+    address: str | None = None
+    fresh: bool = False
+    rerun: frozenset[Outcome] = frozenset()
+    limit: int | None = None
+    no_skip: bool = False
+    """Run trials too that dominance makes pointless."""
+    plain: bool = False
+    json: bool = False
+    node_wait_s: float = NODE_WAIT_S
+    """Wait for a node that a trial needs and the cluster does not have yet, seconds."""
+
+
+def prepare(request: Request, profile: str) -> tuple[Sweep, Plan]:
+    """The sweep and its plan; loads no engine, no Ray.
+
+    Raises:
+        SweepError: what the user wrote is wrong.
+        UnknownDevice: the profile names no device class.
+    """
+    target = device(profile)
+    sweep = load(request.sweep, request.overrides, profile)
+    return sweep, plan.build(sweep, expand(sweep, plan.own_dimensions), target)
+
+
+def local_profile() -> str:
+    """The device class of this machine.
+
+    Raises:
+        UnknownDevice: its GPU is not in the catalogue.
+    """
+    return device_class(describe())
