@@ -22,11 +22,12 @@ from typing import Any
 from orchestrator.grid import Expansion, Point, uncollected
 from orchestrator.sweep import Sweep
 from workers.contract.engine import EngineSettings
-from workers.contract.errors import Infeasible
+from workers.contract.errors import Infeasible, Unsupported
 from workers.contract.fingerprint import Fingerprints
 from workers.contract.layout import Layout
 from workers.contract.model import Model
 from workers.contract.trial import Trial
+from workers.engines.roofline_engine import pace
 from workers.hardware.device import Device, UnknownDevice
 from workers.hardware.device import device as find_device
 from workers.hardware.roofline import Prediction, Roofline, roofline
@@ -38,7 +39,7 @@ ENGINE_SECTIONS = ("model", "layout", "engine")
 TOP_K = "model.top_k"
 """The one field of them that may vary within a group."""
 ROOFLINE_S = 0.01
-"""A trial of the roofline engine, seconds: it only computes."""
+"""Building a roofline engine, seconds: it only computes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,7 +63,8 @@ class Planned:
         if self.prediction is None or self.prediction.oom is not None:
             return 0.0
         if self.trial.engine.kind == "roofline":
-            return 0.0
+            each = self.prediction.e2e_s + self.prediction.waves * self.prediction.prefill_s
+            return each * (_pace(self.trial) or 0.0)  # one of each pass, and no warm-up
         measure = self.trial.measure
         passes = measure.warmup + measure.repeats
         return passes * (self.prediction.e2e_s + self.prediction.prefill_s)
@@ -91,8 +93,10 @@ class Group:
 
     @property
     def held(self) -> int:
-        """Devices that its process really holds: one slot where the engine only predicts."""
-        return 1 if self.predicts else self.devices
+        """Devices that its process really holds: one slot where the engine only predicts, and
+        does not take the time that it predicts."""
+        first = self.trials[0].trial
+        return 1 if self.predicts and _pace(first) is None else self.devices
 
     @property
     def predicts(self) -> bool:
@@ -102,7 +106,9 @@ class Group:
     @property
     def predicted_load_s(self) -> float:
         """Building the engine once and ending it, in seconds; 0 if unknown."""
-        return ROOFLINE_S if self.predicts else self._estimate.load_s
+        if self.predicts:
+            return ROOFLINE_S + self._estimate.load_s * (_pace(self.trials[0].trial) or 0.0)
+        return self._estimate.load_s
 
     @property
     def predicted_passes_s(self) -> float:
@@ -389,6 +395,17 @@ def _turn(group: Group) -> tuple[bool, float]:
         assert memory is not None and limit is not None
         return True, memory / limit.limit_gib
     return False, -group.predicted_s
+
+
+def _pace(trial: Trial) -> float | None:
+    """Real seconds per predicted second of a roofline engine; null where it does not wait.
+
+    One that will refuse to run does not wait either.
+    """
+    try:
+        return pace(trial.engine)
+    except Unsupported:
+        return None
 
 
 def _top_k(planned: Planned) -> int:

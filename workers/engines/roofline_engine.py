@@ -4,15 +4,21 @@ With `engine.kind: roofline` any sweep can be planned for hardware that one does
 the same grid, the same records, the same figures, from `workers.hardware.roofline` for
 the device class that the sweep's profile names. It says `measured = false` in every
 record, and it runs out of memory where the prediction does.
+
+With `engine.args.pace` it takes its time too: building it and every pass last as many
+seconds as predicted, times the pace. Then a sweep holds devices as a real one does, and
+scheduling can be seen at work on a cluster whose devices are not there. The figures stay
+those of the prediction.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
-from workers.contract.engine import StandIn
+from workers.contract.engine import EngineSettings, StandIn
 from workers.contract.errors import EngineError, Infeasible, Unsupported
 from workers.contract.measurement import Memory, Pass, PassKind
 from workers.contract.trial import Trial
@@ -23,6 +29,25 @@ from workers.hardware.roofline import GIB, VERSION, Prediction, device_name, pre
 from workers.moe.architecture import UnknownModel, check, resolve
 from workers.moe.structure import Architecture
 
+PACE = "pace"
+"""Key of `engine.args`: real seconds per predicted second."""
+
+
+def pace(engine: EngineSettings) -> float | None:
+    """Real seconds that a predicted second takes; null where nothing waits.
+
+    Raises:
+        Unsupported: it is not a number of at least 0.
+    """
+    asked = engine.args.get(PACE)
+    if asked is None:
+        return None
+    if isinstance(asked, bool) or not isinstance(asked, int | float) or not 0 <= asked < math.inf:
+        raise Unsupported(
+            f"engine.args.{PACE} is {asked!r}: engine roofline takes a number of at least 0"
+        )
+    return float(asked)
+
 
 class RooflineEngine:
     """Predicted passes; see `workers.engines.base.Engine`."""
@@ -30,12 +55,18 @@ class RooflineEngine:
     loaded: Loaded
 
     def __init__(self, trial: Trial, workloads: Sequence[Workload], site: Site) -> None:
+        began = time.monotonic()
         self._workloads = workloads
+        self._pace = pace(trial.engine)
+        self._load_s = self._close_s = 0.0
         try:
             self._device = device(site.device)
         except UnknownDevice as error:
             raise Unsupported(str(error)) from error
-        self._load(trial)
+        try:
+            self._load(trial)
+        finally:  # memory that runs out takes its time as well
+            self._wait(began, self._load_s)
 
     @classmethod
     def prepare(cls) -> None:
@@ -60,6 +91,10 @@ class RooflineEngine:
         for key, value in asked.items():
             if value:
                 return f"engine roofline does not predict {key}"
+        try:
+            pace(trial.engine)
+        except Unsupported as error:
+            return str(error)
         return None
 
     def become(self, trial: Trial) -> bool:
@@ -78,6 +113,7 @@ class RooflineEngine:
         repeat: int,
         temperature: float = 0.0,
     ) -> Pass:
+        began, started_at = time.monotonic(), time.time()
         workload = replace(
             self._trial.workload,
             batch_size=len(prompts),
@@ -88,10 +124,11 @@ class RooflineEngine:
         if prediction.oom is not None:
             raise prediction.oom
         tokens, steps = _stamps(prediction, len(prompts), output_tokens)
+        self._wait(began, tokens[-1][-1])
         return Pass(
             kind=kind,
             repeat=repeat,
-            started_at=time.time(),
+            started_at=started_at,
             e2e_s=tokens[-1][-1],
             input_tokens=workload.input_tokens,
             token_s=tokens,
@@ -108,15 +145,25 @@ class RooflineEngine:
         )
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Nothing is held; with a pace, ending it takes the predicted time, once."""
+        self._wait(time.monotonic(), self._close_s)
+        self._close_s = 0.0
+
+    def _wait(self, began: float, predicted_s: float) -> None:
+        """Until what began then has taken its predicted seconds, in the time that the pace
+        makes of them."""
+        if self._pace is not None:
+            time.sleep(max(0.0, began + predicted_s * self._pace - time.monotonic()))
 
     def _load(self, trial: Trial) -> None:
         self._trial = trial
         self._architecture = _structure(trial)
         predictions = [self._predict(one) for one in self._workloads]
+        self._load_s = max(one.load_s for one in predictions)
         for one in predictions:
             if one.oom is not None and one.oom.stage in ("load", "kv_cache"):
                 raise one.oom
+        self._close_s = max(one.close_s for one in predictions)
         self._largest = max(predictions, key=lambda one: one.memory_gib)
         self.loaded = Loaded(
             version=VERSION,
