@@ -79,13 +79,15 @@ class GroupEnded:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LaneLost:
-    """The lane's process died or was killed."""
+    """The lane's process, or the engine in it, died or was killed."""
 
     lane_id: int
     trial_id: str | None
     """Trial in hand; null while the engine was built or closed."""
     retry: bool
     """The cause lies outside the trial, and another try can end better."""
+    lives: bool = False
+    """Only the engine died: the process that hosts it can take another group."""
     at: float = 0.0
 
 

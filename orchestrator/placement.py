@@ -1,67 +1,74 @@
-"""The Ray options that put a process on exactly the devices of its lane.
+"""What a lane reserves with Ray, and where its host runs.
 
 Which node a lane is on is the schedule's decision: Ray's own placement spreads small
-actors until no node has room for a large one. So an actor is pinned to its node by id and
-asks for its devices there. Only a layout larger than any node gets a placement group, of
+actors until no node has room for a large one. So a lane's devices are one bundle of a
+placement group that is pinned to its node, and whatever asks within that bundle is told the
+same GPUs each time. The host itself asks for nothing: it may have been there before the lane.
+Only a layout larger than any node has a host of its own within its placement group, of
 one-device bundles on the nodes of its lane, in which the engine places its own ranks.
+
+Nothing here waits. A group that is given to a lane starts when `devices` is known, which is
+when Ray has granted them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import (
     NodeAffinitySchedulingStrategy,
     PlacementGroupSchedulingStrategy,
 )
 
-from orchestrator.errors import ClusterError
 from orchestrator.events import Lane, Node
+from workers.actor import granted_devices
 
 NODE_LABEL = "ray.io/node-id"
-PLACEMENT_S = 120.0
-"""Wait for a placement group on devices that the schedule knows to be free, seconds."""
 
 
 class Placement:
-    """Options of one lane's actor, and the placement group behind them where there is one."""
+    """The devices of one lane, held until `release`."""
 
     def __init__(self, lane: Lane, nodes: dict[str, Node]) -> None:
-        self.group: PlacementGroup | None = None
+        self.devices: Any
+        """Reference to the granted GPUs, as `CUDA_VISIBLE_DEVICES` lists them; to null where
+        there are none, or where Ray hands them out rank by rank."""
         if lane.node_id is None:
-            self.options = self._over_nodes(lane.parts)
+            pins = [name for name, devices in lane.parts for _ in range(devices)]
+            self._group = _reserve([{"GPU": 1, "CPU": 1}] * len(pins), pins)
+            gpus = 0
         else:
-            self.options = self._on_node(nodes[lane.node_id], lane.devices)
+            node = nodes[lane.node_id]
+            held = {"CPU": node.devices if node.cpu_only else lane.devices}
+            gpus = 0 if node.cpu_only else lane.devices
+            self._group = _reserve([held | ({"GPU": gpus} if gpus else {})], [lane.node_id])
+        self.devices = granted_devices.options(
+            num_gpus=gpus, scheduling_strategy=self.within(captures=False)
+        ).remote()
+
+    def within(self, *, captures: bool) -> PlacementGroupSchedulingStrategy:
+        """Puts a process into the lane's group.
+
+        Args:
+            captures: whether what it starts through Ray goes there too.
+        """
+        return PlacementGroupSchedulingStrategy(
+            placement_group=self._group,
+            placement_group_bundle_index=-1 if captures else 0,
+            placement_group_capture_child_tasks=captures,
+        )
 
     def release(self) -> None:
-        """Gives the placement group back."""
-        if self.group is not None:
-            remove_placement_group(self.group)
-            self.group = None
+        """Gives the devices back."""
+        remove_placement_group(self._group)
 
-    @staticmethod
-    def _on_node(node: Node, devices: int) -> dict[str, Any]:
-        strategy = NodeAffinitySchedulingStrategy(node_id=node.node_id, soft=False)
-        if node.cpu_only:
-            return {"num_cpus": node.devices, "num_gpus": 0, "scheduling_strategy": strategy}
-        return {"num_cpus": devices, "num_gpus": devices, "scheduling_strategy": strategy}
 
-    def _over_nodes(self, parts: Sequence[tuple[str, int]]) -> dict[str, Any]:
-        pins = [{NODE_LABEL: node_id} for node_id, devices in parts for _ in range(devices)]
-        self.group = placement_group(
-            [{"GPU": 1, "CPU": 1}] * len(pins), strategy="PACK", bundle_label_selector=pins
-        )
-        try:
-            ray.get(self.group.ready(), timeout=PLACEMENT_S)
-        except ray.exceptions.GetTimeoutError as error:
-            self.release()
-            raise ClusterError(
-                f"no place for {len(pins)} devices over several nodes within {PLACEMENT_S:.0f} s"
-            ) from error
-        strategy = PlacementGroupSchedulingStrategy(
-            placement_group=self.group, placement_group_capture_child_tasks=True
-        )
-        return {"num_cpus": 0, "num_gpus": 0, "scheduling_strategy": strategy}
+def on_node(node_id: str) -> NodeAffinitySchedulingStrategy:
+    """Puts a process on a node and nowhere else."""
+    return NodeAffinitySchedulingStrategy(node_id=node_id, soft=False)
+
+
+def _reserve(bundles: list[dict[str, int]], node_ids: list[str]) -> PlacementGroup:
+    pins = [{NODE_LABEL: node_id} for node_id in node_ids]
+    return placement_group(bundles, strategy="PACK", bundle_label_selector=pins)

@@ -1,15 +1,17 @@
 """The processes behind the lanes: what the schedule commands, Ray does.
 
-Each lane is an actor whose `run` streams messages. The pool multiplexes the streams,
-watches the deadline of every lane (a process that says nothing for as long as its trial
-allows is killed), and turns Ray's many ways of reporting a death into one `Lost` with a
-typed cause. It decides nothing: what a death means for the trials is the schedule's.
+A lane is a reservation of devices and a host: an actor whose `run` streams messages. Hosts
+belong to a node, not to a lane: one that is no longer needed waits, its imports done, for the
+next lane of any size there, and where narrower lanes are to come, hosts for them are started
+ahead (`stand_by`). The pool multiplexes the streams, watches the deadline of every host, and
+turns the many ways of dying into one `Lost` with a typed cause. It decides nothing: what a
+death means for the trials is the schedule's.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,49 +19,65 @@ from typing import Any
 import ray
 
 from orchestrator.cluster import Cluster
-from orchestrator.events import Lane, Node
-from orchestrator.placement import Placement
+from orchestrator.events import Lane
+from orchestrator.placement import Placement, on_node
 from orchestrator.plan import Group
 from workers.actor import EngineHost
+from workers.contract.engine import EngineKind
 from workers.contract.errors import Crashed, OutOfMemory, TimedOut, TrialError
 from workers.contract.job import Job, Ticket
-from workers.contract.message import Finished, Message, Progress
+from workers.contract.message import Died, Finished, Message, Progress, Released
 from workers.contract.outcome import OomStage
 from workers.failures import from_log
+from workers.forks import tail
 from workers.memory import shared_segments
 
 GRACE_S = 30.0
-"""Silence allowed beyond a trial's own deadline, for imports and for slow disks, seconds."""
-LOG_TAIL = 256 * 1024
-"""Bytes at the end of a log in which a cause is looked for."""
+"""Silence allowed to an engine beyond a trial's own deadline, for slow disks, seconds."""
+HOST_GRACE_S = 150.0
+"""Silence allowed to a host beyond that: for imports, devices that Ray grants late, and a GPU
+that is slow to be free, seconds."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Lost:
-    """A lane's process is gone."""
+    """A lane's engine is gone, and its host too unless it `lives`."""
 
     error: TrialError
     trial_id: str | None
     """Trial in hand; null while the engine was built or closed."""
-    retry: bool
+    retry: bool = False
     """The cause lies outside the trial."""
+    lives: bool = False
 
 
-Happening = Message | Lost
+Happening = Progress | Finished | Released | Lost
+
+
+class _Host:
+    """An actor on a node, with the imports of its engines under way or done."""
+
+    def __init__(self, kinds: Sequence[EngineKind], placed: Any) -> None:
+        actor: Any = EngineHost
+        self.actor: Any = actor.options(num_cpus=0, num_gpus=0, scheduling_strategy=placed).remote(
+            kinds
+        )
+        self.pid: Any = self.actor.pid.remote()
+        self.ready: Any = self.actor.prepare.remote()
 
 
 class _Process:
-    """One lane's actor and the group it works on."""
+    """One lane's devices, its host, and the group it works on."""
 
-    def __init__(self, lane: Lane, placement: Placement) -> None:
+    def __init__(self, lane: Lane, placement: Placement, host: _Host) -> None:
         self.lane = lane
         self.placement = placement
-        host: Any = EngineHost
-        self.actor: Any = host.options(**placement.options).remote()
-        self.pid: Any = self.actor.pid.remote()  # answered before the first group
+        self.host = host
+        self.usable = True
+        """The host can serve another lane."""
         self.stream: Any = None
         self.shared: set[Path] = set()
-        self.log: Path | None = None
+        self.log: str | None = None
         self.stage: str = "load"
         self.trial_id: str | None = None
         self.heard_at = time.monotonic()
@@ -73,35 +91,78 @@ class _Process:
             self.trial_id = None
         else:
             self.stream = None
+            self.usable = message.clean
 
     def silent_s(self) -> float:
         return time.monotonic() - self.heard_at
 
 
 class Pool:
-    """Every lane's process."""
+    """Every lane's process.
 
-    def __init__(self, cluster: Cluster, *, sweep: str, run_id: str, profile: str, logs: Path):
+    Args:
+        cluster: where they run.
+        sweep, run_id, profile: as records name them.
+        logs: folder of logs in the dataset.
+        kinds: engines of the sweep.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        *,
+        sweep: str,
+        run_id: str,
+        profile: str,
+        logs: Path,
+        kinds: Sequence[EngineKind],
+    ):
         self._cluster = cluster
         self._names = {"sweep": sweep, "run_id": run_id, "profile": profile}
         self._logs = logs
+        self._kinds = tuple(kinds)
         self._processes: dict[int, _Process] = {}
+        self._waiting: dict[str, list[_Host]] = {}
+        """Node → hosts without a lane."""
 
     def open(self, lane: Lane) -> None:
-        """Starts a process with the lane's devices; its first messages wait for it."""
-        nodes: dict[str, Node] = {node.node_id: node for node in self._cluster.nodes}
-        self._processes[lane.lane_id] = _Process(lane, Placement(lane, nodes))
+        """Reserves a lane's devices, and gives it a host."""
+        placement = Placement(lane, {node.node_id: node for node in self._cluster.nodes})
+        if lane.node_id is None:
+            host = _Host(self._kinds, placement.within(captures=True))
+        elif waiting := self._waiting.get(lane.node_id):
+            host = waiting.pop(0)
+        else:
+            host = _Host(self._kinds, on_node(lane.node_id))
+        self._processes[lane.lane_id] = _Process(lane, placement, host)
+
+    def stand_by(self, lanes: Mapping[str, int]) -> None:
+        """Starts hosts ahead of the lanes that will need them, one at a time on each node.
+
+        Args:
+            lanes: node → lanes that will be open there at once.
+        """
+        for node_id, number in lanes.items():
+            there = list(self._waiting.get(node_id, ()))
+            there += [one.host for one in self._processes.values() if one.lane.node_id == node_id]
+            if len(there) >= number:
+                continue
+            if ray.wait([one.ready for one in there], num_returns=len(there), timeout=0)[1]:
+                continue  # imports are under way
+            self._waiting.setdefault(node_id, []).append(_Host(self._kinds, on_node(node_id)))
 
     def assign(self, lane_id: int, group: Group, attempts: dict[str, int]) -> None:
         """Gives a group to an idle lane."""
         process = self._processes[lane_id]
         job = self.job(group, attempts, local=process.lane.node_id == self._cluster.driver_node)
-        process.log = Path(job.log) if job.log else None
+        process.log = job.log
         process.stage, process.trial_id = "load", None
         process.heard_at = time.monotonic()
-        timeouts = [one.trial.measure.timeout_s for one in group.trials]
-        process.patience_s = max(timeouts) + GRACE_S
-        process.stream = process.actor.run.options(num_returns="streaming").remote(job)
+        patience_s = max(one.trial.measure.timeout_s for one in group.trials) + GRACE_S
+        process.patience_s = patience_s + HOST_GRACE_S
+        process.stream = process.host.actor.run.options(num_returns="streaming").remote(
+            job, process.placement.devices, patience_s, process.lane.node_id is None
+        )
 
     def job(self, group: Group, attempts: dict[str, int], *, local: bool) -> Job:
         """What a host is told of a group. Logs lie in the dataset where it can see it."""
@@ -163,35 +224,49 @@ class Pool:
         )
 
     def close(self, lane_id: int) -> None:
-        """Ends a lane's process and everything it started.
+        """Gives a lane's devices back. Its host waits for another lane if it can serve one,
+        else it ends with everything it started.
 
-        A killed rank cannot remove its shared memory; where that is on this machine, it is
-        removed here.
+        A killed host cannot remove the shared memory of its engine; where that is on this
+        machine, it is removed here.
         """
         process = self._processes.pop(lane_id, None)
         if process is None:
             return
-        self._note_shared(process)
-        ray.kill(process.actor)
+        node_id = process.lane.node_id
+        if node_id is not None and process.usable and process.stream is None:
+            self._waiting.setdefault(node_id, []).append(process.host)
+        else:
+            self._note_shared(process)
+            ray.kill(process.host.actor)
         process.placement.release()
         for segment in process.shared:
             segment.unlink(missing_ok=True)
 
+    def forget(self, node_id: str) -> None:
+        """The hosts without a lane of a node that is gone."""
+        self._waiting.pop(node_id, None)
+
     def close_all(self) -> None:
-        """Ends every lane."""
+        """Ends every lane and every host."""
         for lane_id in list(self._processes):
             self.close(lane_id)
+        for hosts in self._waiting.values():
+            for host in hosts:
+                ray.kill(host.actor)
+        self._waiting.clear()
 
     def _next(self, process: _Process) -> Happening:
         try:
             message: Message = ray.get(next(process.stream))
         except StopIteration:
-            process.stream = None
             return self._lost(process, Crashed("the host ended before its group"))
         except ray.exceptions.RayError as error:
-            process.stream = None
             return self._died(process, error)
+        trial_id = process.trial_id
         process.hear(message)
+        if isinstance(message, Died):
+            return Lost(error=message.error, trial_id=trial_id, lives=message.clean)
         if isinstance(message, Progress):
             self._note_shared(process)
         return message
@@ -201,12 +276,11 @@ class Pool:
         if process.lane.node_id != self._cluster.driver_node:
             return
         try:
-            process.shared |= shared_segments(ray.get(process.pid, timeout=0))
+            process.shared |= shared_segments(ray.get(process.host.pid, timeout=0))
         except ray.exceptions.RayError:
             return  # not started yet, or gone
 
     def _overdue(self, process: _Process) -> Lost:
-        process.stream = None
         what = "building the engine" if process.trial_id is None else "the trial"
         return self._lost(process, TimedOut(f"{what} said nothing for {process.silent_s():.0f} s"))
 
@@ -226,11 +300,12 @@ class Pool:
         if outside:
             return self._lost(process, Crashed(f"the node was lost: {_short(error)}"), retry=True)
         told = from_log(
-            _tail(process.log), stage=_oom_stage(process.stage), device_is_cpu=self._cpu_only()
+            tail(process.log), stage=_oom_stage(process.stage), device_is_cpu=self._cpu_only()
         )
         return self._lost(process, told or Crashed(f"the engine's process died: {_short(error)}"))
 
     def _lost(self, process: _Process, error: TrialError, *, retry: bool = False) -> Lost:
+        process.stream, process.usable = None, False
         return Lost(error=error, trial_id=process.trial_id, retry=retry)
 
     def _cpu_only(self) -> bool:
@@ -239,17 +314,6 @@ class Pool:
 
 def _oom_stage(stage: str) -> OomStage:
     return "load" if stage == "load" else "warmup" if stage == "warmup" else "run"
-
-
-def _tail(log: Path | None) -> str:
-    if log is None:
-        return ""
-    try:
-        with log.open("rb") as file:
-            file.seek(max(0, file.seek(0, 2) - LOG_TAIL))
-            return file.read().decode(errors="replace")
-    except OSError:
-        return ""
 
 
 def _short(error: BaseException) -> str:

@@ -158,6 +158,7 @@ class _Run:
             run_id=self._run_id,
             profile=sweep.profile,
             logs=dataset.logs,
+            kinds=sorted({group.trials[0].trial.engine.kind for group in self._groups}),
         )
         self._made: Counter[Outcome] = Counter()
         self._stranded_at: float | None = None
@@ -235,9 +236,11 @@ class _Run:
                         lane_id=lane_id,
                         trial_id=happening.trial_id,
                         retry=happening.retry,
+                        lives=happening.lives,
                         at=self._at(),
                     )
                     self._on(lost, happening.error)
+            self._pool.stand_by(self._schedule.ahead())
             self._display.update(self._tracker.snapshot())
 
     def _at(self) -> float:
@@ -256,6 +259,7 @@ class _Run:
         for node_id in changes.lost:
             host = self._cluster.hosts[node_id].hostname
             self._display.say(f"node lost: {host}")
+            self._pool.forget(node_id)
             in_hand = self._pool.in_hand(node_id)
             self._on(
                 events.NodeLost(node_id=node_id, trials=in_hand, at=self._at()),

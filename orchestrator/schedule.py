@@ -208,6 +208,26 @@ class Schedule:
             if queue and not self._home(kind)
         )
 
+    def ahead(self) -> dict[str, int]:
+        """Node → lanes that may be open there at once, for what runs and what waits.
+
+        Read for real nodes after every turn of the driver's loop: those of which nothing waits
+        are left out.
+        """
+        found: dict[str, int] = {}
+        for ledger in self._ledgers.values():
+            widths = [
+                kind.devices for kind, queue in self._queues.items()
+                if queue and ledger in self._home(kind) and kind.devices <= ledger.widest
+            ]  # fmt: skip
+            if not widths:
+                continue
+            waiting = len(self._waiting)
+            for node_id, machine in ledger.machines.items():
+                lanes = 1 if machine.node.cpu_only else machine.node.devices // min(widths)
+                found[node_id] = min(lanes, len(machine.ends) + waiting)
+        return found
+
     def start(self) -> list[Command]:
         """The first commands."""
         commands: list[Command] = []
@@ -236,11 +256,11 @@ class Schedule:
                 else:
                     commands.append(self._close(lane_id))
                 return commands + self._fill()
-            case LaneLost(lane_id=lane_id, trial_id=trial_id, retry=retry):
+            case LaneLost(lane_id=lane_id, trial_id=trial_id, retry=retry, lives=lives):
                 if lane_id not in self._running:
                     return []
                 in_hand = set() if trial_id is None else {trial_id}
-                return self._lost(lane_id, in_hand, retry=retry) + self._fill()
+                return self._lost(lane_id, in_hand, retry=retry, lives=lives) + self._fill()
             case NodeLost(node_id=node_id, trials=trials):
                 return self._leave(node_id, set(trials))
             case NodeJoined(node=node):
@@ -660,11 +680,19 @@ class Schedule:
         self._spare.pop(lane_id, None)
         return Close(lane_id=lane_id)
 
-    def _lost(self, lane_id: int, begun: set[str], *, retry: bool) -> list[Command]:
-        """Ends a lane that is gone. Without a trial in hand, its group was being built."""
-        node_id = self.lanes[lane_id].node_id
+    def _lost(
+        self, lane_id: int, begun: set[str], *, retry: bool, lives: bool = False
+    ) -> list[Command]:
+        """Ends the group of a lane whose engine is gone, and the lane too unless it lives.
+        Without a trial in hand, the engine was being built."""
+        lane = self.lanes[lane_id]
+        node_id = lane.node_id
         running = self._release(lane_id, done=False)
-        commands: list[Command] = [self._close(lane_id)]
+        commands: list[Command] = []
+        if lives:
+            self._spare[lane_id] = lane
+        else:
+            commands.append(self._close(lane_id))
         left = running.left
         in_hand = (begun & left.keys()) or set(left)
         mendable = {one for one in in_hand if retry and self.attempts[one] < RETRIES}

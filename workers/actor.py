@@ -1,23 +1,27 @@
-"""A process that owns one engine at a time and stays warm between them.
+"""A process on a node that runs one group of trials after another.
 
-Ray gives the process exactly the devices of a layout. It pays the engine's imports once,
-then builds engine after engine as groups come, and streams a message for every stage and
-a record for every trial. What the engine prints goes to a file per group (on other nodes,
-to Ray's log of this process): the driver's table stays clean, and the cause of a death can
-be read after it.
+It asks Ray for no devices: the driver reserves them for a lane and names them with each
+group, so a host serves lanes of any size on its node and imports an engine once. Engines run
+in forks of a process that has the imports done (`workers.forks`). A message is streamed for
+every stage and a record for every trial. What an engine prints goes to a file per group (on
+other nodes, to Ray's log of this process): the driver's table stays clean, and the cause of a
+death can be read after it.
 
-Ray puts each worker in a process group of its own and kills the group with it, so engine
-ranks never outlive their actor. `max_restarts` is 0: whether a retry can mend a death is
-the driver's decision.
+Ray puts each worker in a process group of its own and kills the group with it, so engines
+never outlive their host. `max_restarts` is 0: whether a retry can mend a death is the
+driver's decision.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
+import shutil
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -25,66 +29,73 @@ import ray
 
 from workers import memory, runner
 from workers.contract.engine import EngineKind
-from workers.contract.errors import TrialError
 from workers.contract.job import Job
-from workers.contract.message import Message, Released
-from workers.engines.base import engine_class
-from workers.hardware.host import Host, cores, describe, gpu_memory_used
+from workers.contract.message import Died, Message, Released
+from workers.forks import EngineDied, Forks
+from workers.hardware.host import Host, describe, gpu_memory_used
 
 CLEAN_BYTES = 256 * 2**20
-"""Growth of the idle process, over its first idle state, that still counts as clean: the
-code, thread pools and allocator arenas that the first engine leaves behind."""
+"""Memory in use on a GPU that still counts as none."""
 GPU_WAIT_S = 60.0
 """Wait for memory of an earlier process to leave a GPU, seconds."""
 
 
 @ray.remote(max_restarts=0, max_task_retries=0)
 class EngineHost:
-    """Owner of engines on the devices that Ray gave to this process."""
+    """Owner of engines, one at a time.
 
-    def __init__(self) -> None:
-        cores()  # remembers the cores before an engine binds threads to some of them
-        self._idle_bytes: int | None = None
+    Args:
+        kinds: engines that it will be asked for.
+    """
+
+    def __init__(self, kinds: Sequence[EngineKind]) -> None:
+        self._forks = Forks(kinds)
 
     def pid(self) -> int:
         """Process id, for tests that kill it."""
         return os.getpid()
 
-    def devices(self) -> str:
-        """Devices that Ray gave to this process, as `CUDA_VISIBLE_DEVICES` lists them."""
-        return os.environ.get("CUDA_VISIBLE_DEVICES", "")
-
-    def prepare(self, kind: EngineKind) -> None:
-        """Imports an engine ahead of the first group, which then starts with its load.
+    def prepare(self) -> None:
+        """Imports the engines ahead of the first group, which then starts with its load.
 
         Imports take all of a core for seconds: not beside a measurement on the same cores.
         """
-        if self._idle_bytes is None:
-            with contextlib.suppress(TrialError):  # the runner meets it again and records it
-                engine_class(kind).prepare()
-            memory.trim()
-            self._idle_bytes = memory.status("VmRSS")
+        self._forks.prepare()
 
-    def run(self, job: Job) -> Iterator[Message]:
-        """Measures a group; see `workers.runner.run`. Ends with `Released`."""
-        if job.log is not None:
-            _log_to(job.log)
-        _wait_for_gpus()
-        self.prepare(job.tickets[0].trial.engine.kind)
-        yield from runner.run(job)
-        yield self._released()
+    def run(
+        self, job: Job, devices: str | None, patience_s: float, over_nodes: bool
+    ) -> Iterator[Message]:
+        """Measures a group; see `workers.runner.run`.
 
-    def _released(self) -> Released:
-        assert self._idle_bytes is not None
-        grown = memory.status("VmRSS") - self._idle_bytes
-        left = [child for child in psutil.Process().children(recursive=True) if child.is_running()]
+        Args:
+            job: the group.
+            devices: GPUs that Ray granted to the lane, as `CUDA_VISIBLE_DEVICES` lists them.
+            patience_s: longest silence of the engine that is waited for, seconds.
+            over_nodes: the engine places ranks through Ray, so it runs in this process.
+
+        Yields:
+            Its messages, then `Released`, or `Died` if the engine's process ended too soon.
+        """
+        _wait_for_gpus(devices)
+        if over_nodes:
+            yield from runner.run(job)
+            yield _released(_left_here())
+            return
+        died: EngineDied | None = None
+        with _scratch(job.scratch) as folder:
+            try:
+                yield from self._forks.run(replace(job, scratch=str(folder)), devices, patience_s)
+            except EngineDied as error:
+                died = error
         problems = []
-        if left:
-            problems.append(f"{len(left)} processes are still alive")
-        if grown > CLEAN_BYTES:
-            problems.append(f"{grown / 2**20:.0f} MiB more than when idle")
-        problems += _held_on_gpu()
-        return Released(clean=not problems, detail="; ".join(problems))
+        if survivors := self._forks.survivors():
+            problems.append(f"{survivors} processes are still alive")
+        problems += _wait_for_gpus(devices)
+        if died is None:
+            yield _released(problems)
+        else:
+            detail = "; ".join(problems)
+            yield Died(error=died.error, trial_id=died.trial_id, clean=not problems, detail=detail)
 
 
 @ray.remote(num_cpus=0, max_retries=0)
@@ -93,41 +104,60 @@ def describe_node() -> Host:
     return describe()
 
 
-def _wait_for_gpus() -> None:
-    """Waits until nobody else's memory is on this process's GPUs.
+@ray.remote(num_cpus=0, max_retries=0)
+def granted_devices() -> str | None:
+    """The GPUs that Ray gives to whoever asks where this runs; null without one."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES") or None
+
+
+def _released(problems: Sequence[str]) -> Released:
+    return Released(clean=not problems, detail="; ".join(problems))
+
+
+@contextmanager
+def _scratch(root: str | None) -> Iterator[Path]:
+    """A folder for temporary files of one fork, which may not live to remove its own."""
+    folder = Path(tempfile.mkdtemp(prefix="moe-group-", dir=root))
+    try:
+        yield folder
+    finally:
+        memory.sweep_shared(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _wait_for_gpus(devices: str | None) -> list[str]:
+    """Waits until no memory is in use on the GPUs, and says where some stays.
 
     Ray grants a device again when its last process is dead, which can be before the driver
     has taken the memory back. Memory that stays is left to the engine to refuse, in its own
     words.
     """
-    visible = [one for one in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if one]
-    torch = sys.modules.get("torch")
-    if not visible or (torch is not None and torch.cuda.is_initialized()):
-        return
     deadline = time.monotonic() + GPU_WAIT_S
-    while any(gpu_memory_used(one) > CLEAN_BYTES for one in visible):
-        if time.monotonic() > deadline:
-            print(f"after {GPU_WAIT_S:.0f} s memory is still in use on GPU {visible}")
-            return
-        time.sleep(0.5)
+    used: dict[str, int] = {}
+    for one in (devices or "").split(","):
+        while one and (used_bytes := gpu_memory_used(one)) > CLEAN_BYTES:
+            if time.monotonic() > deadline:
+                used[one] = used_bytes
+                break
+            time.sleep(0.5)
+    found = [f"{value / 2**20:.0f} MiB in use on GPU {one}" for one, value in used.items()]
+    for text in found:
+        print(f"after {GPU_WAIT_S:.0f} s {text}")
+    return found
 
 
-def _held_on_gpu() -> list[str]:
-    """What this process still holds on its GPUs beyond an empty CUDA context."""
+def _left_here() -> list[str]:
+    """What an engine that ran in this process has left: processes, and memory on its GPUs
+    beyond an empty CUDA context."""
+    problems = []
+    left = [child for child in psutil.Process().children(recursive=True) if child.is_running()]
+    if left:
+        problems.append(f"{len(left)} processes are still alive")
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
-        return []
+        return problems
     torch.cuda.empty_cache()
     held = torch.cuda.memory_reserved()
-    return [f"{held / 2**20:.0f} MiB still reserved on the GPU"] if held > CLEAN_BYTES else []
-
-
-def _log_to(path: str) -> None:
-    """Sends file descriptors 1 and 2, and with them every library's output, to a file."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.dup2(handle, 1)
-    os.dup2(handle, 2)
-    os.close(handle)
+    if held > CLEAN_BYTES:
+        problems.append(f"{held / 2**20:.0f} MiB still reserved on the GPU")
+    return problems

@@ -30,6 +30,14 @@ def status(field: str) -> int:
     raise KeyError(field)
 
 
+def kernel_kills() -> int:
+    """Processes that the kernel has killed for want of memory since it started."""
+    for line in Path("/proc/vmstat").read_text().splitlines():
+        if line.startswith("oom_kill "):
+            return int(line.split()[1])
+    return 0  # a kernel before 4.13
+
+
 def reset_peak() -> None:
     """Starts `VmHWM` anew at the present resident size."""
     # A container may forbid it; the peak is then that of the process so far.

@@ -92,7 +92,7 @@ class _Driver:
         from orchestrator.pool import Pool
 
         self.schedule = Schedule.of(groups, cluster.nodes)
-        self.pool = Pool(cluster, sweep="s", run_id="r", profile="cpu", logs=logs)
+        self.pool = Pool(cluster, sweep="s", run_id="r", profile="cpu", logs=logs, kinds=["vllm"])
         self.opened: list[Open] = []
         self.blamed: list[tuple[str, str]] = []
         self.finished: dict[str, str] = {}
@@ -123,7 +123,12 @@ class _Driver:
             elif isinstance(happening, Progress):
                 self.stage[lane] = happening.stage
             else:
-                lost = LaneLost(lane_id=lane, trial_id=happening.trial_id, retry=happening.retry)
+                lost = LaneLost(
+                    lane_id=lane,
+                    trial_id=happening.trial_id,
+                    retry=happening.retry,
+                    lives=happening.lives,
+                )
                 self.carry_out(self.schedule.on(lost), happening.error)
 
     def run(self) -> None:
@@ -139,8 +144,7 @@ def test_two_groups_run_on_devices_of_their_own(cluster: Cluster, tmp_path: Path
     driver.carry_out([one for one in commands if isinstance(one, Open)])
     import ray
 
-    actors = [process.actor for process in driver.pool._processes.values()]
-    visible = ray.get([actor.devices.remote() for actor in actors])
+    visible = ray.get([one.placement.devices for one in driver.pool._processes.values()])
     assert sorted(visible) == ["0", "1"]
     driver.carry_out([one for one in commands if not isinstance(one, Open)])
     driver.run()
@@ -156,7 +160,7 @@ def test_a_killed_process_ends_its_trial(cluster: Cluster, tmp_path: Path) -> No
     import ray
 
     (process,) = driver.pool._processes.values()
-    pid = ray.get(process.actor.pid.remote())
+    pid = ray.get(process.host.pid)
     driver.carry_out([assigning])
     deadline = time.monotonic() + 120
     while driver.stage.get(process.lane.lane_id) != "warmup" and time.monotonic() < deadline:
@@ -178,6 +182,7 @@ def test_a_layout_over_several_nodes_gets_a_placement_group(cluster: Cluster) ->
     parts = tuple((node_id, 2) for node_id in nodes)
     placement = Placement(Lane(lane_id=0, node_id=None, devices=4, parts=parts), nodes)
     try:
+        assert ray.get(placement.devices) is None  # each rank gets its own
         (table,) = [
             one for one in ray.util.placement_group_table().values() if one["state"] == "CREATED"
         ]
@@ -243,13 +248,15 @@ def test_nodes_of_several_classes_that_come_and_go() -> None:
             with pytest.raises(Unplaceable, match="4 devices of class l4, but the cluster has 2"):
                 Schedule.of([_holder("d", "l4", 4)], cluster.nodes)
             schedule = Schedule.of(groups, cluster.nodes)
-            pool = Pool(cluster, sweep="s", run_id="r", profile="cpu", logs=Path("logs"))
+            pool = Pool(
+                cluster, sweep="s", run_id="r", profile="cpu", logs=Path("logs"), kinds=["vllm"]
+            )
             opened = [one.lane for one in schedule.start() if isinstance(one, Open)]
             assert {classes[str(lane.node_id)] for lane in opened} == {"h100", "l4"}
             for lane in opened:
                 pool.open(lane)
-            actors = [process.actor for process in pool._processes.values()]
-            assert ray.get([actor.devices.remote() for actor in actors]) == ["0,1", "0,1"]
+            granted = [process.placement.devices for process in pool._processes.values()]
+            assert ray.get(granted) == ["0,1", "0,1"]
 
             fake.remove_node(dying, allow_graceful=False)
             (lost,) = until_changed(cluster).lost
@@ -265,8 +272,7 @@ def test_nodes_of_several_classes_that_come_and_go() -> None:
             (new,) = [one for one in schedule.on(NodeJoined(node=joined)) if isinstance(one, Open)]
             assert new.lane.node_id == joined.node_id
             pool.open(new.lane)
-            actor = pool._processes[new.lane.lane_id].actor
-            assert ray.get(actor.devices.remote()) == "0,1"
+            assert ray.get(pool._processes[new.lane.lane_id].placement.devices) == "0,1"
             pool.close_all()
     finally:
         fake.shutdown()

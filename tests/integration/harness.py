@@ -86,7 +86,7 @@ def footprint() -> set[str]:
     processes = set()
     for one in psutil.process_iter(["pid", "name", "cmdline"]):
         line = " ".join(one.info["cmdline"] or ())
-        words = ("ray::", "raylet", "gcs_server", "EngineHost", "VLLM", "multiprocessing.spawn")
+        words = ("ray::", "raylet", "gcs_server", "EngineHost", "VLLM", "multiprocessing")
         if any(word in line or word in (one.info["name"] or "") for word in words):
             processes.add(f"{one.info['pid']} {line[:80]}")
     shared = {str(path) for path in Path("/dev/shm").iterdir()}

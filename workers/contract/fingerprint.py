@@ -91,7 +91,9 @@ class Fingerprints:
         read, fields = reader
         parts = []
         for field, inner in zip(fields, read(value), strict=True):
-            if inner is not field.default:
+            if field.required:
+                parts.append(field.label + self._kept(inner))
+            elif inner is not field.default:
                 known = field.parts.get(id(inner))
                 if known is None:
                     left_out = _is_default(field.field, inner)
@@ -114,6 +116,7 @@ class _Field:
     def __init__(self, field: dataclasses.Field[Any]) -> None:
         self.field = field
         self.default = field.default
+        self.required = field.default is field.default_factory is dataclasses.MISSING
         self.label = f"{_json(field.name)}:"
         self.parts: dict[int, tuple[Any, str]] = {}
         """By `id` of a value: itself, and its part of the text; empty where it is left out."""

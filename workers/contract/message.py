@@ -2,7 +2,7 @@
 
 A host sends `Progress` when it enters a stage and `Finished` once per trial. The driver
 needs nothing else: the deadline watch restarts on every message, and a group that dies
-has lost exactly the trials for which no `Finished` arrived.
+has lost exactly the trials for which no `Finished` arrived. `Released` or `Died` comes last.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Literal
 
 import pyarrow as pa
 
+from workers.contract.errors import TrialError
 from workers.contract.outcome import Outcome
 
 Stage = Literal["load", "warmup", "run", "close"]
@@ -54,4 +55,17 @@ class Released:
     """What was found, where it is not clean."""
 
 
-Message = Progress | Finished | Released
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Died:
+    """The engine's process is gone before its group ended; its host lives."""
+
+    error: TrialError
+    """Why, as far as it can be told."""
+    trial_id: str | None
+    """Trial in hand; null while the engine was built or closed."""
+    clean: bool
+    """As in `Released`."""
+    detail: str = ""
+
+
+Message = Progress | Finished | Released | Died

@@ -11,6 +11,10 @@ from typing import Literal
 
 from workers.contract.validate import at_least, fraction, named
 
+MOST_LAYERS = 10_000
+"""Far beyond any model. A structure has an item for every layer, so a slip of the keyboard
+must not ask for a billion."""
+
 Weights = Literal["dummy", "checkpoint"]
 PruneKind = Literal["inter", "intra"]
 PruneCriterion = Literal["random", "frequency", "norm", "reconstruction"]
@@ -67,6 +71,10 @@ class Model:
             value = getattr(self, key)
             if value is not None and not (type(value) is int and value >= 1):
                 at_least(f"model.{key}", value, 1)
+        if self.num_layers is not None and self.num_layers > MOST_LAYERS:
+            raise ValueError(
+                f"model.num_layers is {self.num_layers}, but must be at most {MOST_LAYERS}"
+            )
         fraction("model.scale", self.scale, closed=True)
         if self.weights == "checkpoint" and self.scale != 1.0:
             raise ValueError(

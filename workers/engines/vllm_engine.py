@@ -26,6 +26,7 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib import import_module
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -104,10 +105,16 @@ class VllmEngine:
         # Its default is the place for temporary files, which goes with every engine.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(root / "inductor"))
         try:
-            import vllm
+            import_module("vllm.v1.engine.llm_engine")
+            from vllm import LLM
+            from vllm.platforms import current_platform
+
+            assert LLM, "an import that is not used would be taken for an accident"
+            if current_platform.is_cpu():
+                # Otherwise imported by the first engine, and counted in its load.
+                import_module("vllm.v1.worker.cpu_worker")
         except ImportError as error:
             raise Unsupported(f"vLLM cannot be imported: {error}") from error
-        assert vllm.__version__, "an import that is not used would be taken for an accident"
 
     @classmethod
     def stands_for(cls, device: str) -> StandIn | None:

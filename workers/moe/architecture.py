@@ -76,23 +76,32 @@ def configuration(name: str) -> Mapping[str, Any] | None:
     if known := catalogue_name(name):
         config: Mapping[str, Any] = catalogue()[known]["config"]
         return config
-    folder = Path(name).expanduser()
-    if (folder / "config.json").is_file():
+    if folder := _folder(name):
+        file = folder / "config.json"
+        if not file.is_file():
+            raise UnknownModel(f"folder {name} has no config.json")
         try:
-            found = json.loads((folder / "config.json").read_text())
-        except (OSError, ValueError) as error:
-            raise UnknownModel(f"{folder / 'config.json'} cannot be read: {error}") from error
+            found = json.loads(file.read_text())
+        except (OSError, ValueError, RecursionError) as error:
+            raise UnknownModel(f"{file} cannot be read: {error}") from error
         if not isinstance(found, dict):
-            raise UnknownModel(f"{folder / 'config.json'} holds no configuration")
+            raise UnknownModel(f"{file} holds no configuration")
         return found
-    if folder.is_dir():
-        raise UnknownModel(f"folder {name} has no config.json")
     if name.count("/") == 1 and not name.startswith(("/", ".", "~")):
         return None
     names = ", ".join(sorted(catalogue()))
     raise UnknownModel(
         f"unknown model {name!r}: not in the catalogue ({names}), not a folder, not a hub id"
     )
+
+
+def _folder(name: str) -> Path | None:
+    """The folder that `name` is; null if it is none, or cannot be the name of one."""
+    try:
+        folder = Path(name).expanduser()
+        return folder if folder.is_dir() else None
+    except (OSError, RuntimeError):  # too long, not for us to read; the home of nobody
+        return None
 
 
 def catalogue_name(name: str) -> str | None:

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from workers.contract.model import MOST_LAYERS
+
 NESTED = ("text_config", "language_config", "llm_config")
 """Where multimodal configurations keep their language model."""
 
@@ -121,5 +123,12 @@ class Fields:
 
     @property
     def layers(self) -> int:
-        """Decoder layers."""
-        return self.whole("num_hidden_layers", "n_layers", "num_layers", "n_layer")
+        """Decoder layers.
+
+        Raises:
+            UnknownModel: none are given, or more than any model has.
+        """
+        layers = self.whole("num_hidden_layers", "n_layers", "num_layers", "n_layer")
+        if layers > MOST_LAYERS:
+            raise UnknownModel(f"{layers} layers, but at most {MOST_LAYERS} are read")
+        return layers

@@ -1,0 +1,245 @@
+"""Engines in processes that are forked from one that has their imports done.
+
+Importing an engine takes a core for six seconds, and an engine that has run leaves threads,
+allocator arenas and, after an abort, nothing at all. So a host imports once, into a process
+that does nothing else, touches no device and sleeps until it is asked (multiprocessing's fork
+server). Every group gets a fork of it: ready in milliseconds, as clean as the first, and when
+it ends the operating system takes everything back. The next group's process is there while
+this one measures, and costs it nothing.
+
+Devices are named to a fork when it is made, so one server serves groups of any layout. An
+engine that Ray places over several nodes has to run in a process of Ray's own, not here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from workers import memory, runner
+from workers.contract.engine import EngineKind
+from workers.contract.errors import Crashed, OutOfMemory, TimedOut, TrialError
+from workers.contract.job import Job
+from workers.contract.message import Finished, Message, Progress
+from workers.contract.outcome import OomStage
+from workers.failures import from_log
+
+PRELOAD: dict[EngineKind, str] = {"vllm": "workers.engines.preload_vllm"}
+"""What the fork server imports for an engine."""
+EXIT_S = 20.0
+"""Wait for a fork that has said its last to end, seconds."""
+LOG_TAIL = 256 * 1024
+"""Bytes at the end of a log in which a cause is looked for."""
+
+
+class Forks:
+    """The forks of one host, one at a time.
+
+    Args:
+        kinds: engines to import.
+    """
+
+    def __init__(self, kinds: Sequence[EngineKind]) -> None:
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload([PRELOAD[one] for one in kinds if one in PRELOAD])
+        self._shared: set[Path] = set()
+        self._own: set[int] = set()
+
+    def prepare(self) -> None:
+        """Returns when the imports are done and a fork can be had at once."""
+        with _findable(), _without_main():
+            forkserver.ensure_running()
+            first = self._context.Process(target=_nothing)
+            first.start()
+        first.join()
+        self._own = _family()
+
+    def run(self, job: Job, devices: str | None, patience_s: float) -> Iterator[Message]:
+        """Measures a group in a fork; see `workers.runner.run`. The fork is gone at the end.
+
+        Args:
+            job: the group.
+            devices: what `CUDA_VISIBLE_DEVICES` says; null where there is no GPU.
+            patience_s: longest silence that is waited for, seconds.
+
+        Raises:
+            EngineDied: before every trial had ended.
+        """
+        receiver, sender = self._context.Pipe(duplex=False)
+        with _without_main():
+            fork = self._context.Process(target=_measure, args=(sender, job, devices))
+            fork.start()
+        sender.close()
+        kills = memory.kernel_kills()
+        stage, trial_id = "load", None
+        left = {ticket.trial_id for ticket in job.tickets}
+        error: TrialError | None = None
+        try:
+            while True:
+                if not receiver.poll(patience_s):
+                    what = "the trial" if trial_id else "building the engine"
+                    error = TimedOut(f"{what} said nothing for {patience_s:.0f} s")
+                    break
+                try:
+                    message: Message = receiver.recv()
+                except EOFError:
+                    break
+                if isinstance(message, Progress):
+                    stage, trial_id = message.stage, message.trial_id
+                    self._shared |= memory.shared_segments(fork.pid or 0)
+                elif isinstance(message, Finished):
+                    left.discard(message.trial_id)
+                    trial_id = None
+                yield message
+            if error is None:
+                fork.join(EXIT_S)
+        finally:
+            receiver.close()
+            self.end(fork)
+        if left and error is None:
+            error = _cause(job, stage, fork.exitcode, kills)
+        if error is not None:
+            raise EngineDied(error, trial_id)
+
+    def end(self, fork: Any) -> None:
+        """Kills a fork and all that it started, and removes the shared memory they held."""
+        if fork.is_alive():
+            fork.kill()
+        fork.join()
+        for pid in _family() - self._own:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one = psutil.Process(pid)
+                one.kill()
+                one.wait(EXIT_S)
+        for segment in self._shared:
+            segment.unlink(missing_ok=True)
+        self._shared.clear()
+
+    def survivors(self) -> int:
+        """Processes that should be gone and are not."""
+        return len(_family() - self._own)
+
+
+class EngineDied(Exception):
+    """A fork ended before its group."""
+
+    def __init__(self, error: TrialError, trial_id: str | None) -> None:
+        super().__init__(str(error))
+        self.error = error
+        self.trial_id = trial_id
+        """Trial in hand; null while the engine was built or closed."""
+
+
+def _measure(sender: Connection, job: Job, devices: str | None) -> None:
+    """What a fork does."""
+    if job.log is not None:
+        _log_to(job.log)
+    if devices is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices
+    left = len(job.tickets)
+    for message in runner.run(job):
+        sender.send(message)
+        left -= isinstance(message, Finished)
+        closing = isinstance(message, Progress) and message.stage == "close"
+        if closing and not left and not psutil.Process().children():
+            break  # nothing is left to take down that does not go with the process
+    sender.close()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _cause(job: Job, stage: str, code: int | None, kills: int) -> TrialError:
+    """Why a fork ended too soon."""
+    oom: OomStage = "load" if stage == "load" else "warmup" if stage == "warmup" else "run"
+    if code == -signal.SIGKILL and memory.kernel_kills() > kills:
+        return OutOfMemory("the kernel killed the engine's process", stage=oom, scope="host")
+    if found := from_log(tail(job.log), stage=oom, device_is_cpu=not _has_gpu()):
+        return found
+    if code is not None and code < 0:
+        return Crashed(f"the engine's process died: {signal.Signals(-code).name}")
+    return Crashed(f"the engine's process ended with status {code}")
+
+
+def tail(log: str | None) -> str:
+    """The end of a log; empty where there is none."""
+    if log is None:
+        return ""
+    try:
+        with Path(log).open("rb") as file:
+            file.seek(max(0, file.seek(0, 2) - LOG_TAIL))
+            return file.read().decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def _has_gpu() -> bool:
+    return bool(os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def _nothing() -> None:
+    """The first fork: that it ends says that the server has imported everything."""
+
+
+def _family() -> set[int]:
+    """Processes below this one, and those of its process group whose parents are gone.
+
+    Ray makes every worker the leader of a group, and orphans stay in it.
+    """
+    found = {one.pid for one in psutil.Process().children(recursive=True)}
+    group = os.getpgrp()
+    if group != os.getpid():
+        return found
+    for pid in psutil.pids():
+        with contextlib.suppress(ProcessLookupError):
+            if os.getpgid(pid) == group:
+                found.add(pid)
+    return found - {os.getpid()}
+
+
+@contextmanager
+def _findable() -> Iterator[None]:
+    """Lets a new interpreter find what this one can import."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    try:
+        yield
+    finally:
+        del os.environ["PYTHONPATH"]
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Forks, and ranks that they start, do not run this process's main file again: in a
+    worker of Ray that is Ray's own."""
+    main = vars(sys.modules["__main__"])
+    name = main.pop("__file__", None)
+    try:
+        yield
+    finally:
+        if name is not None:
+            main["__file__"] = name
+
+
+def _log_to(path: str) -> None:
+    """Sends file descriptors 1 and 2, and with them every library's output, to a file."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    os.close(handle)
