@@ -22,6 +22,7 @@ from orchestrator import fields
 from orchestrator.errors import Place, did_you_mean
 from orchestrator.where import Constraint, compile_constraint
 from orchestrator.yamltext import MAX_DEPTH, MAX_TEXT, Node, read_file, read_text
+from workers.secrecy import hide_arguments
 
 SECTIONS = ("base", "grid", "zip", "cases", "where")
 """What a file, a profile and an override may give."""
@@ -236,7 +237,7 @@ def put_over(under: Mapping[str, Node], upper: Mapping[str, Node]) -> dict[str, 
 
 def _override(text: str, draft: Draft) -> Draft:
     """What one `KEY=VALUE` of the command line says; an item of a list is put into `draft`'s."""
-    place = Place(None, None, text)
+    place = Place(None, None, hide_arguments([text])[0])
     key, equals, value = text.partition("=")
     if not equals:
         raise place.error("expected KEY=VALUE, such as base.workload.batch_size=4")

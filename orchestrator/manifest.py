@@ -5,9 +5,9 @@ as it was resolved, the code at its commit, the versions, the machines. Each inv
 the orchestrator is one entry in `runs`, added when it starts and closed when it ends, so
 an entry with `finished_at: null` belongs to a driver that is at work or died.
 
-It must be safe to publish beside the numbers. Nothing is taken from environment
-variables, and in the command line and the sweep a value whose key looks like that of a
-secret is written as `***`.
+It must be safe to publish beside the numbers: nothing is taken from environment variables,
+and what looks like a secret in the command line and the sweep is written as `***`
+(`workers.secrecy`).
 
 Functions that change a manifest are pure; `read` and `write` touch the disk.
 """
@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -29,6 +28,7 @@ import psutil
 from orchestrator.store import StoreError, place, stage
 from workers.contract.outcome import OUTCOMES, Outcome
 from workers.hardware.host import cpu_name, version
+from workers.secrecy import hide, hide_arguments, known_secrets
 
 MANIFEST_VERSION = 1
 """Version of the file's layout. Fields may be added without raising it."""
@@ -51,7 +51,6 @@ PACKAGES = (
     "zeus",
 )
 """Distributions whose version can matter to a number."""
-HIDDEN = "***"
 
 
 class Run(TypedDict):
@@ -97,13 +96,14 @@ def started(
 ) -> Manifest:
     """`manifest` with a run that begins; secrets in command and sweep are hidden."""
     assert all(run["run_id"] != run_id for run in manifest["runs"]), f"run {run_id} twice"
+    known = known_secrets(sweep)
     run: Run = {
         "run_id": run_id,
         "started_at": _utc(at),
         "finished_at": None,
-        "command": hide_arguments(command),
+        "command": hide_arguments(command, known),
         "profile": profile,
-        "sweep": hide(sweep),
+        "sweep": hide(sweep, known=known),
         "counts": {},
         "environment": {"driver": dict(driver), "nodes": {}},
     }
@@ -201,78 +201,6 @@ def environment() -> dict[str, Any]:
         "packages": {name: version(name) for name in PACKAGES},
         "git": _git(Path(__file__).resolve().parents[1]),
     }
-
-
-def hide(value: Any, key: str = "") -> Any:
-    """`value` as plain data, with everything under a secret's key as `***`."""
-    if _is_secret(key, value):
-        return HIDDEN
-    if isinstance(value, Mapping):
-        return {str(name): hide(inner, str(name)) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [hide(item) for item in value]
-    return _hide_text(value) if isinstance(value, str) else value
-
-
-def hide_arguments(arguments: Sequence[str]) -> list[str]:
-    """A command line with `key=secret`, `--key=secret` and `--key secret` hidden."""
-    shown: list[str] = []
-    secret_follows = False
-    for argument in arguments:
-        key, equals, value = argument.partition("=")
-        if secret_follows and not argument.startswith("--"):
-            shown.append(HIDDEN)
-        elif equals:
-            shown.append(f"{key}={HIDDEN if _is_secret(key, value) else _hide_text(value)}")
-        else:
-            shown.append(_hide_text(argument))
-        secret_follows = not equals and argument.startswith("--") and _is_secret(key, "")
-    return shown
-
-
-_ALWAYS = frozenset(
-    {
-        "password",
-        "passwords",
-        "passwd",
-        "passphrase",
-        "secret",
-        "secrets",
-        "credential",
-        "credentials",
-        "apikey",
-    }
-)
-_OFTEN = frozenset({"key", "keys", "token", "tokens"})
-_WORDS = re.compile(r"[A-Z]?[a-z0-9]+|[A-Z]+(?![a-z])")
-_NUMBER = re.compile(r"\s*(-?\d+(\.\d+)?|true|false|null)?\s*", re.IGNORECASE)
-_KEY = re.compile(r"""([\w.-]+)["']?\s*[:=]\s*(?=("[^"]*"|'[^']*'|[^,}\]&]*))""")
-_LOOKS_SECRET = re.compile(r"\b(hf_|sk-|gh[pousr]_)[\w-]{16,}|(?<=://)[^/@\s]+(?=@)")
-
-
-def _is_secret(key: str, value: Any) -> bool:
-    """Whether a value under `key` must not be shown.
-
-    `api_key`, `token` and `password` always; in `input_tokens`, `num_key_value_heads` or
-    `eos_token_id` a number (or a list of them) is no secret.
-    """
-    segments = [[word.lower() for word in _WORDS.findall(part)] for part in key.split(".")]
-    if any(_ALWAYS.intersection(words) or words[-1:] in (["key"], ["token"]) for words in segments):
-        return True
-    if not any(_OFTEN.intersection(words) for words in segments):
-        return False
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
-    return not all(map(_NUMBER.fullmatch, text.strip("[] ").split(",")))
-
-
-def _hide_text(text: str) -> str:
-    """Secrets inside a value: `{api_key: …}`, `https://user:…@host`, well-known tokens."""
-    shown, at = "", 0
-    for match in _KEY.finditer(text):
-        if match.start() >= at and _is_secret(match[1], match[2]):
-            shown += text[at : match.end()] + HIDDEN
-            at = match.end(2)
-    return _LOOKS_SECRET.sub(HIDDEN, shown + text[at:])
 
 
 def _utc(at: datetime) -> str:

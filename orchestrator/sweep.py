@@ -30,6 +30,7 @@ from orchestrator.where import Constraint
 from orchestrator.yamltext import Node
 from workers.contract.fingerprint import fingerprint
 from workers.contract.trial import Trial
+from workers.secrecy import hide, known_secrets
 
 MAX_POINTS = 1_000_000
 """Points of a sweep before its constraints."""
@@ -45,7 +46,7 @@ class Cell:
     value: Any
     """Typed, as the field holds it."""
     written: Any
-    """Plain data, as the file has it."""
+    """Plain data, as the file has it, without secrets: it goes into records and tables."""
     place: Place = field(compare=False)
     """Where it is written."""
 
@@ -126,10 +127,11 @@ def load(path: Path, overrides: Sequence[str] = (), profile: str = "cpu") -> Swe
 
 def _typed(draft: Draft, path: Path, profile: str) -> Sweep:
     typist = fields.Typist()
+    known = known_secrets()
 
     def cell(key: str, node: Node) -> Cell:
         value = typist.typed(key, node)
-        return Cell(key=key, value=value, written=node.plain(), place=node.place)
+        return Cell(key=key, value=value, written=hide(node.plain(), key, known), place=node.place)
 
     def axes(nodes: Mapping[str, Node]) -> tuple[Axis, ...]:
         return tuple(

@@ -8,10 +8,13 @@ from rich.console import Group as Renderables
 from rich.table import Table
 from rich.text import Text
 
+from orchestrator.errors import one_line
 from orchestrator.plan import Group, Plan
 
 SHOWN = 40
 """Groups listed; the rest is counted."""
+LONGEST = 100
+"""Characters of a name that came out of a sweep."""
 
 
 def preview(plan: Plan) -> Renderables:
@@ -39,7 +42,7 @@ def preview(plan: Plan) -> Renderables:
         table.add_column(name, justify="right")
     for group in plan.groups[:SHOWN]:
         table.add_row(
-            group.label,
+            Text(one_line(group.label, LONGEST)),
             str(group.devices),
             str(len(group.trials)),
             Text(_gib(group.predicted_memory_gib), style="bold" if _too_large(group) else ""),
@@ -48,7 +51,7 @@ def preview(plan: Plan) -> Renderables:
         )
     if len(plan.groups) > SHOWN:
         table.add_row(f"… and {len(plan.groups) - SHOWN} more")
-    return Renderables(table, *(Text(line) for line in lines))
+    return Renderables(table, *(Text(one_line(line, 4 * LONGEST)) for line in lines))
 
 
 def _too_large(group: Group) -> bool:

@@ -13,7 +13,6 @@ import pyarrow as pa
 import pytest
 
 from orchestrator import manifest
-from orchestrator.manifest import HIDDEN, hide, hide_arguments
 from orchestrator.store import StoreError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -161,59 +160,3 @@ def test_git_outside_a_checkout_says_nothing(tmp_path: Path) -> None:
     (tmp_path / "f").write_text("2")
     assert manifest._git(tmp_path) == {"commit": clean["commit"], "dirty": True}
     assert manifest._git(inner) is None, "somebody else's repository"
-
-
-@pytest.mark.parametrize(
-    ("given", "shown"),
-    [
-        ("base.engine.args.api_key=abc", "base.engine.args.api_key=***"),
-        ("base.engine.args.hf_token=123", "base.engine.args.hf_token=***"),
-        ("HF_TOKEN=abc", "HF_TOKEN=***"),
-        ("apiKey=abc", "apiKey=***"),
-        ("a.password=123", "a.password=***"),
-        ("a.client_secret.value=abc", "a.client_secret.value=***"),
-        ("--api-key=abc", "--api-key=***"),
-        ("a={api_key: abc def, n: 2}", "a={api_key: ***, n: 2}"),
-        ('a={"password": "b, c", "n": 2}', 'a={"password": ***, "n": 2}'),
-        ("base.url=https://me:pw@host/v1", "base.url=https://***@host/v1"),
-        ("base.url=http://host/?token=abc&n=3", "base.url=http://host/?token=***&n=3"),
-        ("hf_abcdefghijklmnopqrstuvwxyz", "***"),
-    ],
-)
-def test_secrets_on_the_command_line_are_hidden(given: str, shown: str) -> None:
-    assert hide_arguments([given]) == [shown]
-
-
-@pytest.mark.parametrize(
-    "argument",
-    [
-        "base.workload.input_tokens=2048",
-        "grid.workload.output_tokens=[128, 256]",
-        "base.engine.args.hf_overrides={num_key_value_heads: 8, eos_token_id: 2}",
-        "base.engine.args.tokenizer=mistralai/Mixtral-8x7B-v0.1",
-        "where=[model.top_k <= model.num_experts]",
-        "base.model.name=monkey",
-        "--out=results",
-        "--plain",
-    ],
-)
-def test_what_is_no_secret_stays(argument: str) -> None:
-    assert hide_arguments([argument]) == [argument]
-
-
-def test_a_secret_after_its_flag_is_hidden() -> None:
-    assert hide_arguments(["--token", "abc", "--plain", "x"]) == ["--token", HIDDEN, "--plain", "x"]
-    assert hide_arguments(["--token", "--plain", "x"]) == ["--token", "--plain", "x"]
-
-
-def test_secrets_in_the_sweep_are_hidden_at_any_depth() -> None:
-    sweep = {
-        "grid": {"workload.input_tokens": [128, 256], "engine.args.token": ["a", "b"]},
-        "cases": [{"engine": {"args": {"headers": "Authorization: x", "secret": {"a": 1}}}}],
-        "base": {"layout": {"tensor": 4}, "ratio": 0.5, "none": None, "flag": True},
-    }
-    assert hide(sweep) == {
-        "grid": {"workload.input_tokens": [128, 256], "engine.args.token": HIDDEN},
-        "cases": [{"engine": {"args": {"headers": "Authorization: x", "secret": HIDDEN}}}],
-        "base": {"layout": {"tensor": 4}, "ratio": 0.5, "none": None, "flag": True},
-    }
