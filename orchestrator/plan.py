@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from operator import attrgetter
 from typing import Any
 
@@ -146,7 +146,8 @@ class Group:
             if known is None:
                 continue
             passes_s += one.predicted_s
-            load_s = max(load_s, known.load_s + known.close_s)
+            ending_s = 0.0 if self.predicts else known.close_s
+            load_s = max(load_s, known.load_s + ending_s)
             memory = max(memory or 0.0, known.memory_gib)
             limit = max(limit or 0.0, known.limit_gib)
             oom += known.oom is not None
@@ -370,9 +371,9 @@ def _group(group_id: str, trials: list[Planned]) -> Group:
     if together:
         trials.sort(key=_top_k)
     parts = [
-        f"{key.partition('.')[2]} {value}"
+        f"{name} {value}"
         for key, value in first.axes.items()
-        if key.partition(".")[0] in ENGINE_SECTIONS and not (together and key == TOP_K)
+        if (name := _engine_field(key)) and not (together and key == TOP_K)
     ]
     return Group(
         group_id=group_id,
@@ -380,6 +381,13 @@ def _group(group_id: str, trials: list[Planned]) -> Group:
         trials=tuple(trials),
         label=" · ".join(parts) or first.trial.model.name,
     )
+
+
+@cache
+def _engine_field(key: str) -> str:
+    """What an engine is built from, without its section; empty for any other key."""
+    section, _, name = key.partition(".")
+    return name if section in ENGINE_SECTIONS else ""
 
 
 def _turn(group: Group) -> tuple[bool, float]:

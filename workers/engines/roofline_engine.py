@@ -6,9 +6,9 @@ the device class that the sweep's profile names. It says `measured = false` in e
 record, and it runs out of memory where the prediction does.
 
 With `engine.args.pace` it takes its time too: building it and every pass last as many
-seconds as predicted, times the pace. Then a sweep holds devices as a real one does, and
-scheduling can be seen at work on a cluster whose devices are not there. The figures stay
-those of the prediction.
+seconds as predicted, times the pace (ending it takes none). Then a sweep holds devices as a
+real one does, and scheduling can be seen at work on a cluster whose devices are not there.
+The figures stay those of the prediction.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class RooflineEngine:
         began = time.monotonic()
         self._workloads = workloads
         self._pace = pace(trial.engine)
-        self._load_s = self._close_s = 0.0
+        self._load_s = 0.0
         try:
             self._device = device(site.device)
         except UnknownDevice as error:
@@ -145,9 +145,7 @@ class RooflineEngine:
         )
 
     def close(self) -> None:
-        """Nothing is held; with a pace, ending it takes the predicted time, once."""
-        self._wait(time.monotonic(), self._close_s)
-        self._close_s = 0.0
+        """Nothing is held."""
 
     def _wait(self, began: float, predicted_s: float) -> None:
         """Until what began then has taken its predicted seconds, in the time that the pace
@@ -163,7 +161,6 @@ class RooflineEngine:
         for one in predictions:
             if one.oom is not None and one.oom.stage in ("load", "kv_cache"):
                 raise one.oom
-        self._close_s = max(one.close_s for one in predictions)
         self._largest = max(predictions, key=lambda one: one.memory_gib)
         self.loaded = Loaded(
             version=VERSION,
