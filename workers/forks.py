@@ -148,12 +148,13 @@ def _measure(sender: Connection, job: Job, devices: str | None) -> None:
     if devices is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices
     left = len(job.tickets)
+    alone = job.tickets[0].trial.layout.devices == 1
     for message in runner.run(job):
         sender.send(message)
         left -= isinstance(message, Finished)
         closing = isinstance(message, Progress) and message.stage == "close"
-        if closing and not left and not psutil.Process().children():
-            break  # nothing is left to take down that does not go with the process
+        if closing and not left and alone:
+            break  # there is nothing to take down that does not go with the process
     sender.close()
     sys.stdout.flush()
     sys.stderr.flush()

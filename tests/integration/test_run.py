@@ -30,7 +30,7 @@ GRID = {"model.top_k": [1, 2, 16], "workload.batch_size": [1, 2]}
 
 def test_a_sweep_ends_every_point_in_one_record_and_leaves_nothing(tmp_path: Path) -> None:
     before = footprint()
-    cases = [{"engine.memory_limit_gib": 1.0}, {"engine.memory_limit_gib": 0.001}]
+    cases = [{"engine.memory_limit_gib": 1.0}, {"engine.memory_limit_gib": 0.01}]
     path = sweep_file(tmp_path, grid=GRID, cases=cases)
     done = orchestrate(path, "--out", tmp_path, "--json")
     assert done.returncode == 0, done.stderr
