@@ -240,7 +240,7 @@ class _Block(_Part):
         """
         _, field, *path = name.split(".")
         answers: dict[Any, Mapping[str, Any]] = {}
-        at, given = (0, []) if path else self._given(name)
+        at, given = self._given(name)
 
         def read(index: Index) -> Any:
             if given and (known := given[index[at]]) is not None:
@@ -265,9 +265,15 @@ class _Block(_Part):
 
         return read
 
+    def touching(self, name: str) -> list[int]:
+        """The factors that the answer of `reader` depends on."""
+        at, given = self._given(name)
+        return [at] if given and None not in given else list(self.rows)
+
     def _given(self, name: str) -> tuple[int, list[Any]]:
         """The factor that sets a field in each of its rows, and to what; nothing if none does."""
-        for i, rows in self.rows.items():
+        single = self.rows if name.count(".") == 1 else {}  # deeper ones are put together
+        for i, rows in single.items():
             found = [cell.value for row in rows for cell in row if cell.key == name]
             if len(found) == len(rows):
                 return i, found
@@ -309,7 +315,7 @@ class _Check:
         read = {name: blocks[name.partition(".")[0]] for name in constraint.names}
         self._readers = {name: block.reader(name, resolve) for name, block in read.items()}
         self._touching = sorted({i for block in read.values() for i in block.rows})
-        self._pick = _picker(self._touching)
+        self._pick = _picker(sorted({i for n, block in read.items() for i in block.touching(n)}))
         self._verdicts: dict[Any, bool] = {}
 
     def holds(self, index: Index) -> bool:

@@ -115,7 +115,7 @@ class Group:
         """Warm-ups and repeats of every trial, in seconds; 0 if unknown."""
         return self._estimate.passes_s
 
-    @property
+    @cached_property
     def predicted_s(self) -> float:
         """Building the engine once and measuring every trial, in seconds."""
         return self.predicted_load_s + self.predicted_passes_s

@@ -91,9 +91,11 @@ class Fingerprints:
         read, fields = reader
         parts = []
         for field, inner in zip(fields, read(value), strict=True):
+            if inner is field.default:
+                continue
             if field.required:
                 parts.append(field.label + self._kept(inner))
-            elif inner is not field.default:
+            else:
                 known = field.parts.get(id(inner))
                 if known is None:
                     left_out = _is_default(field.field, inner)
@@ -117,6 +119,7 @@ class _Field:
         self.field = field
         self.default = field.default
         self.required = field.default is field.default_factory is dataclasses.MISSING
+        """Without a default it is never left out."""
         self.label = f"{_json(field.name)}:"
         self.parts: dict[int, tuple[Any, str]] = {}
         """By `id` of a value: itself, and its part of the text; empty where it is left out."""

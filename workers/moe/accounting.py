@@ -22,7 +22,8 @@ from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property
 from itertools import accumulate
 from math import ceil
-from typing import Literal, TypeVar
+from operator import attrgetter, mul
+from typing import Any, Literal, TypeVar
 
 from workers.contract.layout import Layout
 from workers.moe.precision import Precision
@@ -520,34 +521,34 @@ def stage_of(
 
 def _stage(a: Architecture, precision: Precision, layout: Layout, stage: int) -> Stage:
     layers = stage_layers(a.num_layers, layout.pipeline)[stage]
-    kinds: dict[object, tuple[Sheet, int]] = {}
-    copies: dict[object, int] = {}
-    local: dict[int, list[Weight]] = {}
-    of_layer, held = [], 0
-    for index in layers:
-        layer = a.layers[index]
-        kind: object = id(layer)
-        if kind not in local:
-            weights = (*layer.always(), *layer.expert())
-            local[id(layer)] = [_local(weight, layer, layout) for weight in weights]
-        sizes: tuple[int, ...] = ()
-        if precision.scheme is not None:  # which may leave single layers alone
-            sizes = tuple(precision.bytes(weight, index) for weight in local[id(layer)])
-            kind = (id(layer), sizes)
-        if kind not in kinds:
-            sizes = sizes or tuple(precision.bytes(weight) for weight in local[id(layer)])
-            kinds[kind] = _sheet(layer, local[id(layer)], sizes, precision, layout)
-        sheet, size = kinds[kind]
-        of_layer.append(sheet)
-        copies[kind] = copies.get(kind, 0) + 1
-        held += size
+    own = a.layers[layers.start : layers.stop]
+    alike = {id(layer): layer for layer in own}
+    local = {
+        key: [_local(weight, layer, layout) for weight in (*layer.always(), *layer.expert())]
+        for key, layer in alike.items()
+    }
+    kinds: Sequence[tuple[int, tuple[int, ...]]]
+    if precision.scheme is None:
+        kind_of = {key: (key, tuple(map(precision.bytes, local[key]))) for key in alike}
+        kinds = [kind_of[id(layer)] for layer in own]
+    else:  # which may leave single layers alone
+        kinds = [
+            (key, tuple([precision.bytes(weight, index) for weight in local[key]]))
+            for index, key in zip(layers, map(id, own), strict=True)
+        ]
+    copies = Counter(kinds)
+    sheets = {
+        (key, sizes): _sheet(alike[key], local[key], sizes, precision, layout)
+        for key, sizes in copies
+    }
     outside = _outside(a, precision, layout, stage)
     return Stage(
         layers=layers,
-        of_layer=tuple(of_layer),
+        of_layer=tuple([sheets[kind][0] for kind in kinds]),
         outside=outside,
-        sheet=_together([*((kinds[kind][0], n) for kind, n in copies.items()), (outside, 1)]),
-        weight_bytes=held + _ends_bytes(a, precision, layout, stage),
+        sheet=_together([*((sheets[kind][0], n) for kind, n in copies.items()), (outside, 1)]),
+        weight_bytes=sum([n * sheets[kind][1] for kind, n in copies.items()])
+        + _ends_bytes(a, precision, layout, stage),
     )
 
 
@@ -652,15 +653,28 @@ def _together(kinds: Sequence[tuple[Sheet, int]]) -> Sheet:
         for one in sheet.choices:
             choices.setdefault((one.experts, one.top_k, one.replicas), []).append((one, copies))
     return Sheet(
-        **{name: sum([n * getattr(one, name) for one, n in kinds]) for name in _LINEAR},
-        looks=tuple(_merged(found, _LOOK) for found in looks.values()),
-        choices=tuple(_merged(found, _CHOICE) for found in choices.values()),
+        **_sums(kinds, _LINEAR),
+        looks=tuple([_merged(found, _LOOK) for found in looks.values()]),
+        choices=tuple([_merged(found, _CHOICE) for found in choices.values()]),
     )
 
 
-def _merged(found: Sequence[tuple[Piece, int]], linear: Sequence[str]) -> Piece:
-    sums = {name: sum(n * getattr(one, name) for one, n in found) for name in linear}
-    return replace(found[0][0], **sums)
+def _merged(found: Sequence[tuple[Piece, int]], linear: tuple[str, ...]) -> Piece:
+    return replace(found[0][0], **_sums(found, linear))
+
+
+def _sums(found: Sequence[tuple[Any, int]], names: tuple[str, ...]) -> dict[str, Any]:
+    """So many copies of each, field by field."""
+    read, copies = _reader(names), [n for _, n in found]
+    columns = zip(*[read(one) for one, _ in found], strict=True)
+    return {
+        name: sum(map(mul, copies, column)) for name, column in zip(names, columns, strict=True)
+    }
+
+
+@cache
+def _reader(names: tuple[str, ...]) -> attrgetter[tuple[Any, ...]]:
+    return attrgetter(*names)
 
 
 _LOOK = ("score_flops", "latent_flops", "expand_flops", "kv_bytes")
@@ -725,9 +739,10 @@ def _cached_values(attention: Attention, tensor: int) -> int:
 
 
 def _padded(weight: Weight) -> Weight:
-    if weight.cut != "vocab":
+    missing = -weight.shape[0] % VOCAB_PADDING
+    if weight.cut != "vocab" or not missing:
         return weight
-    rows = -(-weight.shape[0] // VOCAB_PADDING) * VOCAB_PADDING
+    rows = weight.shape[0] + missing
     return replace(weight, shape=(rows, *weight.shape[1:]))
 
 

@@ -126,7 +126,7 @@ def bend(config: Mapping[str, Any], model: Model) -> dict[str, Any]:
 
 def _bent(config: Mapping[str, Any], model: Model) -> tuple[Tree, Architecture | None]:
     """The bent configuration, and the structure in it if that had to be read on the way."""
-    bent: Tree = _copied(dict(config))
+    bent = _copied(config)
     structure = None
     asked = {
         key: value
@@ -275,17 +275,14 @@ def _confirm(
     return a
 
 
-def _copied(value: Any) -> Any:
-    """Plain data without anything shared; several times as fast as `copy.deepcopy`."""
-    if isinstance(value, dict):
-        return {key: _copied(inner) for key, inner in value.items()}
-    return [_copied(item) for item in value] if isinstance(value, list) else value
+def _copied(tree: Mapping[str, Any]) -> Tree:
+    """A copy whose blocks, which get other values, are its own; its lists stay shared."""
+    return {key: _copied(v) if isinstance(v, dict) else v for key, v in tree.items()}
 
 
 def _cut_lists(text: Tree, old: int, new: int) -> None:
     """Lists with one item per layer get `new` items, by repetition where there are too few."""
-    text_lists = {key: value for key, value in text.items() if isinstance(value, list)}
-    for key, value in text_lists.items():
+    for key, value in [item for item in text.items() if isinstance(item[1], list)]:
         if key == _DENSE_LAYERS or (key == _MOE_LAYERS and new <= old):
             text[key] = [layer for layer in Fields(text).numbers(key) if layer < new]
         elif key == _MOE_LAYERS:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache, lru_cache
 
 from workers.moe.fields import Fields
 from workers.moe.structure import Architecture, Attention, Cut, Experts, Layer, Part, Weight
@@ -60,20 +60,20 @@ def grouped(
     dim = f.maybe("head_dim", head_dim) or hidden // heads
     q, k, v, o = (_join(path, name) for name in names)
     weights = [
-        _attention(q, (heads * dim, hidden), "out", bias=bias),
-        _attention(k, (kv * dim, hidden), "kv", bias=bias),
-        _attention(v, (kv * dim, hidden), "kv", bias=bias),
-        _attention(o, (hidden, heads * dim), "in", bias=out_bias),
+        _weight("attention", q, (heads * dim, hidden), "out", bias=bias),
+        _weight("attention", k, (kv * dim, hidden), "kv", bias=bias),
+        _weight("attention", v, (kv * dim, hidden), "kv", bias=bias),
+        _weight("attention", o, (hidden, heads * dim), "in", bias=out_bias),
     ]
     if norm:
         sizes = (heads * dim, kv * dim) if norm_whole else (dim, dim)
         cuts: tuple[Cut, Cut] = ("out", "kv") if norm_cut else ("none", "none")
         weights += (
-            _attention(_join(path, name), (size,), cut)
+            _weight("attention", _join(path, name), (size,), cut)
             for name, size, cut in zip(norm, sizes, cuts, strict=True)
         )
     if sinks:
-        weights.append(_attention(_join(path, "sinks"), (heads,), "out"))
+        weights.append(_weight("attention", _join(path, "sinks"), (heads,), "out"))
     return Attention(heads=heads, kv_heads=kv, qk_dim=dim, v_dim=dim, weights=tuple(weights))
 
 
@@ -89,12 +89,12 @@ def latent(f: Fields, *, q_rank: int | None = 1536, kv_rank: int = 512) -> Atten
     q: tuple[Weight, ...]
     if compressed := f.maybe("q_lora_rank", q_rank):
         q = (
-            _attention("self_attn.q_a_proj", (compressed, hidden), "none", bias=bias),
-            _attention("self_attn.q_a_layernorm", (compressed,), "none"),
-            _attention("self_attn.q_b_proj", (queries, compressed), "out"),
+            _weight("attention", "self_attn.q_a_proj", (compressed, hidden), "none", bias=bias),
+            _weight("attention", "self_attn.q_a_layernorm", (compressed,), "none"),
+            _weight("attention", "self_attn.q_b_proj", (queries, compressed), "out"),
         )
     else:
-        q = (_attention("self_attn.q_proj", (queries, hidden), "out"),)
+        q = (_weight("attention", "self_attn.q_proj", (queries, hidden), "out"),)
     return Attention(
         heads=heads,
         kv_heads=heads,
@@ -104,10 +104,16 @@ def latent(f: Fields, *, q_rank: int | None = 1536, kv_rank: int = 512) -> Atten
         rope=rope,
         weights=(
             *q,
-            _attention("self_attn.kv_a_proj_with_mqa", (rank + rope, hidden), "none", bias=bias),
-            _attention("self_attn.kv_a_layernorm", (rank,), "none"),
-            _attention("self_attn.kv_b_proj", (heads * (nope + v_dim), rank), "out"),
-            _attention("self_attn.o_proj", (hidden, heads * v_dim), "in", bias=bias),
+            _weight(
+                "attention",
+                "self_attn.kv_a_proj_with_mqa",
+                (rank + rope, hidden),
+                "none",
+                bias=bias,
+            ),
+            _weight("attention", "self_attn.kv_a_layernorm", (rank,), "none"),
+            _weight("attention", "self_attn.kv_b_proj", (heads * (nope + v_dim), rank), "out"),
+            _weight("attention", "self_attn.o_proj", (hidden, heads * v_dim), "in", bias=bias),
         ),
     )
 
@@ -156,9 +162,9 @@ def routed(
     transformers keeps it as a buffer in most families.
     """
     experts, expert_width = f.whole(*num), f.whole(*width)
-    weights = [Weight(name=f"{path}.{router}", part="router", shape=(experts, f.hidden), bias=bias)]
+    weights = [_weight("router", _join(path, router), (experts, f.hidden), bias=bias)]
     if correction:
-        weights.append(Weight(name=f"{path}.{correction}", part="router", shape=(experts,)))
+        weights.append(_weight("router", _join(path, correction), (experts,)))
     return Experts(
         num=experts,
         top_k=f.whole(*top_k),
@@ -221,10 +227,12 @@ def stack(
         moe = experts if experts is not None and sparse(i) else None
         kind = (window, moe is not None)
         if kind not in kinds:
+            chunked = attention.chunked and window is not None
+            alike = (window, chunked) == (attention.window, attention.chunked)
             kinds[kind] = Layer(
-                attention=replace(
-                    attention, window=window, chunked=attention.chunked and window is not None
-                ),
+                attention=attention
+                if alike
+                else replace(attention, window=window, chunked=chunked),
                 norms=norms,
                 dense=() if moe else dense,
                 experts=moe,
@@ -283,21 +291,16 @@ def decoder(
         tied = outer.flag("tie_word_embeddings", default=f.flag("tie_word_embeddings"))
     after = vectors("norm", hidden, "model.norm") if final is None else final
     if tied and head_bias:
-        after += (Weight(name="lm_head", part="head", shape=(vocab,), cut="vocab"),)
+        after += (_weight("head", "lm_head", (vocab,), "vocab"),)
     return Architecture(
         family=f.word("model_type"),
         exact=exact,
         hidden_size=hidden,
         vocab_size=vocab,
         layers=layers,
-        embedding=(
-            Weight(name=embedding, part="embedding", shape=(vocab, hidden), cut="vocab"),
-            *extra,
-        ),
+        embedding=(_weight("embedding", embedding, (vocab, hidden), "vocab"), *extra),
         final=after,
-        head=Weight(
-            name="lm_head", part="head", shape=(vocab, hidden), bias=head_bias, cut="vocab"
-        ),
+        head=_weight("head", "lm_head", (vocab, hidden), "vocab", bias=head_bias),
         tied=tied,
         apart=apart,
         config=outer.config,
@@ -305,9 +308,12 @@ def decoder(
 
 
 @lru_cache(maxsize=4096)
-def _attention(name: str, shape: tuple[int, ...], cut: Cut, *, bias: bool = False) -> Weight:
-    return Weight(name=name, part="attention", shape=shape, bias=bias, cut=cut)
+def _weight(
+    part: Part, name: str, shape: tuple[int, ...], cut: Cut = "none", *, bias: bool = False
+) -> Weight:
+    return Weight(name=name, part=part, shape=shape, bias=bias, cut=cut)
 
 
+@cache
 def _join(*names: str) -> str:
     return ".".join(name for name in names if name)

@@ -101,7 +101,8 @@ class Fields:
     def part(self, *keys: str) -> Fields:
         """A nested configuration; empty where there is none."""
         for key in keys:
-            if isinstance(value := self.config.get(key), Mapping):
+            value = self.config.get(key)
+            if value is not None and isinstance(value, Mapping):
                 return Fields(value)
         return Fields({})
 

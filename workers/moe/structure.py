@@ -51,7 +51,7 @@ class Weight:
     @property
     def params(self) -> int:
         """Numbers in it, bias included."""
-        return self.values + (self.shape[0] if self.bias else 0)
+        return math.prod(self.shape) + (self.shape[0] if self.bias else 0)
 
     @property
     def multiplies(self) -> bool:
