@@ -22,7 +22,7 @@ from orchestrator import fields
 from orchestrator.errors import Place, did_you_mean
 from orchestrator.where import Constraint, compile_constraint
 from orchestrator.yamltext import MAX_DEPTH, MAX_TEXT, Node, read_file, read_text
-from workers.secrecy import hide_arguments
+from workers.secrecy import hide, hide_arguments
 
 SECTIONS = ("base", "grid", "zip", "cases", "where")
 """What a file, a profile and an override may give."""
@@ -153,7 +153,10 @@ def _unknown_section(key: str, allowed: Sequence[str]) -> str:
 
 def list_of(node: Node, *, may_be_empty: bool = False) -> list[Node]:
     if not isinstance(node.value, list):
-        raise node.place.error(f"expected a list, but found {fields.describe(node.value)}")
+        value = node.value
+        if isinstance(value, str):
+            value = hide(value, (node.place.key or "").partition("=")[0])
+        raise node.place.error(f"expected a list, but found {fields.describe(value)}")
     if not node.value and not may_be_empty:
         raise node.place.error("the list is empty; fill it, or leave the key out")
     return node.value

@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from orchestrator.errors import did_you_mean, one_line
 from orchestrator.yamltext import Node, scalar
+from workers.contract.engine import REMOTE_CODE, SAY_IT
 from workers.contract.trial import Trial
 
 HIDDEN_SIZE = "model.hidden_size"
@@ -129,6 +130,8 @@ def check(key: str, node: Node) -> Field:
     field = find(key)
     if field is None:
         raise node.place.error(unknown(key))
+    if key == f"engine.args.{REMOTE_CODE}":
+        raise node.place.error(f"not here: {SAY_IT}")
     if key != field.key or (field.optional and node.value is None):
         return field
     if field.kind == "block" and isinstance(node.value, dict):

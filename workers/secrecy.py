@@ -13,6 +13,7 @@ any other. Secrets belong into environment variables with a plain name: `HF_TOKE
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -136,23 +137,33 @@ def is_secret(key: str, value: Any) -> bool:
     return not all(map(_NUMBER.fullmatch, text.strip("[] ").split(",")))
 
 
-def scrub(folder: Path, known: Collection[str]) -> None:
+def scrub(folder: Path, known: Collection[str]) -> list[Path]:
     """Overwrites secrets in the log files of a folder, in place.
 
     A file keeps its length, so a process that goes on writing to it is not disturbed. Files
     that have not changed since the last time are passed over; those that a killed run left
     are not.
+
+    Returns:
+        Files that could not be looked at or written to.
     """
     stamp = folder / STAMP
     since = stamp.stat().st_mtime if stamp.exists() else 0.0
     began = time.time()
     if not folder.is_dir():
-        return
+        return []
+    left = []
     for path in sorted(folder.rglob("*.log")):
-        if path.is_file() and not path.is_symlink() and path.stat().st_mtime >= since:
-            _overwrite(path, known)
-    stamp.touch()
-    os.utime(stamp, (began, began))
+        try:
+            if path.is_file() and not path.is_symlink() and path.stat().st_mtime >= since:
+                _overwrite(path, known)
+        except OSError:
+            left.append(path)
+    if not left:
+        with contextlib.suppress(OSError):  # without it they are looked at again
+            stamp.touch()
+            os.utime(stamp, (began, began))
+    return left
 
 
 def _segments(key: str) -> list[list[str]]:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import io
 import itertools
 import json
@@ -38,11 +39,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import yaml
+
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 1.0
 """CPU time of one input."""
 HANG_S = 10.0
-"""Wall time after which an input is cut off, so that the others can run."""
+"""CPU time after which an input is cut off, so that the others can run."""
+STUCK_S = 120.0
+"""Wall time after which it is, seconds: on a busy machine an input may wait for its turn."""
 MEMORY_BYTES = 4 * 2**30
 """Address space of the process: what asks for more gets a MemoryError, which is a failure."""
 MOST_POINTS = 2_000
@@ -137,6 +142,9 @@ BYTES = [
     *(b'"', b"[", b"]", b"{", b"}", b",", b"\x1b[2J", b"\xe2\x80\xae", b"\\", b"${", b"}", b"= "),
     *(b"9" * 25, b"[" * 60, b"{a: " * 40, b"\xc3\x28", b"\xf0\x9f\x92\xa3", SPLIT),
 ]
+
+
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 class Failure(AssertionError):
@@ -265,13 +273,17 @@ class Target:
         try:
             status = _explained(request, dry_run=True)
             if status == 0:
-                self._open(self._sweep.load(self._file, arguments, profile).name)
+                self._open(sys.stdout.getvalue())  # type: ignore[attr-defined]
         finally:
             self._sweep.MAX_POINTS = before
         return status
 
-    def _open(self, name: str) -> None:
+    def _open(self, plan: str) -> None:
         """Makes the dataset of a sweep, as its first run would."""
+        told = re.search(r'^\{"sweep": "([^"]*)"|^sweep ([^,]*), profile', plan, re.MULTILINE)
+        if told is None:
+            raise Failure("a plan without the sweep's name")
+        name = told[1] or told[2]
         if name not in self._names:
             self._names.add(name)
             self._dataset.open(self._out, name).close()
@@ -300,15 +312,20 @@ def _no_constant(word: str) -> None:
 @contextlib.contextmanager
 def _cut_off() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
-        raise Failure(f"hang: more than {HANG_S:.0f} s in {frame.f_code.co_name if frame else '?'}")
+        raise Failure(f"hang in {frame.f_code.co_name if frame else '?'}")
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, HANG_S)
+    timers = (
+        (signal.SIGPROF, signal.ITIMER_PROF, HANG_S),
+        (signal.SIGALRM, signal.ITIMER_REAL, STUCK_S),
+    )
+    handlers = [signal.signal(number, stop) for number, _, _ in timers]
+    before = [signal.setitimer(timer, seconds) for _, timer, seconds in timers]
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        for (number, timer, _), handler, old in zip(timers, handlers, before, strict=True):
+            signal.setitimer(timer, *old)
+            signal.signal(number, handler)
 
 
 # --- making inputs
@@ -380,12 +397,10 @@ class Mutator:
         return b"\n".join(lines)
 
     def _tree(self, data: bytes) -> bytes:
-        import yaml
-
         rng = self._rng
         text, *overrides = data.split(SPLIT)
         try:
-            tree = yaml.safe_load(text)
+            tree = yaml.load(text, Loader=_LOADER)  # noqa: S506  a safe one, in C if it can be
             # Aliases of a hostile seed stand for a billion values.
             list(itertools.islice(_spots(tree), 2_000))
         except Exception:  # noqa: BLE001  not a tree any more: the bytes are changed elsewhere
@@ -562,6 +577,10 @@ def by_chance(target: Target, number: int, seed: int, failures: Path) -> int:
                 print(f"FAILED {failure}", flush=True)
                 failures.mkdir(parents=True, exist_ok=True)
                 (failures / f"{seed}-{len(kinds)}.input").write_bytes(data)
+        if count % 1_000 == 0:
+            # A plan freezes what it leaves, garbage too: right for a process that makes one.
+            gc.unfreeze()
+            gc.collect()
         if count % 10_000 == 0 or count == number:
             print(
                 f"{count:>8,} inputs  {time.monotonic() - began:5.0f} s  "

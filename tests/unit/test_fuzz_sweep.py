@@ -6,6 +6,7 @@ grammar's own words, so that they get past the first check.
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from orchestrator.errors import Place, SweepError
 from orchestrator.grid import expand
 from orchestrator.sweep import load
 from orchestrator.where import NoAnswer, compile_constraint
+from tests.faults.fuzz_sweep import SPLIT, Failure, Target, inputs, seeds, watch
 
 PATIENCE_S = 1.0
 """CPU time that one document may take."""
@@ -231,3 +233,54 @@ def test_constraints(text: str) -> None:
         constraint = compile_constraint(text, Place(Path("s.yaml"), 1, "where[0]"))
         with suppress(NoAnswer):
             assert constraint.holds(known.get) in (True, False)
+
+
+# The command line's own door, as `tests/faults/fuzz_sweep.py` opens it a hundred thousand times.
+
+
+def test_changed_sweeps_end_in_a_plan_or_in_one_line(tmp_path: Path) -> None:
+    watch()
+    target = Target(tmp_path)
+    for data in itertools.islice(inputs(7), 300):
+        target.run(data)
+    assert target.statuses[0] >= 15 and target.statuses[2] >= 150
+    assert set(target.statuses) == {0, 2}
+    assert len(target.messages) > 50
+
+
+def test_the_fuzzer_would_notice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A traceback, a file outside the folder, a message of two lines, an input that is slow."""
+    from orchestrator import request
+
+    watch()
+    (tmp_path / "in").mkdir()
+    target = Target(tmp_path / "in")
+    outside = tmp_path / "outside"
+    broken = {
+        "traceback": lambda *_: {}["no such key"],
+        "outside the folder": lambda *_: outside.write_text("x"),
+        "slow": lambda *_: _burn(1.2),
+    }
+    for kind, does in broken.items():
+
+        def prepare(*asked: Any, does: Any = does) -> Any:
+            does()
+            raise SweepError("refused")
+
+        monkeypatch.setattr(request, "prepare", prepare)
+        with pytest.raises(Failure, match=kind):
+            target.run(b"name: a")
+    assert outside.exists(), "watched, not prevented"
+
+
+def _burn(seconds: float) -> None:
+    start = time.process_time()
+    while time.process_time() < start + seconds:
+        pass
+
+
+def test_inputs_are_many_and_the_same_each_time() -> None:
+    first = list(itertools.islice(inputs(3), 200))
+    assert first == list(itertools.islice(inputs(3), 200))
+    assert len(set(first)) > 190
+    assert any(SPLIT in one for one in first) and set(seeds()) <= set(first)

@@ -8,6 +8,9 @@ from typing import Any, Literal
 from workers.contract.validate import at_least, named, positive
 
 EngineKind = Literal["vllm", "transformers", "endpoint", "roofline"]
+REMOTE_CODE = "trust_remote_code"
+"""An argument that would let a checkpoint's own code run behind the record's back."""
+SAY_IT = f"write model.{REMOTE_CODE}, which stands in the record"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,6 +49,8 @@ class EngineSettings:
     def __post_init__(self) -> None:
         if self.memory_limit_gib is not None:
             positive("engine.memory_limit_gib", self.memory_limit_gib)
+        if REMOTE_CODE in self.args:
+            raise ValueError(f"engine.args holds {REMOTE_CODE}: {SAY_IT}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
