@@ -8,13 +8,14 @@ the folders hold whole Arrow IPC files of one schema and nothing else, which is 
 samples and activations are renamed before its record, so a record that can be seen has
 its raw data beside it: the record is the commit point.
 
-Thousands of one-row files would be slow to open, so small ones are merged now and then.
-A merged file names in its IPC schema metadata the files that it replaces. They are
-deleted only after it is in place, and whoever opens the dataset next finishes a deletion
-that was cut short, so a crash at any instruction loses nothing. Between the rename and
-the last deletion (milliseconds) a reader can meet rows twice, never less than once, and
-knows them by `KEYS`; a reader that listed the folder just before gets "file not found"
-and reads again.
+Thousands of one-row files would be slow to open, so small ones are merged now and then:
+commits with one another, and what came of that when there is much of it, so that a row is
+rewritten a few times however many follow it. A merged file names in its IPC schema metadata
+the files that it replaces. They are deleted only after it is in place, and whoever opens the
+dataset next finishes a deletion that was cut short, so a crash at any instruction loses
+nothing. Between the rename and the last deletion (milliseconds) a reader can meet rows twice,
+never less than once, and knows them by `KEYS`; a reader that listed the folder just before
+gets "file not found" and reads again.
 
 A file that nobody here wrote, or that a broken disk has torn, is moved to `quarantine/`
 with a warning: one bad file costs the trials in it, not the resume of a whole night.
@@ -42,9 +43,11 @@ from workers.contract.outcome import OUTCOMES, Outcome
 from workers.contract.record import SCHEMA_VERSION, TABLES
 
 SMALL_FILES = 64
-"""A table with more small files than this is compacted."""
+"""Small files of a table, commits or merged ones, beyond which they are merged."""
 SMALL_BYTES = 4 * 2**20
 """Files below this size count as small; 65 of them are merged in memory."""
+RECENT_BYTES = 2**16
+"""A commit up to this size is remembered until it is merged, so that it need not be read."""
 REPLACES = b"replaces"
 """IPC schema metadata key: JSON list of the file names that a merged file replaces."""
 KEYS: Mapping[str, tuple[str, ...]] = {
@@ -93,6 +96,9 @@ class Dataset:
         self._token = secrets.token_hex(4)
         self._commits = 0
         self._small = dict.fromkeys(TABLES, 0)
+        """Small files, merged ones on the way aside."""
+        self._recent: dict[Path, pa.RecordBatch] = {}
+        """What lies in files that this driver wrote."""
 
     @classmethod
     def open(cls, out: Path, sweep: str) -> Dataset:
@@ -187,8 +193,10 @@ class Dataset:
             raise
         for table, path in targets.items():
             self._small[table] += _is_small(path.stat().st_size)
+            if batches[table].nbytes <= RECENT_BYTES:
+                self._recent[path] = batches[table]
         if max(self._small.values()) > SMALL_FILES:
-            self._compact_or_warn()
+            self._compact_or_warn(step=True)
 
     def compact(self) -> None:
         """Merges the small files of each table into one, and brings old files up to date.
@@ -196,9 +204,7 @@ class Dataset:
         Raises:
             StoreError: if the disk refuses it; the rows are all still there.
         """
-        for table in TABLES:
-            with _explained("compact", self.folder / table):
-                self._compact(table)
+        self._compact_all(step=False)
 
     def finished(self, columns: Sequence[str] | None = None) -> pl.DataFrame:
         """The terminal records so far, each (run, trial, attempt) once, in no fixed order.
@@ -269,21 +275,31 @@ class Dataset:
             os.close(self._lock)
             self._lock = None
 
-    def _compact_or_warn(self) -> None:
+    def _compact_or_warn(self, *, step: bool = False) -> None:
         """Rows are safe without a merge, so a merge that fails is no reason to stop."""
         try:
-            self.compact()
+            self._compact_all(step=step)
         except StoreError as error:
             self.warnings.append(f"small files are left unmerged for now: {error}")
             self._small = dict.fromkeys(TABLES, 0)
+            self._recent.clear()
 
-    def _compact(self, table: str) -> None:
+    def _compact_all(self, *, step: bool) -> None:
+        for table in TABLES:
+            with _explained("compact", self.folder / table):
+                self._compact(table, step=step)
+
+    def _compact(self, table: str, *, step: bool = False) -> None:
+        """Merges all small files; in a step on the way, merged ones only if they are many."""
         files = self._files(table)
         small = [file for file in files if _is_small(file.bytes)]
+        commits = [file for file in small if not file.replaces]
+        if step and len(small) - len(commits) <= SMALL_FILES:
+            small = commits
         if len(small) > 1:
             self._merge(table, small)
         for file in files:
-            if not file.current and (not _is_small(file.bytes) or len(small) == 1):
+            if not file.current and (file not in small or len(small) == 1):
                 self._merge(table, [file])
         self._small[table] = min(len(small), 1)
 
@@ -296,6 +312,7 @@ class Dataset:
             self._put(table, name, merged.to_batches(2**16), [path.name for path in whole])
             for path in whole:
                 path.unlink()
+                self._recent.pop(path, None)
 
     def _put(
         self, table: str, name: str, batches: Sequence[pa.RecordBatch], replaces: Sequence[str]
@@ -314,7 +331,7 @@ class Dataset:
         found: dict[str, _File] = {}
         for path in sorted((self.folder / table).iterdir()):
             try:
-                found[path.name] = _inspect(path, table)
+                found[path.name] = self._written(path) or _inspect(path, table)
             except _NotOurs as error:
                 self._set_aside(path, error)
         replaced: set[str] = set()
@@ -329,10 +346,19 @@ class Dataset:
             found.pop(name).path.unlink()
         return list(found.values())
 
+    def _written(self, path: Path) -> _File | None:
+        """A file that this driver wrote and remembers."""
+        if path not in self._recent:
+            return None
+        return _File(path=path, bytes=path.stat().st_size, replaces=(), current=True)
+
     def _table(
         self, file: _File, table: str, columns: Sequence[str] | None = None
     ) -> pa.Table | None:
         """The rows of a file under today's schema; None if it had to be set aside."""
+        recent = self._recent.get(file.path)
+        if recent is not None and columns is None:
+            return pa.Table.from_batches([recent]).cast(TABLES[table])
         try:
             return _read(file.path, table, columns)
         except _NotOurs as error:

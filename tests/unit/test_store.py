@@ -155,10 +155,58 @@ def test_many_commits_are_merged_on_the_way(
     for i in range(20):
         dataset.commit("r1", records=records(record(f"t{i}")))
         most = max(most, len(list(dataset.records.iterdir())))
-    assert most == 4
+    assert most == 7  # three merged files and four commits
     assert len(dataset.finished()) == 20
     dataset.close()
     assert len(list(dataset.records.iterdir())) == 1
+
+
+def test_a_row_is_rewritten_a_few_times_however_many_follow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "SMALL_FILES", 4)
+    written = 0
+    put = Dataset._put
+
+    def counting(self: Dataset, table: str, name: str, batches: Any, replaces: Any) -> None:
+        nonlocal written
+        written += sum(batch.num_rows for batch in batches)
+        put(self, table, name, batches, replaces)
+
+    monkeypatch.setattr(Dataset, "_put", counting)
+    most = 0
+    with Dataset.open(tmp_path, "s") as dataset:
+        for i in range(100):
+            dataset.commit("r1", records=records(record(f"t{i}")))
+            most = max(most, len(list(dataset.records.iterdir())))
+    assert most <= 8
+    assert written < 6 * 100  # and 1,300 where each merge takes all that is small
+    with Dataset.open(tmp_path, "s") as dataset:
+        assert set(dataset.finished()["trial_id"]) == {f"t{i}" for i in range(100)}
+
+
+def test_what_is_merged_from_memory_is_what_was_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frames = []
+    for remembered in (0, store.RECENT_BYTES):
+        monkeypatch.setattr(store, "RECENT_BYTES", remembered)
+        with Dataset.open(tmp_path / str(remembered), "s") as dataset:
+            for i in range(5):
+                dataset.commit("r1", records=records(record(f"t{i}")), samples=samples(f"t{i}"))
+            assert len(dataset._recent) == (10 if remembered else 0)
+            dataset.compact()
+            assert not dataset._recent
+            (merged,) = dataset.records.iterdir()
+            with pa.OSFile(str(merged)) as source:
+                schema = pa.ipc.open_file(source).schema
+            assert schema.equals(RECORDS)
+            assert len(json.loads(schema.metadata[REPLACES])) == 6  # and the empty one
+        frames.append(
+            [pl.read_ipc(path / "*.arrow") for path in (dataset.records, dataset.samples)]
+        )
+    for one, other in zip(*frames, strict=True):
+        assert one.sort("trial_id").equals(other.sort("trial_id"))
 
 
 def test_large_files_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
