@@ -17,7 +17,7 @@ from workers.contract.outcome import OUTCOMES, Outcome
 
 if TYPE_CHECKING:
     from orchestrator.plan import Plan
-    from orchestrator.request import Request
+    from orchestrator.request import Request, SideBySide
     from orchestrator.run import Summary
 
 PIPE_WIDTH = 120
@@ -65,6 +65,14 @@ def _outcomes(ctx: click.Context, param: click.Parameter, value: str) -> frozens
     help="Run points too that need no less memory than one that ran out of it; those that an "
     "earlier run skipped are run now.",
 )
+@click.option(
+    "--side-by-side",
+    type=click.Choice(["check", "always", "never"]),
+    default="check",
+    show_default=True,
+    help="Engines on one machine at the same time, each on GPUs of its own: where a check shows "
+    "that figures stay within 2 %, always, or never.",
+)
 def main(
     sweep: Path,
     overrides: tuple[str, ...],
@@ -78,6 +86,7 @@ def main(
     rerun: frozenset[Outcome],
     limit: int | None,
     no_skip: bool,
+    side_by_side: SideBySide,
 ) -> None:
     """Measures every point of a sweep and keeps the records as an Arrow dataset.
 
@@ -100,6 +109,7 @@ def main(
         rerun=rerun | {"skipped"} if no_skip else rerun,
         limit=limit,
         no_skip=no_skip,
+        side_by_side=side_by_side,
         plain=plain,
         json=as_json,
     )

@@ -116,7 +116,17 @@ class Overdue:
     at: float = 0.0
 
 
-Event = TrialEnded | GroupEnded | LaneLost | NodeLost | NodeJoined | Overdue
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checked:
+    """A node was checked for engines side by side."""
+
+    node_id: str
+    side_by_side: bool
+    """They measure what each measures alone."""
+    at: float = 0.0
+
+
+Event = TrialEnded | GroupEnded | LaneLost | NodeLost | NodeJoined | Overdue | Checked
 
 
 # --- commands: what to do
@@ -181,7 +191,19 @@ class Request:
     needs: tuple[Need, ...]
 
 
-Command = Open | Assign | Close | Blame | Skip | Abandon | Request
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Check:
+    """Find out whether engines side by side on a node measure what each measures alone. The
+    whole node is free for it."""
+
+    node_id: str
+    lanes: tuple[Lane, ...]
+    """One for each engine."""
+    group: Group
+    """One trial, which each of them runs."""
+
+
+Command = Open | Assign | Close | Blame | Skip | Abandon | Request | Check
 
 
 def nodes_of(lane: Lane) -> tuple[str, ...]:
@@ -190,7 +212,8 @@ def nodes_of(lane: Lane) -> tuple[str, ...]:
 
 
 _EVENTS: Mapping[str, type[Any]] = {
-    one.__name__: one for one in (TrialEnded, GroupEnded, LaneLost, NodeLost, NodeJoined, Overdue)
+    one.__name__: one
+    for one in (TrialEnded, GroupEnded, LaneLost, NodeLost, NodeJoined, Overdue, Checked)
 }
 
 
@@ -229,6 +252,8 @@ def brief(command: Command) -> str:
             return f"{word} {group.group_id}, {len(group.trials)} trials"
         case Skip(witness=witness, group=group):
             return f"skip {group.group_id}, {len(group.trials)} trials, by {witness}"
+        case Check(node_id=node_id, lanes=lanes):
+            return f"check {node_id}: {len(lanes)} engines"
         case Request(needs=needs):
             return "request " + ", ".join(
                 f"{need.groups} x {need.devices} {need.device_class or 'any'}" for need in needs

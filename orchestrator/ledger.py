@@ -67,6 +67,8 @@ class Machine:
     ends: dict[int, tuple[float, int]] = field(default_factory=dict)
     """Lane → predicted end, and devices that it gives back then."""
     reserved: bool = False
+    side_by_side: bool | None = True
+    """Several lanes may be there at once; null: to be checked, and until then one at a time."""
     soonest: float = 0.0
     """When as many devices will be free as the ledger's widest waiting gang needs."""
 
@@ -109,8 +111,8 @@ class Ledger:
         self._wanted = 0
         self._heap: list[tuple[float, str]] = []
 
-    def join(self, node: Node) -> None:
-        machine = Machine(node, node.devices)
+    def join(self, node: Node, side_by_side: bool | None = True) -> None:
+        machine = Machine(node, node.devices, side_by_side=side_by_side)
         self.machines[node.node_id] = machine
         self._shelve(machine)
         self._count()

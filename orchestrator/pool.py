@@ -12,17 +12,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import ray
 
 from orchestrator.cluster import Cluster
-from orchestrator.events import Lane
+from orchestrator.events import Check, Lane
 from orchestrator.placement import Placement, on_node
 from orchestrator.plan import Group
-from workers.actor import EngineHost
+from workers.actor import EngineHost, check_packing
 from workers.contract.engine import EngineKind
 from workers.contract.errors import Crashed, OutOfMemory, TimedOut, TrialError
 from workers.contract.job import Job, Ticket
@@ -31,9 +31,12 @@ from workers.contract.outcome import OomStage
 from workers.failures import from_log
 from workers.forks import tail
 from workers.memory import shared_segments
+from workers.packing import Packing
 
 GRACE_S = 30.0
 """Silence allowed to an engine beyond a trial's own deadline, for slow disks, seconds."""
+CHECK_POLL_S = 0.1
+"""Wait between two looks at the checks of nodes, seconds."""
 HOST_GRACE_S = 150.0
 """Silence allowed to a host beyond that: for imports, devices that Ray grants late, and a GPU
 that is slow to be free, seconds."""
@@ -51,7 +54,15 @@ class Lost:
     lives: bool = False
 
 
-Happening = Progress | Finished | Released | Lost
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Compared:
+    """Engines were run side by side on a node, and alone."""
+
+    node_id: str
+    packing: Packing
+
+
+Happening = Progress | Finished | Released | Lost | Compared
 
 
 class _Host:
@@ -118,15 +129,42 @@ class Pool:
         kinds: Sequence[EngineKind],
     ):
         self._cluster = cluster
-        self._names = {"sweep": sweep, "run_id": run_id, "profile": profile}
+        self._names: dict[str, Any] = {"sweep": sweep, "run_id": run_id, "profile": profile}
         self._logs = logs
         self._kinds = tuple(kinds)
         self._processes: dict[int, _Process] = {}
         self._waiting: dict[str, list[_Host]] = {}
         """Node → hosts without a lane."""
+        self._checks: dict[str, tuple[Any, list[_Process]]] = {}
+        """Node → answer to come of a check, and what takes part."""
+        self._compared: dict[str, Packing | None] = {}
+        """Node on which engines may run side by side → what was found, if it was checked."""
 
     def open(self, lane: Lane) -> None:
         """Reserves a lane's devices, and gives it a host."""
+        self._processes[lane.lane_id] = self._opened(lane)
+
+    def share(self, node_id: str, packing: Packing | None = None) -> None:
+        """Notes that engines may run side by side on a node, and what shows it."""
+        self._compared[node_id] = packing
+
+    def check(self, check: Check) -> None:
+        """Has engines run side by side and alone; `poll` tells what came of it."""
+        taking_part = [self._opened(lane) for lane in check.lanes]
+        (one,) = check.group.trials
+        local = check.node_id == self._cluster.driver_node
+        job = self.job(check.group, {one.trial_id: 1}, local=local)
+        if job.log is not None:
+            job = replace(job, log=str(Path(job.log).with_name("side-by-side.log")))
+        answer = check_packing.remote(
+            [process.host.actor for process in taking_part],
+            [process.placement.devices for process in taking_part],
+            job,
+            one.trial.measure.timeout_s + GRACE_S,
+        )
+        self._checks[check.node_id] = (answer, taking_part)
+
+    def _opened(self, lane: Lane) -> _Process:
         placement = Placement(lane, {node.node_id: node for node in self._cluster.nodes})
         if lane.node_id is None:
             host = _Host(self._kinds, placement.within(captures=True))
@@ -134,7 +172,7 @@ class Pool:
             host = waiting.pop(0)
         else:
             host = _Host(self._kinds, on_node(lane.node_id))
-        self._processes[lane.lane_id] = _Process(lane, placement, host)
+        return _Process(lane, placement, host)
 
     def stand_by(self, lanes: Mapping[str, int]) -> None:
         """Starts hosts ahead of the lanes that will need them, one at a time on each node.
@@ -155,6 +193,8 @@ class Pool:
         """Gives a group to an idle lane."""
         process = self._processes[lane_id]
         job = self.job(group, attempts, local=process.lane.node_id == self._cluster.driver_node)
+        if not group.predicts:
+            job = replace(job, **self._neighbours(process.lane))
         process.log = job.log
         process.stage, process.trial_id = "load", None
         process.heard_at = time.monotonic()
@@ -190,6 +230,9 @@ class Pool:
     def poll(self, timeout_s: float) -> Iterator[tuple[int, Happening]]:
         """What happened, as (lane, happening); waits for the first at most `timeout_s`."""
         streams = {id(one.stream): one for one in self._processes.values() if one.stream}
+        if self._checks:
+            yield from self._checked()
+            timeout_s = min(timeout_s, CHECK_POLL_S)
         if not streams:
             time.sleep(timeout_s)
             return
@@ -231,8 +274,10 @@ class Pool:
         machine, it is removed here.
         """
         process = self._processes.pop(lane_id, None)
-        if process is None:
-            return
+        if process is not None:
+            self._end(process)
+
+    def _end(self, process: _Process) -> None:
         node_id = process.lane.node_id
         if node_id is not None and process.usable and process.stream is None:
             self._waiting.setdefault(node_id, []).append(process.host)
@@ -246,15 +291,48 @@ class Pool:
     def forget(self, node_id: str) -> None:
         """The hosts without a lane of a node that is gone."""
         self._waiting.pop(node_id, None)
+        if node_id in self._checks:
+            self._end_check(node_id, usable=False)
 
     def close_all(self) -> None:
         """Ends every lane and every host."""
         for lane_id in list(self._processes):
             self.close(lane_id)
+        for node_id in list(self._checks):
+            self._end_check(node_id, usable=False)
         for hosts in self._waiting.values():
             for host in hosts:
                 ray.kill(host.actor)
         self._waiting.clear()
+
+    def _checked(self) -> Iterator[tuple[int, Happening]]:
+        """Checks that ended."""
+        for node_id, (answer, taking_part) in list(self._checks.items()):
+            if not ray.wait([answer], timeout=0)[0]:
+                continue
+            try:
+                packing: Packing = ray.get(answer)
+            except ray.exceptions.RayError as error:
+                packing = Packing(
+                    unchanged=False, engines=len(taking_part), trial_id="", reason=_short(error)
+                )
+            self._end_check(node_id, usable=packing.ratio is not None)
+            if packing.unchanged:
+                self.share(node_id, packing)
+            yield taking_part[0].lane.lane_id, Compared(node_id=node_id, packing=packing)
+
+    def _end_check(self, node_id: str, *, usable: bool) -> None:
+        _, taking_part = self._checks.pop(node_id)
+        for process in taking_part:
+            process.usable = usable
+            self._end(process)
+
+    def _neighbours(self, lane: Lane) -> dict[str, Any]:
+        """What a record says of other engines on its machine."""
+        if lane.node_id is None or lane.node_id not in self._compared:
+            return {"side_by_side": False}
+        packing = self._compared[lane.node_id]
+        return {"side_by_side": True, "side_by_side_ratio": packing.ratio if packing else None}
 
     def _next(self, process: _Process) -> Happening:
         try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from orchestrator import plan
 from orchestrator.grid import expand
@@ -17,6 +18,7 @@ from workers.contract.outcome import Outcome
 from workers.hardware.device import device
 from workers.hardware.host import describe, device_class
 
+SideBySide = Literal["check", "always", "never"]
 NODE_WAIT_S = 900.0
 """Wait for nodes that are asked for or that went away, seconds, unless the request says."""
 
@@ -35,6 +37,9 @@ class Request:
     limit: int | None = None
     no_skip: bool = False
     """Run trials too that dominance makes pointless."""
+    side_by_side: SideBySide = "check"
+    """Engines on one machine at the same time: where a check shows that they do not change
+    each other's figures, always, or never."""
     plain: bool = False
     json: bool = False
     node_wait_s: float = NODE_WAIT_S

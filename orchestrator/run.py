@@ -47,10 +47,12 @@ from workers.contract.outcome import FAULTS, Outcome
 from workers.hardware import roofline
 from workers.hardware.device import CPU, device
 from workers.hardware.host import Host, device_class
+from workers.packing import Packing
+from workers.secrecy import hide, hide_text, known_secrets, scrub
 
 if TYPE_CHECKING:
     from orchestrator.cluster import Cluster
-    from orchestrator.pool import Pool
+    from orchestrator.pool import Compared, Pool
 
 POLL_S = 0.25
 """Wait for the next message before the display is refreshed, seconds."""
@@ -93,6 +95,7 @@ def execute(request: Request) -> Summary:
     sweep, planned = prepare(request, profile)
     with (
         Dataset.open(request.out, sweep.name) as dataset,
+        _scrubbed(dataset.logs, sweep),
         diverted(dataset.logs / "driver.log") as terminal,
         _interruptible(),
     ):
@@ -126,9 +129,15 @@ class _Run:
         stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
         self._run_id = f"{stamp}-{secrets.token_hex(3)}"
         self._began = time.monotonic()
+        self._known_secrets = known_secrets(sweep.resolved)
         self._settled = self._earlier()
         self._groups, self._infeasible = self._due()
         known = list(self._exhausted())
+        self._packings = self._known_packings()
+        side_by_side = {node_id: one.unchanged for node_id, one in self._packings.items()}
+        check = request.side_by_side != "always"
+        if request.side_by_side == "never":
+            side_by_side = {node.node_id: False for node in cluster.nodes}
         try:
             self._schedule = schedule.Schedule.of(
                 self._groups,
@@ -136,6 +145,8 @@ class _Run:
                 skip=not request.no_skip,
                 known=known,
                 autoscaling=cluster.autoscaling,
+                check=check,
+                side_by_side=side_by_side,
             )
         except schedule.Unplaceable as error:
             raise ClusterError(str(error)) from error
@@ -160,6 +171,9 @@ class _Run:
             logs=dataset.logs,
             kinds=sorted({group.trials[0].trial.engine.kind for group in self._groups}),
         )
+        for node in cluster.nodes:
+            if not node.cpu_only and (not check or side_by_side.get(node.node_id)):
+                self._pool.share(node.node_id, self._packings.get(node.node_id))
         self._made: Counter[Outcome] = Counter()
         self._stranded_at: float | None = None
         self._events = _EventLog(dataset.logs / self._run_id / "events.jsonl")
@@ -177,13 +191,15 @@ class _Run:
                     for one in known
                 ],
                 "autoscaling": cluster.autoscaling,
+                "check": check,
+                "side_by_side": side_by_side,
             }
         )
 
     def execute(self) -> Summary:
         self._open_manifest()
         for warning in self._dataset.warnings:
-            self._display.say(warning)
+            self._say(warning)
         interrupted = False
         try:
             self._write_infeasible()
@@ -211,6 +227,8 @@ class _Run:
         )
 
     def _loop(self) -> None:
+        from orchestrator.pool import Compared
+
         commands = self._schedule.start()
         self._events.write({"event": "started", "commands": list(map(events.brief, commands))})
         self._carry_out(commands)
@@ -225,13 +243,15 @@ class _Run:
                     self._on(_ended(lane_id, happening, self._at()))
                 elif isinstance(happening, Released):
                     if not happening.clean:
-                        self._display.say(f"device not clean, process replaced: {happening.detail}")
+                        self._say(f"device not clean, process replaced: {happening.detail}")
                     self._tracker.heard(lane_id, happening)
                     self._on(
                         events.GroupEnded(lane_id=lane_id, clean=happening.clean, at=self._at())
                     )
+                elif isinstance(happening, Compared):
+                    self._compared(happening)
                 else:
-                    self._display.say(f"process lost: {happening.error}")
+                    self._say(f"process lost: {happening.error}")
                     lost = events.LaneLost(
                         lane_id=lane_id,
                         trial_id=happening.trial_id,
@@ -242,6 +262,10 @@ class _Run:
                     self._on(lost, happening.error)
             self._pool.stand_by(self._schedule.ahead())
             self._display.update(self._tracker.snapshot())
+
+    def _say(self, line: str) -> None:
+        """Shows a line, which may quote what an engine said."""
+        self._display.say(hide_text(line, self._known_secrets))
 
     def _at(self) -> float:
         """Seconds since the start, to the millisecond."""
@@ -258,7 +282,7 @@ class _Run:
         changes = self._cluster.changes()
         for node_id in changes.lost:
             host = self._cluster.hosts[node_id].hostname
-            self._display.say(f"node lost: {host}")
+            self._say(f"node lost: {host}")
             self._pool.forget(node_id)
             in_hand = self._pool.in_hand(node_id)
             self._on(
@@ -266,7 +290,7 @@ class _Run:
                 Crashed(f"the node {host} was lost"),
             )
         for node in changes.joined:
-            self._display.say(f"node joined: {node.hostname}")
+            self._say(f"node joined: {node.hostname}")
             self._stranded_at = None
             self._note_node(node.node_id)
             self._on(events.NodeJoined(node=node, at=self._at()))
@@ -278,7 +302,7 @@ class _Run:
                 f"{need.groups} groups of {need.devices} {need.device_class or 'device(s)'}"
                 for need in self._schedule.stranded
             )
-            self._display.say(f"waiting up to {span(self._request.node_wait_s)} for nodes: {needs}")
+            self._say(f"waiting up to {span(self._request.node_wait_s)} for nodes: {needs}")
         elif time.monotonic() > self._stranded_at + self._request.node_wait_s:
             self._on(events.Overdue(at=self._at()))
 
@@ -303,8 +327,35 @@ class _Run:
                     self._skip(group, witness)
                 case events.Abandon():
                     self._abandon(command)
+                case events.Check(node_id=node_id, lanes=lanes):
+                    host = self._cluster.hosts[node_id].hostname
+                    self._say(f"checking {host}: {len(lanes)} engines side by side and alone")
+                    self._pool.check(command)
                 case events.Request(needs=needs):
                     self._cluster.request(needs)
+
+    def _compared(self, found: Compared) -> None:
+        """Notes what a check of a node found, and goes on there."""
+        node_id, packing = found.node_id, found.packing
+        self._say(f"{self._cluster.hosts[node_id].hostname}: {packing.told()}")
+        self._packings[node_id] = packing
+        self._note_node(node_id)
+        self._on(events.Checked(node_id=node_id, side_by_side=packing.unchanged, at=self._at()))
+
+    def _known_packings(self) -> dict[str, Packing]:
+        """What earlier runs of this dataset found out on the same machines with the same
+        engine. A check that failed is made again."""
+        if self._request.fresh:
+            return {}
+        found: dict[str, Packing] = {}
+        runs = manifest.read(self._dataset.manifest, self._sweep.name)["runs"]
+        for told in (node for run in runs for node in run["environment"]["nodes"].values()):
+            for node_id, host in self._cluster.hosts.items():
+                same = {name: told.get(name) for name in asdict(host)} == hide(asdict(host))
+                packing = told.get("side_by_side")
+                if same and packing is not None and packing["ratio"] is not None:
+                    found[node_id] = Packing(**packing)
+        return found
 
     def _commit(self, finished: Finished) -> None:
         self._dataset.commit(self._run_id, records=finished.record, samples=finished.samples)
@@ -345,7 +396,7 @@ class _Run:
         was found out about the trial: `timeout`, which `--rerun timeout` takes up again."""
         wait = span(self._request.node_wait_s)
         error = TimedOut(f"{given_up.reason}, and no such node came within {wait}")
-        self._display.say(str(error))
+        self._say(str(error))
         attempts = {name: max(1, number) for name, number in given_up.attempts.items()}
         job = self._pool.job(given_up.group, attempts, local=False)
         for ticket in job.tickets:
@@ -444,16 +495,22 @@ class _Run:
             sweep=self._sweep.resolved,
             driver=manifest.environment(),
         )
-        for node_id, host in self._cluster.hosts.items():
-            state = manifest.with_node(state, self._run_id, node_id, asdict(host))
+        for node_id in self._cluster.hosts:
+            state = manifest.with_node(state, self._run_id, node_id, self._told(node_id))
         manifest.write(self._dataset.manifest, state)
 
     def _note_node(self, node_id: str) -> None:
         state = manifest.read(self._dataset.manifest, self._sweep.name)
-        host = asdict(self._cluster.hosts[node_id])
+        told = self._told(node_id)
         manifest.write(
-            self._dataset.manifest, manifest.with_node(state, self._run_id, node_id, host)
+            self._dataset.manifest, manifest.with_node(state, self._run_id, node_id, told)
         )
+
+    def _told(self, node_id: str) -> dict[str, Any]:
+        """What the manifest says of a node."""
+        packing = self._packings.get(node_id)
+        host = asdict(self._cluster.hosts[node_id])
+        return host | ({"side_by_side": asdict(packing)} if packing is not None else {})
 
     def _close_manifest(self) -> None:
         state = manifest.read(self._dataset.manifest, self._sweep.name)
@@ -522,6 +579,21 @@ def _interruptible() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _scrubbed(logs: Path, sweep: Sweep) -> Iterator[None]:
+    """Takes secrets out of the logs, in the end and, where a driver died, in the beginning.
+
+    Engines print their arguments, and nobody can keep them from it.
+    """
+    known = known_secrets(sweep.resolved)
+    scrub(logs, known)
+    try:
+        yield
+    finally:
+        for path in scrub(logs, known):
+            print(f"secrets may be left in {path}: it cannot be written to", file=sys.stderr)
 
 
 @contextmanager

@@ -23,6 +23,10 @@ the node (or nodes) that will be free soonest; there, only groups that are predi
 before that time may still start, and that time is never put off. So narrow groups fill
 what a gang cannot use yet, and none of them keeps it waiting for ever.
 
+Engines side by side on one node must not change what each measures. With `check`, a node on
+which groups could share is checked first (`workers.packing`), and runs one lane at a time
+where neighbours are found to change something. A CPU machine is one device in any case.
+
 When a lane dies, the trial in hand is ended unless the cause lies outside it and a retry
 can mend it; the rest of its group waits again, because nothing is known against it. Death
 while the engine is built ends the whole group. A node that is gone takes its lanes with it.
@@ -32,8 +36,9 @@ No event looks at all groups or all nodes (`orchestrator.ledger`).
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -43,6 +48,8 @@ from orchestrator.events import (
     Abandon,
     Assign,
     Blame,
+    Check,
+    Checked,
     Close,
     Command,
     Event,
@@ -69,6 +76,8 @@ RETRIES = 3
 """Executions of a trial whose lane was lost through no fault of the trial's own."""
 TRUST = 2.0
 """Factor within which a prediction is trusted."""
+CHECK_S = 120.0
+"""What a check of a node is taken to last, seconds."""
 EAGER_LOOKS = 8
 LOOK_S = 5.0
 """After so many, a look through all that waits for trials to skip is taken at most this
@@ -112,6 +121,11 @@ class Schedule:
         """Trial → executions begun."""
         self.autoscaling = False
         self._skips = False
+        self._checks = False
+        self._known: dict[str, bool] = {}
+        """Node → engines may run there side by side."""
+        self._checking: dict[str, int] = {}
+        """Node under check → lane that holds it in the ledger."""
         self._frontiers: dict[str | None, Frontier] = {}
         """What ran out of memory, by class of device."""
         self._looks = 0
@@ -148,6 +162,8 @@ class Schedule:
         skip: bool = True,
         known: Iterable[Exhausted] = (),
         autoscaling: bool = False,
+        check: bool = False,
+        side_by_side: Mapping[str, bool] | None = None,
     ) -> Schedule:
         """The start: everything waits, all devices are free.
 
@@ -157,6 +173,8 @@ class Schedule:
             skip: whether an out-of-memory makes larger trials pointless.
             known: trials that an earlier run found out of memory, on these devices.
             autoscaling: nodes can be asked for, so nothing is unplaceable yet.
+            check: several engines run on a node only where a check allows it.
+            side_by_side: node → what is known of that.
 
         Raises:
             Unplaceable: a group can never run on these nodes.
@@ -164,6 +182,7 @@ class Schedule:
         """
         state = cls()
         state.autoscaling = autoscaling
+        state._checks, state._known = check, dict(side_by_side or {})
         for node in nodes:
             state._join(node)
         state._cpu_only = all(node.cpu_only for node in state.nodes.values())
@@ -224,7 +243,8 @@ class Schedule:
                 continue
             waiting = len(self._waiting)
             for node_id, machine in ledger.machines.items():
-                lanes = 1 if machine.node.cpu_only else machine.node.devices // min(widths)
+                alone = machine.node.cpu_only or machine.side_by_side is False
+                lanes = 1 if alone else machine.node.devices // min(widths)
                 found[node_id] = min(lanes, len(machine.ends) + waiting)
         return found
 
@@ -271,6 +291,8 @@ class Schedule:
                 return self._fill()
             case Overdue():
                 return self._abandon() + self._fill()
+            case Checked(node_id=node_id, side_by_side=allowed):
+                return self._checked(node_id, allowed) + self._fill()
 
     # --- what waits
 
@@ -357,7 +379,10 @@ class Schedule:
         self.nodes[node.node_id] = node
         if node.device_class not in self._ledgers:
             self._ledgers[node.device_class] = Ledger(node.device_class)
-        self._ledgers[node.device_class].join(node)
+        known = self._known.get(node.node_id)
+        if node.cpu_only or node.devices == 1 or not self._checks:
+            known = True if known is None else known
+        self._ledgers[node.device_class].join(node, known)
         self._homes.clear()
 
     def _leave(self, node_id: str, in_hand: set[str]) -> list[Command]:
@@ -366,6 +391,8 @@ class Schedule:
             return []
         ledger = self._ledgers[node.device_class]
         commands: list[Command] = []
+        if (checking := self._checking.pop(node_id, None)) is not None:
+            ledger.give_back(ledger.machines[node_id], checking)
         for lane_id in list(ledger.machines[node_id].ends):
             begun = in_hand.intersection(self._running[lane_id].left)
             commands += self._lost(lane_id, begun, retry=True)
@@ -488,6 +515,9 @@ class Schedule:
             elif machine := self._room(ledger, kind):
                 if skipped := self._skip([-longest[1]]):
                     commands += skipped
+                    return True
+                if machine.side_by_side is None and (check := self._check(ledger, machine)):
+                    commands.append(check)
                     return True
                 self._begin(ledger, machine, kind, longest, commands)
                 return True
@@ -640,8 +670,8 @@ class Schedule:
             ledger.unreserve()
         end = self._now + predicted_s * self._scale()
         for machine, devices in machines:
-            whole = machine.node.devices if machine.node.cpu_only else devices
-            ledger.hold(machine, lane.lane_id, whole, end)
+            alone = machine.node.cpu_only or not (machine.side_by_side or group.predicts)
+            ledger.hold(machine, lane.lane_id, machine.node.devices if alone else devices, end)
         self._running[lane.lane_id] = _Running(
             number=number,
             group=group,
@@ -656,6 +686,49 @@ class Schedule:
             self.attempts[one.trial_id] = self.attempts.get(one.trial_id, 0) + 1
         attempts = {one.trial_id: self.attempts[one.trial_id] for one in group.trials}
         commands.append(Assign(lane_id=lane.lane_id, group=group, attempts=attempts))
+
+    # --- side by side
+
+    def _check(self, ledger: Ledger, machine: Machine) -> Check | None:
+        """A check of an idle node, where two groups that wait could share it.
+
+        As many engines as the node carries of the narrowest that wait, each with the shortest
+        trial of the shortest group: the more often an engine asks the host for work, the more
+        its neighbours can be in the way.
+        """
+        node = machine.node
+        fitting: list[tuple[int, list[int]]] = []
+        for kind, queue in self._queues.items():
+            if queue and ledger in self._home(kind) and kind.devices <= node.devices:
+                measured = [n for n in queue.numbers() if not self._waiting[n].predicts]
+                fitting.append((kind.devices, measured))
+        fitting = sorted((width, numbers) for width, numbers in fitting if numbers)
+        widths = [width for width, numbers in fitting for _ in numbers[:2]]
+        if len(widths) < 2 or widths[0] + widths[1] > node.devices:
+            return None
+        width, numbers = fitting[0]
+        groups = [self._waiting[number] for number in reversed(numbers)]
+        group = next((g for g in groups if g.predicted_oom < len(g.trials)), groups[0])
+        trial = min(group.trials, key=_pass_s)
+        one = group.only([trial.trial_id])
+        assert one is not None
+        lanes = tuple(
+            Lane(lane_id=next(self._lane_ids), node_id=node.node_id, devices=width)
+            for _ in range(node.devices // width)
+        )
+        held = lanes[0].lane_id
+        self._checking[node.node_id] = held
+        ledger.hold(machine, held, node.devices, self._now + CHECK_S)
+        return Check(node_id=node.node_id, lanes=lanes, group=one)
+
+    def _checked(self, node_id: str, allowed: bool) -> list[Command]:
+        held = self._checking.pop(node_id, None)
+        if held is not None:
+            ledger = self._ledgers[self.nodes[node_id].device_class]
+            machine = ledger.machines[node_id]
+            machine.side_by_side = self._known[node_id] = allowed
+            ledger.give_back(machine, held)
+        return []
 
     # --- taking it back
 
@@ -706,6 +779,12 @@ class Schedule:
         return commands
 
 
+def _pass_s(planned: Planned) -> float:
+    """Predicted time of a pass; those that are not predicted to fit come last."""
+    known = planned.prediction
+    return known.e2e_s if known is not None and known.oom is None else math.inf
+
+
 def _by_width(kind: Kind) -> tuple[int, str]:
     return (-kind.devices, kind.device_class or "")
 
@@ -718,12 +797,22 @@ def replay(
     skip: bool = True,
     known: Iterable[Exhausted] = (),
     autoscaling: bool = False,
+    check: bool = False,
+    side_by_side: Mapping[str, bool] | None = None,
 ) -> tuple[Schedule, list[list[Command]]]:
     """The schedule after a history, with the commands of the start and of every event.
 
     Args:
-        groups, nodes, skip, known, autoscaling: as given to `Schedule.of`.
+        groups, nodes, skip, known, autoscaling, check, side_by_side: as given to `Schedule.of`.
         events: in the order in which they happened.
     """
-    state = Schedule.of(groups, nodes, skip=skip, known=known, autoscaling=autoscaling)
+    state = Schedule.of(
+        groups,
+        nodes,
+        skip=skip,
+        known=known,
+        autoscaling=autoscaling,
+        check=check,
+        side_by_side=side_by_side,
+    )
     return state, [state.start(), *(state.on(event) for event in events)]

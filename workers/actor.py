@@ -23,6 +23,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import ray
@@ -33,6 +34,7 @@ from workers.contract.job import Job
 from workers.contract.message import Died, Message, Released
 from workers.forks import EngineDied, Forks
 from workers.hardware.host import Host, describe, gpu_memory_used
+from workers.packing import Packing, compare
 
 CLEAN_BYTES = 256 * 2**20
 """Memory in use on a GPU that still counts as none."""
@@ -50,6 +52,7 @@ class EngineHost:
 
     def __init__(self, kinds: Sequence[EngineKind]) -> None:
         self._forks = Forks(kinds)
+        self._folder: str | None = None
 
     def pid(self) -> int:
         """Process id, for tests that kill it."""
@@ -96,6 +99,58 @@ class EngineHost:
         else:
             detail = "; ".join(problems)
             yield Died(error=died.error, trial_id=died.trial_id, clean=not problems, detail=detail)
+
+    def rehearse(self, job: Job, devices: str | None, patience_s: float) -> None:
+        """Builds an engine that waits to be asked for passes; see `workers.packing`."""
+        self._folder = tempfile.mkdtemp(prefix="moe-group-", dir=job.scratch)
+        self._forks.rehearse(replace(job, scratch=self._folder), devices, patience_s)
+
+    def passes(self, patience_s: float) -> list[float]:
+        """Times of its passes, in seconds."""
+        return self._forks.passes(patience_s)
+
+    def end_rehearsal(self) -> int:
+        """Ends it.
+
+        Returns:
+            Processes that are still alive.
+        """
+        self._forks.end_rehearsal()
+        if self._folder is not None:
+            memory.sweep_shared(Path(self._folder))
+            shutil.rmtree(self._folder, ignore_errors=True)
+        return self._forks.survivors()
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def check_packing(
+    hosts: Sequence[Any], devices: Sequence[Any], job: Job, patience_s: float
+) -> Packing:
+    """Compares engines side by side with each alone; see `workers.packing`.
+
+    Args:
+        hosts: actors, on one node.
+        devices: GPUs of each, or references to them.
+        job: its first trial is what every engine runs.
+        patience_s: longest silence of an engine that is waited for, seconds.
+    """
+    trial_id = job.tickets[0].trial_id
+    try:
+        given = [ray.get(one) if isinstance(one, ray.ObjectRef) else one for one in devices]
+        pairs = zip(hosts, given, strict=True)
+        ray.get([host.rehearse.remote(job, one, patience_s) for host, one in pairs])
+        return compare(
+            len(hosts),
+            lambda number: ray.get(hosts[number].passes.remote(patience_s)),
+            lambda: ray.get([host.passes.remote(patience_s) for host in hosts]),
+            trial_id,
+        )
+    except ray.exceptions.RayError as error:
+        cause = getattr(error, "cause", None) or error
+        reason = next(iter(str(cause).splitlines()), type(cause).__name__)
+        return Packing(unchanged=False, engines=len(hosts), trial_id=trial_id, reason=reason[:300])
+    finally:
+        ray.wait([host.end_rehearsal.remote() for host in hosts], num_returns=len(hosts))
 
 
 @ray.remote(num_cpus=0, max_retries=0)

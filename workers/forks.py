@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import forkserver
@@ -33,7 +34,9 @@ from workers.contract.errors import Crashed, OutOfMemory, TimedOut, TrialError
 from workers.contract.job import Job
 from workers.contract.message import Finished, Message, Progress
 from workers.contract.outcome import OomStage
+from workers.engines.base import Site
 from workers.failures import from_log
+from workers.packing import Rehearsal
 
 PRELOAD: dict[EngineKind, str] = {"vllm": "workers.engines.preload_vllm"}
 """What the fork server imports for an engine."""
@@ -55,6 +58,7 @@ class Forks:
         self._context.set_forkserver_preload([PRELOAD[one] for one in kinds if one in PRELOAD])
         self._shared: set[Path] = set()
         self._own: set[int] = set()
+        self._rehearsal: tuple[Any, Connection] | None = None
 
     def prepare(self) -> None:
         """Returns when the imports are done and a fork can be had at once."""
@@ -76,11 +80,7 @@ class Forks:
         Raises:
             EngineDied: before every trial had ended.
         """
-        receiver, sender = self._context.Pipe(duplex=False)
-        with _without_main():
-            fork = self._context.Process(target=_measure, args=(sender, job, devices))
-            fork.start()
-        sender.close()
+        fork, receiver = self._fork(_measure, job, devices)
         kills = memory.kernel_kills()
         stage, trial_id = "load", None
         left = {ticket.trial_id for ticket in job.tickets}
@@ -112,6 +112,60 @@ class Forks:
         if error is not None:
             raise EngineDied(error, trial_id)
 
+    def rehearse(self, job: Job, devices: str | None, patience_s: float) -> None:
+        """Builds an engine in a fork that waits to be asked for passes; see
+        `workers.packing.Rehearsal`.
+
+        Raises:
+            TrialError: it could not be built.
+        """
+        self._rehearsal = self._fork(_rehearse, job, devices)
+        self._answer(patience_s)
+
+    def passes(self, patience_s: float) -> list[float]:
+        """Times of passes of the engine that was built last, in seconds.
+
+        Raises:
+            TrialError: a pass failed.
+        """
+        assert self._rehearsal is not None, "no engine was built"
+        self._rehearsal[1].send(None)
+        found: list[float] = self._answer(patience_s)
+        return found
+
+    def end_rehearsal(self) -> None:
+        """Ends that engine, if there is one."""
+        if self._rehearsal is not None:
+            fork, connection = self._rehearsal
+            connection.close()
+            fork.join(EXIT_S)
+            self.end(fork)
+            self._rehearsal = None
+
+    def _answer(self, patience_s: float) -> Any:
+        assert self._rehearsal is not None
+        fork, connection = self._rehearsal
+        self._shared |= memory.shared_segments(fork.pid or 0)
+        if not connection.poll(patience_s):
+            raise TimedOut(f"an engine said nothing for {patience_s:.0f} s")
+        try:
+            answer = connection.recv()
+        except EOFError:
+            raise Crashed("the engine's process died") from None
+        if isinstance(answer, TrialError):
+            raise answer
+        self._shared |= memory.shared_segments(fork.pid or 0)
+        return answer
+
+    def _fork(self, target: Any, job: Job, devices: str | None) -> tuple[Any, Connection]:
+        """A fork that does `target`, and our end of its pipe."""
+        ours, theirs = self._context.Pipe()
+        with _without_main():
+            fork = self._context.Process(target=target, args=(theirs, job, devices))
+            fork.start()
+        theirs.close()
+        return fork, ours
+
     def end(self, fork: Any) -> None:
         """Kills a fork and all that it started, and removes the shared memory they held."""
         if fork.is_alive():
@@ -142,11 +196,8 @@ class EngineDied(Exception):
 
 
 def _measure(sender: Connection, job: Job, devices: str | None) -> None:
-    """What a fork does."""
-    if job.log is not None:
-        _log_to(job.log)
-    if devices is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = devices
+    """What the fork of a group does."""
+    _settle(job, devices)
     left = len(job.tickets)
     alone = job.tickets[0].trial.layout.devices == 1
     for message in runner.run(job):
@@ -159,6 +210,36 @@ def _measure(sender: Connection, job: Job, devices: str | None) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+def _rehearse(connection: Connection, job: Job, devices: str | None) -> None:
+    """What a fork does that is asked for passes until its pipe is closed."""
+    _settle(job, devices)
+    rehearsal: Rehearsal | None = None
+    try:
+        scratch = Path(tempfile.gettempdir())
+        rehearsal = Rehearsal(job, Site(scratch=scratch, device=job.profile))
+        connection.send("built")
+        while True:
+            connection.recv()
+            connection.send(rehearsal.passes())
+    except TrialError as error:
+        connection.send(error.with_traceback(None))
+    except EOFError:
+        pass  # nobody asks any more
+    if rehearsal is not None:
+        rehearsal.close()
+    os._exit(0)
+
+
+def _settle(job: Job, devices: str | None) -> None:
+    """Gives a fork its devices, its log and its place for temporary files."""
+    if job.log is not None:
+        _log_to(job.log)
+    if devices is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices
+    if job.scratch is not None:
+        tempfile.tempdir = os.environ["TMPDIR"] = job.scratch
 
 
 def _cause(job: Job, stage: str, code: int | None, kills: int) -> TrialError:

@@ -2,7 +2,8 @@
 
 The host of an engine writes the rows of trials it ran; the driver writes those of trials
 that never reached an engine and of those whose host died. Both start from the same
-columns, so a failure carries as much of its configuration as a success.
+columns, so a failure carries as much of its configuration as a success. No row carries a
+secret (`workers.secrecy`), whoever wrote the words in it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from workers.hardware.host import Host
 from workers.metrics import figures
 from workers.moe.architecture import UnknownModel, resolve, run_dtype
 from workers.moe.structure import Architecture
+from workers.secrecy import hide, hide_json, hide_text, known_secrets
 
 _GIB = 2**30
 
@@ -161,6 +163,8 @@ def _row(
         "measured": False,
         "engine": trial.engine.kind,
         "device_count": trial.layout.devices,
+        "side_by_side": job.side_by_side,
+        "side_by_side_ratio": job.side_by_side_ratio,
         "finished_at": datetime.now(UTC),
         "model": trial.model.name,
         "revision": trial.model.revision,
@@ -186,7 +190,23 @@ def _row(
         **ticket.predicted,
         **_structure(ticket, architecture),
     }
-    return rows(RECORDS, [row | {k: v for k, v in columns.items() if v is not None}])
+    row |= {k: v for k, v in columns.items() if v is not None}
+    return rows(RECORDS, [_publishable(row, trial.engine.args)])
+
+
+def _publishable(row: dict[str, Any], args: dict[str, Any]) -> dict[str, Any]:
+    """The row without secrets, in the columns that quote what others wrote.
+
+    Args:
+        args: the trial's own arguments to the engine, which may hold some.
+    """
+    known = known_secrets(args)
+    row["axes"] = json.dumps(hide(json.loads(row["axes"]), known=known))
+    if row.get("engine_args"):
+        row["engine_args"] = hide_json(row["engine_args"], known)
+    if row.get("outcome_reason"):
+        row["outcome_reason"] = hide_text(row["outcome_reason"], known)
+    return row
 
 
 def _structure(ticket: Ticket, architecture: Architecture | None) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from orchestrator.events import (
     Abandon,
     Assign,
     Blame,
+    Check,
+    Checked,
     Close,
     Command,
     Event,
@@ -366,6 +368,48 @@ def test_a_lost_node_is_no_fault_of_the_trial_but_not_for_ever() -> None:
     assert state.finished
 
 
+def test_a_node_is_shared_only_where_a_check_allows_it() -> None:
+    """The check takes the whole node, and as many engines of the narrowest group as fit."""
+    groups = [_group("wide", 4, s=9.0), *(_group(f"g{i}-", 2, s=float(5 + i)) for i in range(5))]
+    for allowed in (True, False):
+        state = Schedule.of(groups, [_node("n")], check=True)
+        (check,) = state.start()
+        assert isinstance(check, Check)
+        assert [lane.devices for lane in check.lanes] == [2, 2, 2, 2]
+        assert check.group.group_id == "g0-"  # the shortest of the narrowest
+        assert state.free == {"n": 0} and len(state.waiting) == 6
+        assert state.ahead() == {"n": 4}
+        commands = state.on(Checked(node_id="n", side_by_side=allowed))
+        widths = [one.lane.devices for one in commands if isinstance(one, Open)]
+        assert widths == ([4, 2, 2] if allowed else [4])
+        assert state.free == {"n": 0}
+        assert state.ahead() == {"n": 4 if allowed else 1}
+
+
+def test_no_check_is_made_where_nothing_could_run_side_by_side() -> None:
+    alone = Schedule.of([_group("a", 8), _group("b", 8)], [_node("n")], check=True)
+    assert _opened(alone.start()) == [("n", 8)]
+    single = Schedule.of([_group("a", 1)], [_node("n")], check=True)
+    assert _opened(single.start()) == [("n", 1)] and single.free == {"n": 0}
+    known = Schedule.of(
+        [_group("a", 4), _group("b", 4)], [_node("n")], check=True, side_by_side={"n": False}
+    )
+    assert _opened(known.start()) == [("n", 4)]
+    lost = Schedule.of([_group("a", 4), _group("b", 4)], [_node("n"), _node("m")], check=True)
+    assert {one.node_id for one in lost.start() if isinstance(one, Check)} == {"n", "m"}
+    assert lost.on(NodeLost(node_id="n")) == [] and lost.free == {"m": 0}
+    assert lost.on(Checked(node_id="n", side_by_side=True)) == []  # it is gone
+    assert _opened(lost.on(Checked(node_id="m", side_by_side=True))) == [("m", 4), ("m", 4)]
+
+
+def test_a_lane_whose_engine_alone_died_takes_the_next_group() -> None:
+    state = Schedule.of([_group("a", s=2.0), _group("b", s=1.0)], [_node("n", 1)])
+    state.start()
+    lost = state.on(LaneLost(lane_id=0, trial_id="a0", retry=False, lives=True))
+    assert [type(one) for one in lost] == [Blame, Assign]
+    assert _assigned(lost) == [(0, "b")]
+
+
 @st.composite
 def _clusters(draw: st.DrawFn) -> tuple[list[Group], list[Node]]:
     """Groups that can all run on the nodes, of up to two classes of device."""
@@ -395,10 +439,14 @@ def _clusters(draw: st.DrawFn) -> tuple[list[Group], list[Node]]:
 class _World:
     """Carries commands out and checks that each is possible."""
 
-    def __init__(self, groups: list[Group], nodes: list[Node], *, autoscaling: bool) -> None:
+    def __init__(
+        self, groups: list[Group], nodes: list[Node], *, autoscaling: bool, check: bool = False
+    ) -> None:
         self.nodes = {node.node_id: node for node in nodes}
         self.asked = {t.trial_id: (t.trial.layout.device, g.held) for g in groups for t in g.trials}
-        self.state = Schedule.of(groups, nodes, autoscaling=autoscaling)
+        self.state = Schedule.of(groups, nodes, autoscaling=autoscaling, check=check)
+        self.checking: set[str] = set()
+        self.allowed: dict[str, bool] = {} if check else dict.fromkeys(self.nodes, True)
         self.ended: list[str] = []
         self.lanes: dict[int, Lane] = {}
         self.work: dict[int, list[str]] = {}
@@ -429,8 +477,18 @@ class _World:
                             assert asked in (None, self.nodes[node_id].device_class)
                 case Blame(group=group) | Abandon(group=group) | Skip(group=group):
                     self.ended += [t.trial_id for t in group.trials]
+                case Check(node_id=node_id, lanes=lanes, group=group):
+                    assert node_id not in self.allowed and node_id not in self.checking
+                    assert 2 <= len(lanes) == self.nodes[node_id].devices // lanes[0].devices
+                    assert len(group.trials) == 1 and lanes[0].devices == group.held
+                    self.checking.add(node_id)
         for name, node in self.nodes.items():
-            held = 0
+            held = node.devices if name in self.checking else 0
+            here = [lane_id for lane_id in self.lanes if name in self.on_nodes(lane_id)]
+            if not self.allowed.get(name):
+                assert len(here) <= (name not in self.checking)
+                assert self.state.free[name] == (node.devices if not held and not here else 0)
+                continue
             for lane_id, lane in self.lanes.items():
                 if lane.node_id == name:
                     held += lane.devices
@@ -445,12 +503,12 @@ class _World:
 
 
 @settings(max_examples=300, deadline=None)
-@given(_clusters(), st.randoms(use_true_random=False), st.booleans())
+@given(_clusters(), st.randoms(use_true_random=False), st.booleans(), st.booleans())
 def test_any_history_ends_every_trial_once_and_never_oversubscribes(
-    cluster: tuple[list[Group], list[Node]], chance: Random, autoscaling: bool
+    cluster: tuple[list[Group], list[Node]], chance: Random, autoscaling: bool, check: bool
 ) -> None:
     groups, nodes = cluster
-    world = _World(groups, nodes, autoscaling=autoscaling)
+    world = _World(groups, nodes, autoscaling=autoscaling, check=check)
     now, spare = 0.0, count()
     for _ in range(1000):
         if world.state.finished:
@@ -459,13 +517,21 @@ def test_any_history_ends_every_trial_once_and_never_oversubscribes(
         if chance.random() > 0.95:
             node = replace(chance.choice(nodes), node_id=f"new{next(spare)}")
             world.nodes[node.node_id] = node
+            if not check:
+                world.allowed[node.node_id] = True
             world.on(NodeJoined(node=node, at=now))
         elif chance.random() > 0.95 and world.nodes:
             name = chance.choice(sorted(world.nodes))
             here = [lane for lane in world.lanes if name in world.on_nodes(lane)]
             in_hand = [left[0] for lane in here if (left := world.work[lane])]
             del world.nodes[name]
+            world.checking.discard(name)
             world.on(NodeLost(node_id=name, trials=tuple(in_hand[:1]), at=now))
+        elif world.checking and (chance.random() > 0.7 or not world.work):
+            name = chance.choice(sorted(world.checking))
+            world.checking.remove(name)
+            world.allowed[name] = chance.random() < 0.5
+            world.on(Checked(node_id=name, side_by_side=world.allowed[name], at=now))
         elif not world.work:  # what waits has nowhere to run
             assert world.state.stranded
             world.on(Overdue(at=now))
@@ -476,7 +542,10 @@ def test_any_history_ends_every_trial_once_and_never_oversubscribes(
             if roll > 0.85:
                 trial = chance.choice([None, *left])
                 retry = chance.random() < 0.5
-                world.on(LaneLost(lane_id=lane, trial_id=trial, retry=retry, at=now))
+                lives = chance.random() < 0.5
+                if lives:
+                    del world.work[lane]
+                world.on(LaneLost(lane_id=lane, trial_id=trial, retry=retry, lives=lives, at=now))
             elif left:
                 trial = left.pop(0)
                 world.ended.append(trial)
@@ -491,7 +560,7 @@ def test_any_history_ends_every_trial_once_and_never_oversubscribes(
 
     log = [from_json(json.loads(json.dumps(to_json(event)))) for event, _ in world.log]
     assert log == [event for event, _ in world.log]
-    again, commands = replay(groups, nodes, log, autoscaling=autoscaling)
+    again, commands = replay(groups, nodes, log, autoscaling=autoscaling, check=check)
     assert commands == [world.first, *(commands for _, commands in world.log)]
     assert again.finished
 

@@ -37,5 +37,9 @@ class Job:
     """File for the engine's output on the host; null leaves it to Ray's log of the process."""
     log_name: str | None = None
     """The same file as the record names it, relative to the dataset."""
+    side_by_side: bool | None = None
+    """Other engines can run on the machine at the same time; null where nothing is measured."""
+    side_by_side_ratio: float | None = None
+    """Time of a pass beside others over its time alone, as checked on that machine."""
     scratch: str | None = None
     """Folder for temporary files on the host; null is the host's own."""

@@ -51,6 +51,8 @@ _RECORD: tuple[tuple[str, pa.DataType, str], ...] = (
     ("started_at", _TIME, "When the trial's first pass (or its failing load) began."),
     ("finished_at", _TIME, "When the terminal record was made."),
     ("engine_load_s", _FLOAT, "Building the engine that this trial used."),
+    ("side_by_side", _BOOL, "Other engines could run on the machine at the same time."),
+    ("side_by_side_ratio", _FLOAT, "Time of a pass beside others over alone, where checked."),
     # model, as it ran
     ("model", _STR, "Model by the name that the sweep gave."),
     ("revision", _STR, "Commit or tag."),
