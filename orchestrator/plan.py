@@ -55,7 +55,7 @@ class Planned:
 
     @property
     def predicted_s(self) -> float:
-        """Warm-ups and repeats, each with its one-token pass, in seconds.
+        """Warm-ups, and repeats with their one-token passes, in seconds.
 
         0 if unknown, and where it is predicted to run out of memory: that takes as long as
         building the engine.
@@ -65,9 +65,9 @@ class Planned:
         if self.trial.engine.kind == "roofline":
             each = self.prediction.e2e_s + self.prediction.waves * self.prediction.prefill_s
             return each * (_pace(self.trial) or 0.0)  # one of each pass, and no warm-up
-        measure = self.trial.measure
-        passes = measure.warmup + measure.repeats
-        return passes * (self.prediction.e2e_s + self.prediction.prefill_s)
+        measure, known = self.trial.measure, self.prediction
+        repeat_s = known.e2e_s + known.prefill_s
+        return measure.warmup * known.e2e_s + measure.repeats * repeat_s
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

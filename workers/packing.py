@@ -81,8 +81,12 @@ def compare(
     singles: list[float] = []
     while True:
         one = len(ratios) % engines
-        single = statistics.median(alone(one))
-        beside = statistics.median(together()[one])
+        if len(ratios) % 2:  # by turns the other way round, or a drift would count as change
+            beside = statistics.median(together()[one])
+            single = statistics.median(alone(one))
+        else:
+            single = statistics.median(alone(one))
+            beside = statistics.median(together()[one])
         singles.append(single)
         ratios.append(beside / single)
         found = interval(ratios)

@@ -1,10 +1,11 @@
 """How a group is measured on one engine.
 
 Each shape is warmed up first: the first pass of a shape pays for kernels and allocations
-that no later pass pays again. Then the group's workloads take turns, one repeat each, so
-that a machine that grows slower over the minutes touches all of them alike instead of
-whichever came last. Every repeat is a pair: the batch with one token per request (the
-paper's TTFT), then the batch in full. Timed passes carry no probe.
+that no later pass pays again. A warm-up is one pass in full, which begins as a batch of one
+token does. Then the group's workloads take turns, one repeat each, so that a machine that
+grows slower over the minutes touches all of them alike instead of whichever came last. Every
+repeat is a pair: the batch with one token per request (the paper's TTFT), then the batch in
+full. Timed passes carry no probe.
 
 Trials of a group share weights but may differ in top-k. They go by top-k, the smallest
 first, and for each the largest shape first: what does not fit is found out before time is
@@ -198,7 +199,6 @@ class _Run:
             if workload in warm:
                 tokens = min(tokens, REWARM_TOKENS)
             for _ in range(one.ticket.trial.measure.warmup):
-                self._pass(engine, one, 1, "warmup")
                 self._pass(engine, one, tokens, "warmup")
         waiting = list(trials)
         while waiting:

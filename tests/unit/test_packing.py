@@ -14,7 +14,7 @@ def _verdict(factor: float, noise: float, engines: int = 4) -> tuple[bool, int, 
     asked: list[int] = []
 
     def one() -> float:
-        drift[0] *= 1.001
+        drift[0] *= 1.0001
         return drift[0] * (1 + chance.uniform(-noise, noise))
 
     def alone(number: int) -> list[float]:
