@@ -17,6 +17,8 @@ from orchestrator.store import KEYS, REPLACES, RESUME, Dataset, Guard, StoreErro
 from workers.contract.record import ACTIVATIONS, RECORDS, SAMPLES, TABLES, rows
 
 START = datetime(2025, 1, 1, tzinfo=UTC)
+ZSTD = b"\x28\xb5\x2f\xfd"
+"""How a compressed buffer begins."""
 
 
 def record(trial: str, *, run: str = "r1", minute: int = 0, **more: Any) -> dict[str, Any]:
@@ -195,6 +197,8 @@ def test_what_is_merged_from_memory_is_what_was_committed(
             for i in range(5):
                 dataset.commit("r1", records=records(record(f"t{i}")), samples=samples(f"t{i}"))
             assert len(dataset._recent) == (10 if remembered else 0)
+            packed = [ZSTD in path.read_bytes() for path in dataset.records.glob("r1-*")]
+            assert packed == [not remembered] * 5
             dataset.compact()
             assert not dataset._recent
             (merged,) = dataset.records.iterdir()
