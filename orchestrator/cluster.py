@@ -26,7 +26,7 @@ from orchestrator.errors import ClusterError
 from orchestrator.events import Need, Node
 from workers import memory
 from workers.hardware.device import CPU
-from workers.hardware.host import Host
+from workers.hardware.host import Host, describe
 
 OBJECT_STORE_BYTES = 128 * 2**20
 KNOCK_S = 10.0
@@ -181,12 +181,15 @@ class Cluster:
 
     def _describe(self, ray: ModuleType) -> None:
         alive = _alive(ray)
-        asked = {node_id: _describe(node_id) for node_id in alive}
-        try:
-            hosts: list[Host] = ray.get(list(asked.values()), timeout=DESCRIBE_S)
-        except ray.exceptions.RayError as error:
-            raise ClusterError(f"a node cannot be described: {_first_line(error)}") from error
-        self.hosts = dict(zip(asked, hosts, strict=True))
+        if self.session is not None:  # of our own, and of this machine alone
+            self.hosts = {node_id: describe() for node_id in alive}
+        else:
+            asked = {node_id: _describe(node_id) for node_id in alive}
+            try:
+                hosts: list[Host] = ray.get(list(asked.values()), timeout=DESCRIBE_S)
+            except ray.exceptions.RayError as error:
+                raise ClusterError(f"a node cannot be described: {_first_line(error)}") from error
+            self.hosts = dict(zip(asked, hosts, strict=True))
         self._present = set(alive)
         self.nodes = self._usable(alive, list(alive))
         self.autoscaling = _autoscales(ray.get_runtime_context().gcs_address)

@@ -71,7 +71,7 @@ def test_a_sweep_ends_every_point_in_one_record_and_leaves_nothing(tmp_path: Pat
 
     samples = pl.scan_ipc(tmp_path / "tiny" / "samples").collect()
     assert set(samples["trial_id"]) == set(ok["trial_id"])
-    assert samples.group_by("trial_id").len()["len"].to_list() == [6] * 4  # 2 warm-up, 2 x 2
+    assert samples.group_by("trial_id").len()["len"].to_list() == [5] * 4  # a warm-up, 2 x 2
     assert pyarrow.dataset.dataset(tmp_path / "tiny" / "records", format="ipc").count_rows() == 12
 
     logs = {row["log"] for row in ok.iter_rows(named=True)}
