@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
@@ -26,8 +28,9 @@ from orchestrator.display.plain import PlainDisplay
 from orchestrator.errors import Place, SweepError
 from orchestrator.request import Request, prepare
 from orchestrator.store import Dataset, StoreError
-from workers.contract.model import MOST_LAYERS
-from workers.moe.architecture import UnknownModel, configuration
+from workers.contract.errors import TrialError
+from workers.contract.model import MOST_LAYERS, Model
+from workers.moe.architecture import UnknownModel, catalogue, configuration, resolve
 
 HOSTILE = {
     "up": "../../../escaped",
@@ -244,8 +247,6 @@ def _drawn(text: str) -> str:
 
 def _controls(text: str) -> set[str]:
     """Control sequences, and whatever else cannot be printed."""
-    import re
-
     sequences = set(re.findall(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[^\[]", text))
     rest = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[^\[]", "", text)
     sequences = {re.sub(r"\d+", "N", one) for one in sequences}
@@ -278,13 +279,33 @@ def test_more_layers_than_any_model_has_are_refused_at_once(tmp_path: Path, laye
 
 
 def test_a_configuration_with_more_layers_than_any_model_is_refused(tmp_path: Path) -> None:
-    from workers.moe.architecture import catalogue
-
     folder = Path(tempfile.mkdtemp(dir=tmp_path))
     config = {**catalogue()["olmoe-1b-7b"]["config"], "num_hidden_layers": 10**12}
     (folder / "config.json").write_text(json.dumps(config))
     status, _, err = dry_run(tmp_path, {"name": "s", "base": {"model.name": str(folder)}})
     assert status == 2 and "at most 10000" in err
+
+
+@pytest.mark.parametrize(
+    ("model", "part", "key", "value"),
+    [
+        ("deepseek-v2-lite", None, "n_group", 10**18),
+        ("switch-c", None, "num_decoder_layers", 10**18),
+        ("deepseek-vl2", "vision_config", "mlp_ratio", float("nan")),
+        ("deepseek-vl2", "vision_config", "mlp_ratio", float("inf")),
+        ("deepseek-vl2", "vision_config", "mlp_ratio", 1e308),
+    ],
+)
+def test_a_hostile_configuration_takes_no_time_and_no_traceback(
+    tmp_path: Path, model: str, part: str | None, key: str, value: float
+) -> None:
+    config = json.loads(json.dumps(catalogue()[model]["config"]))
+    (config[part] if part else config)[key] = value
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    start = time.process_time()
+    with suppress(UnknownModel, TrialError):
+        resolve(Model(name=str(tmp_path), weights="dummy", num_experts=16))
+    assert time.process_time() - start < 1
 
 
 def test_a_message_is_one_short_line_whatever_it_quotes() -> None:

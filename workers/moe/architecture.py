@@ -40,6 +40,8 @@ _TOP_K = ("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k", "num_selected
 _LAYERS = ("num_hidden_layers", "n_layers", "num_layers")
 _HEADS = ("num_attention_heads", "n_heads", "num_heads")
 _KV_HEADS = ("num_key_value_heads", "n_kv_heads", "kv_n_heads")
+_MOST_GROUPS = 1_000
+"""Far beyond any model's groups of experts."""
 _DENSE_LAYERS, _MOE_LAYERS = "mlp_only_layers", "moe_layers"
 _PROJECTED = ("out_hidden_size", "n_embed")
 
@@ -303,7 +305,8 @@ def _regroup(text: Tree) -> None:
     groups = f.maybe("n_group")
     if not groups or not (experts := _value(text, _EXPERTS)):
         return
-    fitting = [n for n in range(1, groups + 1) if experts % n == 0 and experts // n > 1]
+    most = min(groups, _MOST_GROUPS)
+    fitting = [n for n in range(1, most + 1) if experts % n == 0 and experts // n > 1]
     groups = max(fitting, default=1)
     needed = math.ceil((_value(text, _TOP_K) or 1) / (experts // groups))
     text["n_group"] = groups

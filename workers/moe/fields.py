@@ -14,6 +14,8 @@ from typing import Any
 
 from workers.contract.model import MOST_LAYERS
 
+_MOST = 1e18
+"""Beyond any number of a model."""
 NESTED = ("text_config", "language_config", "llm_config")
 """Where multimodal configurations keep their language model."""
 
@@ -51,6 +53,17 @@ class Fields:
             raise UnknownModel(f"{' or '.join(keys)} is missing")
         return default
 
+    def depth(self, *keys: str, default: int | None = None) -> int:
+        """A number of layers, each of which becomes an item of the structure.
+
+        Raises:
+            UnknownModel: as `whole`, or more than any model has.
+        """
+        layers = self.whole(*keys, default=default)
+        if layers > MOST_LAYERS:
+            raise UnknownModel(f"{layers} layers, but at most {MOST_LAYERS} are read")
+        return layers
+
     def maybe(self, key: str, default: int | None = None) -> int | None:
         """A whole number, or null where the configuration says null or 0."""
         if key in self.config and not self.config[key]:
@@ -62,6 +75,8 @@ class Fields:
         value = self.config.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise UnknownModel(f"{key} is {value!r}, not a number")
+        if not abs(value) <= _MOST:  # not so for a NaN either
+            raise UnknownModel(f"{key} is {value}, not a number of any use")
         return float(value)
 
     def flag(self, key: str, *, default: bool = False) -> bool:
@@ -124,12 +139,5 @@ class Fields:
 
     @property
     def layers(self) -> int:
-        """Decoder layers.
-
-        Raises:
-            UnknownModel: none are given, or more than any model has.
-        """
-        layers = self.whole("num_hidden_layers", "n_layers", "num_layers", "n_layer")
-        if layers > MOST_LAYERS:
-            raise UnknownModel(f"{layers} layers, but at most {MOST_LAYERS} are read")
-        return layers
+        """Decoder layers."""
+        return self.depth("num_hidden_layers", "n_layers", "num_layers", "n_layer")

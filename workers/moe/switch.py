@@ -21,7 +21,7 @@ def switch(f: Fields, whole: Fields) -> Architecture:
     that are looked up, not multiplied; they stand as vectors.
     """
     hidden, width, num = f.hidden, f.whole("d_ff"), f.whole("num_experts")
-    layers = f.whole("num_decoder_layers", default=f.layers)
+    layers = f.depth("num_decoder_layers", default=f.layers)
     experts = Experts(
         num=num,
         top_k=1,
