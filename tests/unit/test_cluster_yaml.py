@@ -96,6 +96,20 @@ def test_the_dashboard_stays_on_the_head(config: dict[str, Any]) -> None:
 
 
 @both
+def test_nothing_is_opened_to_the_world(config: dict[str, Any]) -> None:
+    """Ray's own security group lets in ssh alone; shells on the nodes ask for the token too."""
+    assert "0.0.0.0" not in TEXT
+    assert "security_group" not in config["provider"]
+    (profile,) = [command for command in config["setup_commands"] if ".bashrc" in command]
+    assert "RAY_AUTH_MODE=token" in profile
+
+
+def test_the_token_is_made_for_its_owner_alone() -> None:
+    (made,) = [line for line in TEXT.splitlines() if "get-auth-token --generate" in line]
+    assert "umask 077" in made and ">/dev/null" in made, "neither others' nor in a terminal's log"
+
+
+@both
 def test_nodes_run_this_checkout(config: dict[str, Any]) -> None:
     """What is mounted exists here, and suffices to build the project there."""
     mounts = {
