@@ -19,6 +19,7 @@ import os
 import re
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -41,12 +42,15 @@ _VALUE = {
     ":": re.compile(rf"{_QUOTED}|[^,}}\]&\n]*"),
     "=": re.compile(rf"{_QUOTED}|[^,}}\]&\s]*"),
 }
+_USER = re.compile(r"(?<=://)[^/@\s\"']+(?=@)")
+_CUT = r"(?:\.\.\.|…|\xe2\x80\xa6)"
+"""What stands where a long text was cut; the last one is the second, byte by byte."""
 _LOOKS_SECRET = re.compile(
     r"\b(?:hf_|sk-|gh[pousr]_|github_pat_|glpat-|xox[abeprs]-)[\w-]{16,}"
     r"|\bA(?:KIA|SIA)[0-9A-Z]{16}\b|\bAIza[\w-]{30,}"
     r"|\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*"  # a signed web token
     r"|(?<=\bBearer )[\w.~+/=-]+|(?<=\bBasic )[\w+/=]{8,}"
-    r"|(?<=://)[^/@\s\"']+(?=@)"
+    rf"|(?<=://)[^/@\s\"']+(?=@|{_CUT})|{_CUT}[^/@\s\"']+(?=@)"
 )
 
 
@@ -71,8 +75,7 @@ def hide(value: Any, key: str = "", known: Collection[str] = ()) -> Any:
 
 def hide_text(text: str, known: Collection[str] = ()) -> str:
     """A text without secrets: `{api_key: …}`, well-known tokens, what is `known`."""
-    for secret in known:
-        text = text.replace(secret, HIDDEN)
+    text = _pattern(tuple(known)).sub(HIDDEN, text)
     shown, at = "", 0
     for match in _KEY.finditer(text):
         if match.start() < at or not _names_a_secret(match):
@@ -81,7 +84,7 @@ def hide_text(text: str, known: Collection[str] = ()) -> str:
         if value is not None and value[0]:
             shown += text[at : match.end()] + HIDDEN
             at = value.end()
-    return _LOOKS_SECRET.sub(HIDDEN, shown + text[at:])
+    return shown + text[at:]
 
 
 def hide_json(text: str, known: Collection[str] = ()) -> str:
@@ -188,23 +191,40 @@ def _names_a_secret(match: re.Match[str]) -> bool:
     return not (prose and len(segments) == 1 and segments[0] in (["key"], ["token"], ["auth"]))
 
 
+@lru_cache(maxsize=64)
+def _pattern(known: tuple[str, ...]) -> re.Pattern[str]:
+    """What looks like a secret or is a known one, whole or cut in its middle."""
+    found = []
+    for secret in known:
+        found.append(re.escape(secret))
+        if len(secret) >= 2 * LEAST:
+            start, end = re.escape(secret[:LEAST]), re.escape(secret[-LEAST:])
+            between = r"[^\n'\"]{0,200}?"
+            found.append(f"{start}{between}{_CUT}(?:{between}{end})?")
+            found.append(f"{_CUT}{between}{end}")
+    return re.compile("|".join([*found, _LOOKS_SECRET.pattern]))
+
+
 def _overwrite(path: Path, known: Collection[str]) -> None:
     with path.open("r+b") as file:
         text = file.read().decode("latin-1")  # one character for each byte
-        patterns = [re.escape(one.encode().decode("latin-1")) for one in known]
-        for pattern in (*patterns, _LOOKS_SECRET.pattern):
-            for match in re.finditer(pattern, text):
-                file.seek(match.start())
-                file.write(b"*" * (match.end() - match.start()))
+        spelt = tuple(one.encode().decode("latin-1") for one in known)
+        for match in _pattern(spelt).finditer(text):
+            file.seek(match.start())
+            file.write(b"*" * (match.end() - match.start()))
 
 
 def _secrets(value: Any, key: str) -> Iterator[str]:
-    """Texts under secret keys, at any depth, that are long enough to be looked for."""
+    """Texts under secret keys and in addresses, at any depth, that are long enough to be
+    looked for."""
     if isinstance(value, Mapping):
         for name, inner in value.items():
             yield from _secrets(inner, f"{key}.{name}" if key else str(name))
     elif isinstance(value, list | tuple):
         for item in value:
             yield from _secrets(item, key)
-    elif isinstance(value, str) and len(value.strip()) >= LEAST and is_secret(key, value):
-        yield value.strip()
+    elif isinstance(value, str):
+        found = [value.strip()] if is_secret(key, value) else []
+        for user in _USER.findall(value):
+            found += [user, user.partition(":")[2]]
+        yield from (one for one in found if len(one) >= LEAST)

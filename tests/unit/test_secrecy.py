@@ -135,6 +135,28 @@ def test_a_secret_is_known_by_its_value_wherever_it_was_given() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("input_value='canary-4711...', input_type=str", "input_value='***', input_type=str"),
+        ("input_value='canary-4...11-abcdef'", "input_value='***'"),
+        ("the key canary-4711-…", "the key ***"),
+        ("input_value='...711-abcdef'", "input_value='***'"),
+        ("see https://me:hidden-pa... for it", "see https://***... for it"),
+        ("see https://me:hidd...en-part@h/x for it", "see https://***@h/x for it"),
+        ("see canary-4711 and so on...", "see ***"),
+        ("loading... done", "loading... done"),
+    ],
+)
+def test_a_secret_that_was_cut_is_no_less_secret(text: str, shown: str) -> None:
+    assert hide_text(text, known_secrets(environment={"A_KEY": TOKEN})) == shown
+
+
+def test_the_user_of_an_address_is_known() -> None:
+    known = known_secrets({"seed": "https://me:hidden-part@h/x"}, environment={})
+    assert hide_text("no access with hidden-part", known) == "no access with ***"
+
+
 def test_a_longer_secret_is_hidden_whole() -> None:
     known = known_secrets(environment={"A_KEY": TOKEN, "B_KEY": TOKEN + "-and-more"})
     assert hide_text(f"{TOKEN}-and-more", known) == HIDDEN
