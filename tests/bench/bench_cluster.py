@@ -22,6 +22,7 @@ import json
 import math
 import os
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -217,8 +218,15 @@ def check(dataset: Path, plan: Plan) -> dict[str, int]:
     return dict(Counter(frame["outcome"].to_list()))
 
 
-def fake(nodes: int) -> Any:
-    """Ray's own cluster for tests: real nodes, GPUs by word only."""
+def fake(nodes: int, folder: str) -> Any:
+    """Ray's own cluster for tests: real nodes, GPUs by word only.
+
+    Args:
+        nodes: beside a head without devices.
+        folder: for its sessions; where Ray's own folder is, others would look for a cluster
+            to join.
+    """
+    os.environ["RAY_TMPDIR"] = folder
     # A node would start a process per core for the first driver that comes: 128 for nothing.
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # as in cluster.yaml
@@ -287,7 +295,8 @@ def measure(folder: Path, nodes: int, groups: int, seconds: float, seed: int) ->
     plan = _plan(path)
     held = {one.group_id: one.held for one in plan.groups}
     before = _used()
-    cluster = fake(nodes)
+    ray_folder = tempfile.mkdtemp(prefix="ray-")  # short: sockets have names of 107 letters
+    cluster = fake(nodes, ray_folder)
     try:
         standing = _used() - before
         command = [sys.executable, "-m", "orchestrator", str(path), "--out", str(folder)]
@@ -303,6 +312,7 @@ def measure(folder: Path, nodes: int, groups: int, seconds: float, seed: int) ->
                 driver.terminate()
     finally:
         cluster.shutdown()
+        shutil.rmtree(ray_folder, ignore_errors=True)
     assert status == 0, (folder / "driver.txt").read_text()[-2000:]
     dataset = folder / path.stem
     outcomes = check(dataset, plan)
