@@ -94,9 +94,9 @@ def test_processes_that_do_not_notice_each_other_may_share(address: str) -> None
     from workers.actor import EngineHost, check_packing
 
     trial = Trial(
-        model=Model(name="mixtral-8x7b", weights="dummy"),
-        workload=Workload(batch_size=1, input_tokens=64, output_tokens=64),
-        engine=EngineSettings(kind="roofline", args={"pace": 1.0}),
+        model=Model(name="mixtral-8x7b", weights="dummy", scale=0.125, num_layers=4),
+        workload=Workload(batch_size=1, input_tokens=64, output_tokens=256),
+        engine=EngineSettings(kind="roofline", args={"pace": 0.1}),
     )
     job = Job(
         sweep="s",

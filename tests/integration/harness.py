@@ -110,6 +110,11 @@ def hosts_of(driver: int) -> list[psutil.Process]:
     return found
 
 
+def engine_of(host: psutil.Process) -> psutil.Process:
+    """The fork in which a host's engine runs: the largest process below it."""
+    return max(host.children(recursive=True), key=lambda one: one.memory_info().rss)
+
+
 def gone(before: set[str], timeout: float = 15) -> set[str]:
     """What is left beyond `before` after a grace for dying processes."""
     deadline = time.monotonic() + timeout

@@ -11,6 +11,7 @@ import pyarrow.dataset
 import pytest
 
 from tests.integration.harness import (
+    engine_of,
     footprint,
     gone,
     hosts_of,
@@ -145,7 +146,8 @@ def _logged(folder: Path, words: str) -> bool:
     return any(words in one.read_text() for one in logs if one.name != "driver.log")
 
 
-def test_a_killed_engine_ends_its_trial_and_no_other(tmp_path: Path) -> None:
+@pytest.mark.parametrize("whose", ["host", "engine"])
+def test_a_killed_engine_ends_its_trial_and_no_other(tmp_path: Path, whose: str) -> None:
     path = sweep_file(
         tmp_path,
         base=_base(workload={"batch_size": 2, "input_tokens": 16, "output_tokens": 4000}),
@@ -163,7 +165,7 @@ def test_a_killed_engine_ends_its_trial_and_no_other(tmp_path: Path) -> None:
             )
         )
         (host,) = hosts_of(driver.pid)
-        host.kill()
+        (host if whose == "host" else engine_of(host)).kill()
         out, err = driver.communicate(timeout=200)
     finally:
         driver.kill()
@@ -171,6 +173,10 @@ def test_a_killed_engine_ends_its_trial_and_no_other(tmp_path: Path) -> None:
     assert json.loads(out)["outcomes"] == {"crashed": 1, "ok": 1}
     crashed = records(tmp_path / "tiny").filter(pl.col("outcome") == "crashed")
     assert "died" in crashed["outcome_reason"][0]
+    assert ("SIGKILL" in crashed["outcome_reason"][0]) == (whose == "engine")
+    (events,) = log.glob("*/events.jsonl")
+    opened = events.read_text().count('"open ')
+    assert opened == (2 if whose == "host" else 1)  # a host outlives its engine
     assert not gone(before)
 
 
