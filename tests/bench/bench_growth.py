@@ -100,12 +100,17 @@ def run(folder: Path, trials: int, most_s: float) -> Run:
     driver = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     peak = 0
     stopped = False
-    while not _ended(driver.pid):
-        peak = max(peak, psutil.Process(driver.pid).memory_info().rss)
-        if not stopped and time.perf_counter() - began > most_s:
-            driver.send_signal(signal.SIGINT)
-            stopped = True
-        time.sleep(LOOK_S)
+    try:
+        while not _ended(driver.pid):
+            peak = max(peak, psutil.Process(driver.pid).memory_info().rss)
+            if not stopped and time.perf_counter() - began > most_s:
+                driver.send_signal(signal.SIGINT)
+                stopped = True
+            time.sleep(LOOK_S)
+    except BaseException:
+        driver.terminate()
+        driver.wait()
+        raise
     wall = time.perf_counter() - began
     cpu = psutil.Process(driver.pid).cpu_times()
     assert driver.stdout is not None
