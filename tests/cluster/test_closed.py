@@ -76,9 +76,10 @@ def test_nobody_else_sees_or_runs_anything(gcs: str, tmp_path: Path, token: dict
     seen = _client(LOOK, gcs, tmp_path, **token)
     assert seen.returncode != 0 and "nodes seen" not in seen.stdout
     assert "UNAUTHENTICATED" in seen.stderr or "oken" in seen.stderr, seen.stderr
-    with suppress(subprocess.TimeoutExpired):  # refused over and over is refused, too
-        ran = _client(RUN, gcs, tmp_path, **token)
-        assert ran.returncode != 0 and "code was run" not in ran.stdout
+    if not token:
+        with suppress(subprocess.TimeoutExpired):  # refused over and over is refused, too
+            ran = _client(RUN, gcs, tmp_path)
+            assert ran.returncode != 0 and "code was run" not in ran.stdout
 
 
 def test_there_is_no_dashboard_and_its_agent_takes_no_job(gcs: str) -> None:
