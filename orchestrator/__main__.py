@@ -66,6 +66,14 @@ def _outcomes(ctx: click.Context, param: click.Parameter, value: str) -> frozens
     "earlier run skipped are run now.",
 )
 @click.option(
+    "--node-wait",
+    type=click.FloatRange(min=0),
+    default=900,
+    show_default=True,
+    metavar="SECONDS",
+    help="Wait for nodes that trials need, where they can be asked for or went away.",
+)
+@click.option(
     "--side-by-side",
     type=click.Choice(["check", "always", "never"]),
     default="check",
@@ -86,6 +94,7 @@ def main(
     rerun: frozenset[Outcome],
     limit: int | None,
     no_skip: bool,
+    node_wait: float,
     side_by_side: SideBySide,
 ) -> None:
     """Measures every point of a sweep and keeps the records as an Arrow dataset.
@@ -110,6 +119,7 @@ def main(
         limit=limit,
         no_skip=no_skip,
         side_by_side=side_by_side,
+        node_wait_s=node_wait,
         plain=plain,
         json=as_json,
     )

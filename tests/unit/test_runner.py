@@ -1,19 +1,27 @@
-"""The stop rule, the order of workloads and the place for temporary files."""
+"""The stop rule, the order of workloads, second tries and the place for temporary files."""
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from workers.contract.job import Ticket
+from workers.contract.engine import EngineSettings
+from workers.contract.errors import OutOfMemory
+from workers.contract.job import Job, Ticket
+from workers.contract.layout import Layout
 from workers.contract.measure import Measure
 from workers.contract.measurement import Pass
+from workers.contract.message import Finished
 from workers.contract.model import Model
 from workers.contract.trial import Trial
 from workers.contract.workload import Workload
-from workers.runner import _scratch, _Trial, _turn
+from workers.engines.base import Site
+from workers.engines.roofline_engine import RooflineEngine
+from workers.runner import _scratch, _Trial, _turn, run
 
 
 def _trial(measure: Measure, workload: Workload | None = None) -> _Trial:
@@ -80,3 +88,44 @@ def test_temporary_files_go_where_they_are_removed(
     assert not folder.exists()
     assert not segment.exists()
     assert tempfile.gettempdir() == before
+
+
+class _Hoarder(RooflineEngine):
+    """Keeps buffers of every top-k that it has run: a second one finds no memory left."""
+
+    built = 0
+
+    def __init__(self, trial: Trial, workloads: Sequence[Workload], site: Site) -> None:
+        super().__init__(trial, workloads, site)
+        type(self).built += 1
+        self._ran: set[int | None] = set()
+
+    def generate(self, *args: Any, **kwargs: Any) -> Pass:
+        self._ran.add(self._trial.model.top_k)
+        if len(self._ran) > 1 or self._trial.model.top_k == 8:
+            raise OutOfMemory("no room for a buffer", stage="run", scope="device")
+        return super().generate(*args, **kwargs)
+
+
+def test_memory_that_runs_out_behind_another_top_k_is_tried_again_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What still fails on an engine of its own is a result; what does not was none."""
+    monkeypatch.setattr("workers.runner.engine_class", lambda kind: _Hoarder)
+    monkeypatch.setattr(_Hoarder, "built", 0)
+    tickets = tuple(
+        Ticket(
+            trial=Trial(
+                model=Model(name="mixtral-8x7b", weights="dummy", top_k=k),
+                layout=Layout(tensor=4),
+                workload=Workload(batch_size=1, input_tokens=8, output_tokens=4),
+                engine=EngineSettings(kind="roofline", eager=True),
+            ),
+            trial_id=f"k{k}",
+        )
+        for k in (1, 2, 4, 8)
+    )
+    job = Job(sweep="s", run_id="r", group_id="g", profile="h100", tickets=tickets)
+    outcomes = {one.trial_id: one.outcome for one in run(job) if isinstance(one, Finished)}
+    assert outcomes == {"k1": "ok", "k2": "ok", "k4": "ok", "k8": "oom"}
+    assert _Hoarder.built == 4
