@@ -45,7 +45,7 @@ GROUP = 50
 """Trials of a group: 10 batch sizes and 5 lengths of output."""
 LOOK_S = 0.2
 """Time between two looks at the driver's memory."""
-STREAMED = 1_500
+STREAMED = 500
 """Trials that each stream of `--streams` carries."""
 
 
@@ -204,7 +204,8 @@ def streams(folder: Path) -> None:
                 messages, taken, cpu = _streamed(cluster, folder, lanes)
                 print(
                     f"{lanes} lanes, Ray's streams alone: {len(messages) / taken:.0f} records/s, "
-                    f"{1e3 * cpu / len(messages):.2f} ms of the driver's CPU each"
+                    f"{1e3 * cpu / len(messages):.2f} ms of the driver's CPU each",
+                    flush=True,
                 )
     finally:
         fake.shutdown()
