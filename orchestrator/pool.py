@@ -29,7 +29,7 @@ from workers.contract.job import Job, Ticket
 from workers.contract.message import Died, Finished, Message, Progress, Released
 from workers.contract.outcome import OomStage
 from workers.failures import from_log
-from workers.forks import tail
+from workers.forks import PRELOAD, tail
 from workers.memory import shared_segments
 from workers.packing import Packing
 
@@ -180,7 +180,7 @@ class Pool:
         Args:
             lanes: node → lanes that will be open there at once.
         """
-        for node_id, number in lanes.items():
+        for node_id, number in lanes.items() if PRELOAD.keys() & set(self._kinds) else ():
             there = list(self._waiting.get(node_id, ()))
             there += [one.host for one in self._processes.values() if one.lane.node_id == node_id]
             if len(there) >= number:
@@ -341,12 +341,12 @@ class Pool:
             return self._lost(process, Crashed("the host ended before its group"))
         except ray.exceptions.RayError as error:
             return self._died(process, error)
-        trial_id = process.trial_id
+        stage, trial_id = process.stage, process.trial_id
         process.hear(message)
         if isinstance(message, Died):
             return Lost(error=message.error, trial_id=trial_id, lives=message.clean)
-        if isinstance(message, Progress):
-            self._note_shared(process)
+        if isinstance(message, Progress) and stage == "load" != message.stage:
+            self._note_shared(process)  # the engine is built
         return message
 
     def _note_shared(self, process: _Process) -> None:

@@ -25,14 +25,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import ray
 
 from workers import memory, runner
 from workers.contract.engine import EngineKind
 from workers.contract.job import Job
 from workers.contract.message import Died, Message, Released
-from workers.forks import EngineDied, Forks
+from workers.forks import PRELOAD, EngineDied, Forks, log_to
 from workers.hardware.host import Host, describe, gpu_memory_used
 from workers.packing import Packing, compare
 
@@ -80,9 +79,11 @@ class EngineHost:
             Its messages, then `Released`, or `Died` if the engine's process ended too soon.
         """
         _wait_for_gpus(devices)
-        if over_nodes:
+        if over_nodes or job.tickets[0].trial.engine.kind not in PRELOAD:
+            if job.log is not None:
+                log_to(job.log)
             yield from runner.run(job)
-            yield _released(_left_here())
+            yield _released([*self._survivors(), *_held_here()])
             return
         died: EngineDied | None = None
         with _scratch(job.scratch) as folder:
@@ -90,15 +91,16 @@ class EngineHost:
                 yield from self._forks.run(replace(job, scratch=str(folder)), devices, patience_s)
             except EngineDied as error:
                 died = error
-        problems = []
-        if survivors := self._forks.survivors():
-            problems.append(f"{survivors} processes are still alive")
-        problems += _wait_for_gpus(devices)
+        problems = [*self._survivors(), *_wait_for_gpus(devices)]
         if died is None:
             yield _released(problems)
         else:
             detail = "; ".join(problems)
             yield Died(error=died.error, trial_id=died.trial_id, clean=not problems, detail=detail)
+
+    def _survivors(self) -> list[str]:
+        survivors = self._forks.survivors()
+        return [f"{survivors} processes are still alive"] if survivors else []
 
     def rehearse(self, job: Job, devices: str | None, patience_s: float) -> None:
         """Builds an engine that waits to be asked for passes; see `workers.packing`."""
@@ -201,18 +203,11 @@ def _wait_for_gpus(devices: str | None) -> list[str]:
     return found
 
 
-def _left_here() -> list[str]:
-    """What an engine that ran in this process has left: processes, and memory on its GPUs
-    beyond an empty CUDA context."""
-    problems = []
-    left = [child for child in psutil.Process().children(recursive=True) if child.is_running()]
-    if left:
-        problems.append(f"{len(left)} processes are still alive")
+def _held_here() -> list[str]:
+    """What this process still holds on its GPUs beyond an empty CUDA context."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
-        return problems
+        return []
     torch.cuda.empty_cache()
     held = torch.cuda.memory_reserved()
-    if held > CLEAN_BYTES:
-        problems.append(f"{held / 2**20:.0f} MiB still reserved on the GPU")
-    return problems
+    return [f"{held / 2**20:.0f} MiB still reserved on the GPU"] if held > CLEAN_BYTES else []

@@ -39,7 +39,8 @@ from workers.failures import from_log
 from workers.packing import Rehearsal
 
 PRELOAD: dict[EngineKind, str] = {"vllm": "workers.engines.preload_vllm"}
-"""What the fork server imports for an engine."""
+"""What the fork server imports for an engine. One that is not here only computes: it holds no
+device, leaves nothing behind, and needs no process of its own."""
 EXIT_S = 20.0
 """Wait for a fork that has said its last to end, seconds."""
 LOG_TAIL = 256 * 1024
@@ -55,13 +56,20 @@ class Forks:
 
     def __init__(self, kinds: Sequence[EngineKind]) -> None:
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload([PRELOAD[one] for one in kinds if one in PRELOAD])
+        self._preload = [PRELOAD[one] for one in kinds if one in PRELOAD]
+        self._context.set_forkserver_preload(self._preload)
         self._shared: set[Path] = set()
         self._own: set[int] = set()
         self._rehearsal: tuple[Any, Connection] | None = None
 
     def prepare(self) -> None:
         """Returns when the imports are done and a fork can be had at once."""
+        if self._preload:
+            self._start()
+
+    def _start(self) -> None:
+        if self._own:
+            return
         with _findable(), _without_main():
             forkserver.ensure_running()
             first = self._context.Process(target=_nothing)
@@ -96,8 +104,9 @@ class Forks:
                 except EOFError:
                     break
                 if isinstance(message, Progress):
+                    if stage == "load":  # it is built: what it shares is there
+                        self._shared |= memory.shared_segments(fork.pid or 0)
                     stage, trial_id = message.stage, message.trial_id
-                    self._shared |= memory.shared_segments(fork.pid or 0)
                 elif isinstance(message, Finished):
                     left.discard(message.trial_id)
                     trial_id = None
@@ -159,6 +168,7 @@ class Forks:
 
     def _fork(self, target: Any, job: Job, devices: str | None) -> tuple[Any, Connection]:
         """A fork that does `target`, and our end of its pipe."""
+        self._start()
         ours, theirs = self._context.Pipe()
         with _without_main():
             fork = self._context.Process(target=target, args=(theirs, job, devices))
@@ -235,7 +245,7 @@ def _rehearse(connection: Connection, job: Job, devices: str | None) -> None:
 def _settle(job: Job, devices: str | None) -> None:
     """Gives a fork its devices, its log and its place for temporary files."""
     if job.log is not None:
-        _log_to(job.log)
+        log_to(job.log)
     if devices is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices
     if job.scratch is not None:
@@ -316,7 +326,7 @@ def _without_main() -> Iterator[None]:
             main["__file__"] = name
 
 
-def _log_to(path: str) -> None:
+def log_to(path: str) -> None:
     """Sends file descriptors 1 and 2, and with them every library's output, to a file."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)

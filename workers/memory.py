@@ -81,9 +81,9 @@ def shared_segments(pid: int) -> set[Path]:
     for process in tree:
         with contextlib.suppress(OSError):
             for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines():
-                path = Path(line.partition("/")[1] + line.partition("/")[2])
-                if path.parent == _SHARED and path.name.startswith(_OF_ENGINES):
-                    found.add(path)
+                _, slash, name = line.partition("/dev/shm/")
+                if slash and name.startswith(_OF_ENGINES) and "/" not in name:
+                    found.add(_SHARED / name)
     return found
 
 
