@@ -72,7 +72,7 @@ def _role(process: psutil.Process, root: psutil.Process) -> str:
     if process == root:
         return "driver"
     line = " ".join(process.cmdline()) + process.name()
-    return "engine" if "EngineHost" in line else "Ray"
+    return "engine" if "EngineHost" in line or "multiprocessing" in line else "Ray"
 
 
 def sweep(options: argparse.Namespace) -> dict[str, object]:

@@ -18,6 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
+
 from workers.contract.engine import EngineSettings
 from workers.contract.model import Model
 from workers.contract.trial import Trial
@@ -68,6 +70,13 @@ def beside(code: str, says: bool) -> subprocess.Popen[str]:
     return process
 
 
+def used(process: subprocess.Popen[str]) -> float:
+    """Processor seconds of a process and all below it."""
+    root = psutil.Process(process.pid)
+    times = [one.cpu_times() for one in [root, *root.children(recursive=True)]]
+    return sum(one.user + one.system for one in times)
+
+
 def end(process: subprocess.Popen[str]) -> None:
     """Ends a process and what it started."""
     subprocess.run(["kill", "-9", "--", f"-{process.pid}"], check=True)
@@ -83,6 +92,7 @@ def main() -> None:
 
     importing = IMPORTING.format(sys.executable, IMPORT)
     times: dict[str, list[list[float]]] = {"alone": [], "waiting": [], "importing": []}
+    idle: list[float] = []
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         trial = Trial(model=MODEL, workload=WORKLOAD, engine=EngineSettings(eager=True))
         engine = VllmEngine(trial, [WORKLOAD], Site(scratch=Path(name), device="cpu"))
@@ -90,7 +100,9 @@ def main() -> None:
         for _ in range(options.rounds):
             times["alone"].append(passes(engine, TURN_S))
             other = beside(WAITING, says=True)
+            before = used(other)
             times["waiting"].append(passes(engine, TURN_S))
+            idle.append(used(other) - before)
             end(other)
             other = beside(importing, says=False)
             times["importing"].append(passes(engine, TURN_S))
@@ -99,6 +111,7 @@ def main() -> None:
     for label, rounds in times.items():
         every = [one for some in rounds for one in some]
         print(f"{label:10}{len(every):5} passes, median {statistics.median(every):.4f} s")
+    print(f"processor time of a waiting process in {TURN_S:.0f} s: at most {max(idle):.3f} s")
     for label in ("waiting", "importing"):
         ratios = [
             statistics.median(some) / statistics.median(alone)
