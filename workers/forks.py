@@ -217,9 +217,7 @@ def _measure(sender: Connection, job: Job, devices: str | None) -> None:
         if closing and not left and alone:
             break  # there is nothing to take down that does not go with the process
     sender.close()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    _leave()
 
 
 def _rehearse(connection: Connection, job: Job, devices: str | None) -> None:
@@ -239,6 +237,16 @@ def _rehearse(connection: Connection, job: Job, devices: str | None) -> None:
         pass  # nobody asks any more
     if rehearsal is not None:
         rehearsal.close()
+    _leave()
+
+
+def _leave() -> None:
+    """Ends a fork. Semaphores of an engine that was not closed, or could not be built, would
+    outlive it."""
+    for segment in memory.shared_segments(os.getpid()):
+        segment.unlink(missing_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(0)
 
 
