@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -43,6 +44,8 @@ PRELOAD: dict[EngineKind, str] = {"vllm": "workers.engines.preload_vllm"}
 device, leaves nothing behind, and needs no process of its own."""
 EXIT_S = 20.0
 """Wait for a fork that has said its last to end, seconds."""
+_THREADS = re.compile(r"libgomp: Thread creation failed: Resource temporarily unavailable")
+"""Last words of a process whose memory limit leaves no room for a thread."""
 LOG_TAIL = 256 * 1024
 """Bytes at the end of a log in which a cause is looked for."""
 
@@ -265,7 +268,12 @@ def _cause(job: Job, stage: str, code: int | None, kills: int) -> TrialError:
     oom: OomStage = "load" if stage == "load" else "warmup" if stage == "warmup" else "run"
     if code == -signal.SIGKILL and memory.kernel_kills() > kills:
         return OutOfMemory("the kernel killed the engine's process", stage=oom, scope="host")
-    if found := from_log(tail(job.log), stage=oom, device_is_cpu=not _has_gpu()):
+    log = tail(job.log)
+    limited = any(ticket.trial.engine.memory_limit_gib for ticket in job.tickets)
+    if limited and (words := _THREADS.search(log)):
+        text = f"{words[0]} (no memory left for a thread's stack)"
+        return OutOfMemory(text, stage=oom, scope="device")
+    if found := from_log(log, stage=oom, device_is_cpu=not _has_gpu()):
         return found
     if code is not None and code < 0:
         return Crashed(f"the engine's process died: {signal.Signals(-code).name}")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from vllm.model_executor.model_loader import base_loader
 from vllm.v1.worker.cpu_worker import CPUWorker
@@ -24,6 +25,10 @@ LIMIT_KEY = "memory_limit_bytes"
 """Key of vLLM's `additional_config` that carries the limit of one rank."""
 
 
+_PARALLEL = 2**20
+"""Elements that torch shares out among threads."""
+
+
 class LimitedCPUWorker(CPUWorker):
     """`CPUWorker` that bounds and measures what the model adds to its process."""
 
@@ -31,6 +36,7 @@ class LimitedCPUWorker(CPUWorker):
     weights_bytes: int | None = None
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
+        torch.ones(_PARALLEL).mul_(2)  # threads that torch starts when it first needs them
         memory.reset_peak()
         self.idle_bytes = memory.status("VmRSS")
         limit = self.vllm_config.additional_config.get(LIMIT_KEY)
