@@ -106,7 +106,7 @@ def execute(request: Request) -> Summary:
             if request.profile is None and found != profile:
                 sweep, planned = prepare(request, found)
             display = choose(plain=request.plain, json=request.json, console=Console(file=terminal))
-            with display:
+            with display, _interruptible():  # again: Ray sets a handler of its own
                 return _Run(request, sweep, planned, dataset, cluster, display).execute()
 
 
