@@ -111,8 +111,10 @@ def hosts_of(driver: int) -> list[psutil.Process]:
 
 
 def engine_of(host: psutil.Process) -> psutil.Process:
-    """The fork in which a host's engine runs: the largest process below it."""
-    return max(host.children(recursive=True), key=lambda one: one.memory_info().rss)
+    """The fork in which a host's engine runs: younger than the server that made it."""
+    forks = [one for one in host.children(recursive=True) if "forkserver" in str(one.cmdline())]
+    assert len(forks) >= 2, "a server and its fork"
+    return max(forks, key=lambda one: one.create_time())
 
 
 def gone(before: set[str], timeout: float = 15) -> set[str]:
