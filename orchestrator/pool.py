@@ -27,9 +27,8 @@ from workers.contract.engine import EngineKind
 from workers.contract.errors import Crashed, OutOfMemory, TimedOut, TrialError
 from workers.contract.job import Job, Ticket
 from workers.contract.message import Died, Finished, Message, Progress, Released
-from workers.contract.outcome import OomStage
 from workers.failures import from_log
-from workers.forks import PRELOAD, tail
+from workers.forks import PRELOAD, oom_stage, tail
 from workers.memory import shared_segments
 from workers.packing import Packing
 
@@ -365,7 +364,7 @@ class Pool:
     def _died(self, process: _Process, error: ray.exceptions.RayError) -> Lost:
         if isinstance(error, ray.exceptions.OutOfMemoryError):
             cause: TrialError = OutOfMemory(
-                _short(error), stage=_oom_stage(process.stage), scope="host"
+                _short(error), stage=oom_stage(process.stage), scope="host"
             )
             return self._lost(process, cause)
         if isinstance(error, ray.exceptions.RayTaskError):
@@ -378,7 +377,7 @@ class Pool:
         if outside:
             return self._lost(process, Crashed(f"the node was lost: {_short(error)}"), retry=True)
         told = from_log(
-            tail(process.log), stage=_oom_stage(process.stage), device_is_cpu=self._cpu_only()
+            tail(process.log), stage=oom_stage(process.stage), device_is_cpu=self._cpu_only()
         )
         return self._lost(process, told or Crashed(f"the engine's process died: {_short(error)}"))
 
@@ -388,10 +387,6 @@ class Pool:
 
     def _cpu_only(self) -> bool:
         return all(node.cpu_only for node in self._cluster.nodes)
-
-
-def _oom_stage(stage: str) -> OomStage:
-    return "load" if stage == "load" else "warmup" if stage == "warmup" else "run"
 
 
 def _short(error: BaseException) -> str:

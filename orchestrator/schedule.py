@@ -292,7 +292,8 @@ class Schedule:
             case Overdue():
                 return self._abandon() + self._fill()
             case Checked(node_id=node_id, side_by_side=allowed):
-                return self._checked(node_id, allowed) + self._fill()
+                self._checked(node_id, allowed)
+                return self._fill()
 
     # --- what waits
 
@@ -721,14 +722,13 @@ class Schedule:
         ledger.hold(machine, held, node.devices, self._now + CHECK_S)
         return Check(node_id=node.node_id, lanes=lanes, group=one)
 
-    def _checked(self, node_id: str, allowed: bool) -> list[Command]:
+    def _checked(self, node_id: str, allowed: bool) -> None:
         held = self._checking.pop(node_id, None)
         if held is not None:
             ledger = self._ledgers[self.nodes[node_id].device_class]
             machine = ledger.machines[node_id]
             machine.side_by_side = self._known[node_id] = allowed
             ledger.give_back(machine, held)
-        return []
 
     # --- taking it back
 

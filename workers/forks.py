@@ -104,7 +104,7 @@ class Forks:
                     break
                 try:
                     message: Message = receiver.recv()
-                except EOFError:
+                except (EOFError, OSError):  # killed, perhaps in the middle of a message
                     break
                 if isinstance(message, Progress):
                     if stage == "load":  # it is built: what it shares is there
@@ -120,7 +120,7 @@ class Forks:
             receiver.close()
             self.end(fork)
         if left and error is None:
-            error = _cause(job, stage, fork.exitcode, kills)
+            error = _cause(job, devices, stage, fork.exitcode, kills)
         if error is not None:
             raise EngineDied(error, trial_id)
 
@@ -162,7 +162,7 @@ class Forks:
             raise TimedOut(f"an engine said nothing for {patience_s:.0f} s")
         try:
             answer = connection.recv()
-        except EOFError:
+        except (EOFError, OSError):
             raise Crashed("the engine's process died") from None
         if isinstance(answer, TrialError):
             raise answer
@@ -185,7 +185,7 @@ class Forks:
             fork.kill()
         fork.join()
         for pid in _family() - self._own:
-            with contextlib.suppress(psutil.NoSuchProcess):
+            with contextlib.suppress(psutil.Error):  # what does not go is a survivor
                 one = psutil.Process(pid)
                 one.kill()
                 one.wait(EXIT_S)
@@ -263,9 +263,14 @@ def _settle(job: Job, devices: str | None) -> None:
         tempfile.tempdir = os.environ["TMPDIR"] = job.scratch
 
 
-def _cause(job: Job, stage: str, code: int | None, kills: int) -> TrialError:
+def oom_stage(stage: str) -> OomStage:
+    """Where memory ran out, if it did so in a stage of a host."""
+    return "load" if stage == "load" else "warmup" if stage == "warmup" else "run"
+
+
+def _cause(job: Job, devices: str | None, stage: str, code: int | None, kills: int) -> TrialError:
     """Why a fork ended too soon."""
-    oom: OomStage = "load" if stage == "load" else "warmup" if stage == "warmup" else "run"
+    oom = oom_stage(stage)
     if code == -signal.SIGKILL and memory.kernel_kills() > kills:
         return OutOfMemory("the kernel killed the engine's process", stage=oom, scope="host")
     log = tail(job.log)
@@ -273,7 +278,7 @@ def _cause(job: Job, stage: str, code: int | None, kills: int) -> TrialError:
     if limited and (words := _THREADS.search(log)):
         text = f"{words[0]} (no memory left for a thread's stack)"
         return OutOfMemory(text, stage=oom, scope="device")
-    if found := from_log(log, stage=oom, device_is_cpu=not _has_gpu()):
+    if found := from_log(log, stage=oom, device_is_cpu=devices is None):
         return found
     if code is not None and code < 0:
         return Crashed(f"the engine's process died: {signal.Signals(-code).name}")
@@ -290,10 +295,6 @@ def tail(log: str | None) -> str:
             return file.read().decode(errors="replace")
     except OSError:
         return ""
-
-
-def _has_gpu() -> bool:
-    return bool(os.environ.get("CUDA_VISIBLE_DEVICES"))
 
 
 def _nothing() -> None:
