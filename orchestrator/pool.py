@@ -34,6 +34,9 @@ from workers.packing import Packing
 
 GRACE_S = 30.0
 """Silence allowed to an engine beyond a trial's own deadline, for slow disks, seconds."""
+GATHER_S = 0.02
+"""What is heard within so many seconds is heard together: a hundred records cost the disk as
+much as one."""
 CHECK_POLL_S = 0.1
 """Wait between two looks at the checks of nodes, seconds."""
 HOST_GRACE_S = 150.0
@@ -227,7 +230,8 @@ class Pool:
         )
 
     def poll(self, timeout_s: float) -> Iterator[tuple[int, Happening]]:
-        """What happened, as (lane, happening); waits for the first at most `timeout_s`."""
+        """What happened, as (lane, happening); waits for the first at most `timeout_s`, and
+        takes with it what comes within `GATHER_S`."""
         streams = {id(one.stream): one for one in self._processes.values() if one.stream}
         if self._checks:
             yield from self._checked()
@@ -245,10 +249,18 @@ class Pool:
             ready, _ = ray.wait(
                 [one.stream for one in streams.values()], timeout=timeout_s, fetch_local=False
             )
-        for stream in ready:
-            process = streams[id(stream)]
-            happening = self._next(process)
-            yield process.lane.lane_id, happening
+        until = time.monotonic() + GATHER_S
+        while ready:
+            for stream in ready:
+                process = streams[id(stream)]
+                yield process.lane.lane_id, self._next(process)
+            left_s = until - time.monotonic()
+            speaking = [stream for stream in ready if streams[id(stream)].stream is stream]
+            if left_s <= 0 or not speaking:
+                break
+            ready, _ = ray.wait(
+                speaking, num_returns=len(speaking), timeout=left_s, fetch_local=False
+            )
         for process in streams.values():
             if process.stream is not None and process.silent_s() > process.patience_s:
                 yield process.lane.lane_id, self._overdue(process)

@@ -28,6 +28,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
+import pyarrow as pa
 from rich.console import Console
 
 from orchestrator import events, manifest, schedule
@@ -56,6 +57,9 @@ if TYPE_CHECKING:
 
 POLL_S = 0.25
 """Wait for the next message before the display is refreshed, seconds."""
+
+AT_ONCE = 1_000
+"""Records of infeasible points that are written together."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -234,11 +238,12 @@ class _Run:
         self._carry_out(commands)
         while not self._schedule.finished:
             self._look_at_nodes()
-            for lane_id, happening in self._pool.poll(POLL_S):
+            heard = list(self._pool.poll(POLL_S))
+            self._commit([one for _, one in heard if isinstance(one, Finished)])
+            for lane_id, happening in heard:
                 if isinstance(happening, Progress):
                     self._tracker.heard(lane_id, happening)
                 elif isinstance(happening, Finished):
-                    self._commit(happening)
                     self._tracker.heard(lane_id, happening)
                     self._on(_ended(lane_id, happening, self._at()))
                 elif isinstance(happening, Released):
@@ -357,9 +362,24 @@ class _Run:
                     found[node_id] = Packing(**packing)
         return found
 
-    def _commit(self, finished: Finished) -> None:
-        self._dataset.commit(self._run_id, records=finished.record, samples=finished.samples)
-        self._made[finished.outcome] += 1
+    def _commit(self, finished: Sequence[Finished]) -> None:
+        """Rows of trials that ended, before anybody else hears of it."""
+        if finished:
+            self._dataset.commit(
+                self._run_id,
+                records=[one.record for one in finished],
+                samples=[one.samples for one in finished if one.samples is not None],
+            )
+            self._made.update(one.outcome for one in finished)
+
+    def _end(
+        self, group_id: str | None, outcome: Outcome, records: Sequence[pa.RecordBatch]
+    ) -> None:
+        """Terminal records that no engine writes, of trials of one group."""
+        self._dataset.commit(self._run_id, records=records)
+        self._made[outcome] += len(records)
+        for _ in records:
+            self._tracker.ended(group_id, outcome)
 
     def _blame(self, blame: events.Blame, error: TrialError) -> None:
         """Terminal records of trials whose host can no longer write them."""
@@ -367,22 +387,17 @@ class _Run:
         job = self._pool.job(blame.group, blame.attempts, local=local)
         hosts = self._cluster.hosts
         host = hosts[blame.node_id] if blame.node_id else next(iter(hosts.values()))
-        for ticket in job.tickets:
-            record = recorder.failed(job, ticket, error, **recorder.where(host))
-            self._dataset.commit(self._run_id, records=record)
-            self._made[error.outcome] += 1
-            self._tracker.ended(blame.group.group_id, error.outcome)
+        columns = recorder.where(host)
+        records = [recorder.failed(job, ticket, error, **columns) for ticket in job.tickets]
+        self._end(blame.group.group_id, error.outcome, records)
 
     def _skip(self, group: Group, witness: str) -> None:
         """Terminal records of trials that a witness makes pointless."""
         attempts = {one.trial_id: 1 for one in group.trials}
         job = self._pool.job(group, attempts, local=False)
         columns = self._host_columns(group)
-        for ticket in job.tickets:
-            record = recorder.skipped(job, ticket, witness, **columns)
-            self._dataset.commit(self._run_id, records=record)
-            self._made["skipped"] += 1
-            self._tracker.ended(group.group_id, "skipped")
+        records = [recorder.skipped(job, ticket, witness, **columns) for ticket in job.tickets]
+        self._end(group.group_id, "skipped", records)
 
     def _host_columns(self, group: Group) -> dict[str, Any]:
         """The machine on which a group would have run."""
@@ -399,26 +414,24 @@ class _Run:
         self._say(str(error))
         attempts = {name: max(1, number) for name, number in given_up.attempts.items()}
         job = self._pool.job(given_up.group, attempts, local=False)
-        for ticket in job.tickets:
-            self._dataset.commit(self._run_id, records=recorder.failed(job, ticket, error))
-            self._made["timeout"] += 1
-            self._tracker.ended(given_up.group.group_id, "timeout")
+        records = [recorder.failed(job, ticket, error) for ticket in job.tickets]
+        self._end(given_up.group.group_id, "timeout", records)
 
     def _write_infeasible(self) -> None:
-        for one in self._infeasible:
-            assert one.infeasible is not None
-            job = Job(
-                sweep=self._sweep.name,
-                run_id=self._run_id,
-                group_id=None,
-                profile=self._sweep.profile,
-                tickets=(),
-            )
-            ticket = Ticket(trial=one.trial, trial_id=one.trial_id, axes=one.axes)
-            record = recorder.failed(job, ticket, one.infeasible)
-            self._dataset.commit(self._run_id, records=record)
-            self._made["infeasible"] += 1
-            self._tracker.ended(None, "infeasible")
+        job = Job(
+            sweep=self._sweep.name,
+            run_id=self._run_id,
+            group_id=None,
+            profile=self._sweep.profile,
+            tickets=(),
+        )
+        for start in range(0, len(self._infeasible), AT_ONCE):
+            records = []
+            for one in self._infeasible[start : start + AT_ONCE]:
+                assert one.infeasible is not None
+                ticket = Ticket(trial=one.trial, trial_id=one.trial_id, axes=one.axes)
+                records.append(recorder.failed(job, ticket, one.infeasible))
+            self._end(None, "infeasible", records)
 
     def _earlier(self) -> dict[str, Outcome]:
         """Trials that an earlier run settled on machines like the ones in hand."""

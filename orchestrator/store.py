@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self, cast
+from typing import Any, BinaryIO, Self, TypeAlias, cast
 
 import polars as pl
 import pyarrow as pa
@@ -64,6 +64,10 @@ _REQUIRED: Mapping[str, tuple[str, ...]] = {
 }
 _WRITE = pa.ipc.IpcWriteOptions(compression="zstd", use_threads=False)
 _WRITE_SMALL = pa.ipc.IpcWriteOptions(use_threads=False)
+
+
+Rows: TypeAlias = pa.RecordBatch | Sequence[pa.RecordBatch] | None
+"""What there is to commit to a table."""
 
 
 class StoreError(Exception):
@@ -160,13 +164,14 @@ class Dataset:
         self,
         run_id: str,
         *,
-        records: pa.RecordBatch | None,
-        samples: pa.RecordBatch | None = None,
-        activations: pa.RecordBatch | None = None,
+        records: Rows = None,
+        samples: Rows = None,
+        activations: Rows = None,
     ) -> None:
         """Adds rows, on disk for good when this returns. All of them, or none if it raises.
 
-        Every row's `run_id` must be `run_id`. Tables that are None or empty are left alone.
+        Every row's `run_id` must be `run_id`. Tables that are None or empty are left alone. What
+        is given in one call costs the disk as much as a single row.
 
         Raises:
             StoreError: if a batch is not of today's schema, or the disk refuses it.
@@ -174,9 +179,9 @@ class Dataset:
         _check_name("run", run_id)
         given = {"samples": samples, "activations": activations, "records": records}
         batches = {
-            table: _checked(table, run_id, batch)
-            for table, batch in given.items()
-            if batch is not None and batch.num_rows
+            table: pa.concat_batches([_checked(table, run_id, batch) for batch in some])
+            for table, rows in given.items()
+            if (some := _some(rows))
         }
         self._commits += 1
         name = f"{run_id}-{self._commits:06d}-{self._token}.arrow"
@@ -474,6 +479,12 @@ def _writer(
                 writer.write_batch(pa.RecordBatch.from_arrays(batch.columns, schema=schema))
 
     return write
+
+
+def _some(rows: Rows) -> list[pa.RecordBatch]:
+    """The batches that have rows."""
+    batches = [rows] if isinstance(rows, pa.RecordBatch) else rows or ()
+    return [batch for batch in batches if batch.num_rows]
 
 
 def _checked(table: str, run_id: str, batch: pa.RecordBatch) -> pa.RecordBatch:
