@@ -14,9 +14,9 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeAlias
 
 FORMAT = 1
 """Version of the canonical form. Raised when the meaning of a default changes."""
@@ -74,7 +74,7 @@ class Fingerprints:
 
     def __init__(self) -> None:
         self._texts: dict[int, tuple[Any, str]] = {}
-        self._readers: dict[type[Any], tuple[Callable[[Any], Any], list[_Field]]] = {}
+        self._readers: dict[type[Any], _Reader] = {}
 
     def of(self, value: Any) -> str:
         """The same 16 digits as `fingerprint(value)`."""
@@ -90,20 +90,26 @@ class Fingerprints:
             reader = self._readers[type(value)] = _reader(type(value))
         read, fields = reader
         parts = []
-        for field, inner in zip(fields, read(value), strict=True):
-            if inner is field.default:
+        for inner, (default, known, field) in zip(read(value), fields, strict=True):
+            if inner is default:
                 continue
-            if field.required:
-                parts.append(field.label + self._kept(inner))
-            else:
-                known = field.parts.get(id(inner))
-                if known is None:
-                    left_out = _is_default(field.field, inner)
-                    part = "" if left_out else field.label + self._kept(inner)
-                    known = field.parts[id(inner)] = (inner, part)
-                if known[1]:
-                    parts.append(known[1])
+            part = known.get(id(inner))
+            if part is None:
+                part = self._part(field, inner)
+            if part:
+                parts.append(part)
         return f"{{{','.join(parts)}}}"
+
+    def _part(self, field: _Field, inner: Any) -> str:
+        """A field's part of the text; empty where it is left out."""
+        if not field.required and _is_default(field.field, inner):
+            part = ""
+        else:
+            part = field.label + self._kept(inner)
+        if not field.required:  # those differ from one object to the next
+            field.parts[id(inner)] = part
+            field.alive.append(inner)
+        return part
 
     def _kept(self, value: Any) -> str:
         known = self._texts.get(id(value))
@@ -117,21 +123,27 @@ class _Field:
 
     def __init__(self, field: dataclasses.Field[Any]) -> None:
         self.field = field
-        self.default = field.default
         self.required = field.default is field.default_factory is dataclasses.MISSING
         """Without a default it is never left out."""
         self.label = f"{_json(field.name)}:"
-        self.parts: dict[int, tuple[Any, str]] = {}
-        """By `id` of a value: itself, and its part of the text; empty where it is left out."""
+        self.parts: dict[int, str] = {}
+        """By `id` of a value: its part of the text; empty where it is left out."""
+        self.alive: list[Any] = []
+        """Those values, so that no other takes an `id` of theirs."""
 
 
-def _reader(cls: type[Any]) -> tuple[Callable[[Any], Any], list[_Field]]:
-    """How all fields of `cls` are read at once, and the fields, in the order of their names."""
-    fields = sorted(dataclasses.fields(cls), key=lambda field: field.name)
-    names = [field.name for field in fields]
-    if len(names) > 1:
-        return attrgetter(*names), [_Field(field) for field in fields]
-    return lambda value: [getattr(value, name) for name in names], [_Field(f) for f in fields]
+_Reader: TypeAlias = tuple[
+    Callable[[Any], Sequence[Any]], list[tuple[Any, Mapping[int, str], _Field]]
+]
+"""How all fields of a class are read at once, and of each its default, the texts of its
+values, and itself, in the order of their names."""
+
+
+def _reader(cls: type[Any]) -> _Reader:
+    fields = [_Field(one) for one in sorted(dataclasses.fields(cls), key=lambda one: one.name)]
+    names = [one.field.name for one in fields]
+    read = attrgetter(*names) if len(names) > 1 else lambda value: (getattr(value, *names),)
+    return read, [(one.field.default, one.parts, one) for one in fields]
 
 
 def _json(plain: Any) -> str:
