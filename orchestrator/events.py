@@ -64,6 +64,8 @@ class TrialEnded:
     """It was measured to need more memory than a device has."""
     stage: OomStage | None = None
     """Where it ran out."""
+    failed: bool = False
+    """It crashed, or was not done in time."""
     at: float = 0.0
 
 
@@ -74,6 +76,8 @@ class GroupEnded:
     lane_id: int
     clean: bool
     """The devices are as free as before the group."""
+    devices: tuple[str, ...] = ()
+    """Names of the devices on their node; none where the node is the device."""
     at: float = 0.0
 
 
@@ -88,6 +92,8 @@ class LaneLost:
     """The cause lies outside the trial, and another try can end better."""
     lives: bool = False
     """Only the engine died: the process that hosts it can take another group."""
+    devices: tuple[str, ...] = ()
+    """As in `GroupEnded`."""
     at: float = 0.0
 
 
@@ -126,7 +132,17 @@ class Checked:
     at: float = 0.0
 
 
-Event = TrialEnded | GroupEnded | LaneLost | NodeLost | NodeJoined | Overdue | Checked
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inspected:
+    """The devices of a lane were looked at."""
+
+    lane_id: int
+    sound: bool
+    """They are free, and work."""
+    at: float = 0.0
+
+
+Event = TrialEnded | GroupEnded | LaneLost | NodeLost | NodeJoined | Overdue | Checked | Inspected
 
 
 # --- commands: what to do
@@ -203,7 +219,23 @@ class Check:
     """One trial, which each of them runs."""
 
 
-Command = Open | Assign | Close | Blame | Skip | Abandon | Request | Check
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inspect:
+    """Find out whether the devices of a lane are free again: nothing of its process is left."""
+
+    lane_id: int
+    group: Group | None = None
+    """One trial that ran well elsewhere, to be tried there too."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Withhold:
+    """Keep the devices of a lane from everybody, to the end."""
+
+    lane: Lane
+
+
+Command = Open | Assign | Close | Blame | Skip | Abandon | Request | Check | Inspect | Withhold
 
 
 def nodes_of(lane: Lane) -> tuple[str, ...]:
@@ -213,8 +245,10 @@ def nodes_of(lane: Lane) -> tuple[str, ...]:
 
 _EVENTS: Mapping[str, type[Any]] = {
     one.__name__: one
-    for one in (TrialEnded, GroupEnded, LaneLost, NodeLost, NodeJoined, Overdue, Checked)
-}
+    for one in (
+        TrialEnded, GroupEnded, LaneLost, NodeLost, NodeJoined, Overdue, Checked, Inspected
+    )
+}  # fmt: skip
 
 
 def to_json(event: Event) -> dict[str, Any]:
@@ -232,8 +266,8 @@ def from_json(data: Mapping[str, Any]) -> Event:
     fields = {name: data[name] for name in kind.__dataclass_fields__ if name in data}
     if "node" in fields:
         fields["node"] = Node(**fields["node"])
-    if "trials" in fields:
-        fields["trials"] = tuple(fields["trials"])
+    for name in fields.keys() & {"trials", "devices"}:
+        fields[name] = tuple(fields[name])
     made: Event = kind(**fields)
     return made
 
@@ -252,6 +286,10 @@ def brief(command: Command) -> str:
             return f"{word} {group.group_id}, {len(group.trials)} trials"
         case Skip(witness=witness, group=group):
             return f"skip {group.group_id}, {len(group.trials)} trials, by {witness}"
+        case Inspect(lane_id=lane_id, group=group):
+            return f"inspect {lane_id}" + (f": try {group.group_id}" if group else "")
+        case Withhold(lane=lane):
+            return f"withhold {lane.lane_id}: {lane.devices} on {' '.join(nodes_of(lane))}"
         case Check(node_id=node_id, lanes=lanes):
             return f"check {node_id}: {len(lanes)} engines"
         case Request(needs=needs):

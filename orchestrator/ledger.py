@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_right, insort
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from orchestrator.events import Node
@@ -123,6 +123,19 @@ class Ledger:
             self.unreserve()
         self._unshelve(machine)
         del self.machines[node_id]
+        self._count()
+
+    def withhold(self, machine: Machine, lane_id: int, devices: int) -> None:
+        """Takes devices of a lane out for good; the node itself where no other is left."""
+        left = machine.node.devices - devices
+        if not left:
+            self.leave(machine.node.node_id)
+            return
+        if machine.reserved:
+            self.unreserve()
+        _, held = machine.ends.pop(lane_id)
+        machine.node = replace(machine.node, devices=left)
+        self._change(machine, held - devices)
         self._count()
 
     def _count(self) -> None:

@@ -19,10 +19,10 @@ from typing import Any
 import ray
 
 from orchestrator.cluster import Cluster
-from orchestrator.events import Check, Lane
+from orchestrator.events import Check, Inspect, Lane, nodes_of
 from orchestrator.placement import Placement, on_node
 from orchestrator.plan import Group
-from workers.actor import EngineHost, check_packing
+from workers.actor import EngineHost, check_packing, inspect_devices
 from workers.contract.engine import EngineKind
 from workers.contract.errors import Crashed, OutOfMemory, TimedOut, TrialError
 from workers.contract.job import Job, Ticket
@@ -57,6 +57,14 @@ class Lost:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """The devices of a lane were inspected."""
+
+    problems: tuple[str, ...]
+    """What speaks against using them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Compared:
     """Engines were run side by side on a node, and alone."""
 
@@ -64,7 +72,7 @@ class Compared:
     packing: Packing
 
 
-Happening = Progress | Finished | Released | Lost | Compared
+Happening = Progress | Finished | Released | Lost | Compared | Found
 
 
 class _Host:
@@ -139,6 +147,8 @@ class Pool:
         """Node → hosts without a lane."""
         self._checks: dict[str, tuple[Any, list[_Process]]] = {}
         """Node → answer to come of a check, and what takes part."""
+        self._inspections: dict[int, list[Any]] = {}
+        """Lane → answers to come of an inspection of its devices."""
         self._compared: dict[str, Packing | None] = {}
         """Node on which engines may run side by side → what was found, if it was checked."""
 
@@ -165,6 +175,44 @@ class Pool:
             one.trial.measure.timeout_s + GRACE_S,
         )
         self._checks[check.node_id] = (answer, taking_part)
+
+    def inspect(self, asked: Inspect) -> None:
+        """Has the devices of a lane looked at, after its host was ended; `poll` tells what was
+        found."""
+        process = self._processes[asked.lane_id]
+        self._note_shared(process)
+        pid = _at_once(process.host.pid)
+        ray.kill(process.host.actor)
+        process.usable, process.stream = False, None
+        _unlink(process.shared)
+        job, patience_s = None, 0.0
+        if asked.group is not None:
+            (one,) = asked.group.trials
+            local = process.lane.node_id == self._cluster.driver_node
+            job = replace(self.job(asked.group, {one.trial_id: 1}, local=local), log_name=None)
+            job = replace(job, log=job.log and str(Path(job.log).with_name("inspection.log")))
+            patience_s = one.trial.measure.timeout_s + GRACE_S
+            process.host = _Host(self._kinds, self._where(process))
+        self._inspections[asked.lane_id] = [
+            inspect_devices.options(scheduling_strategy=on_node(node_id)).remote(
+                pid, process.placement.devices, process.host.actor, job, patience_s
+            )
+            for node_id in nodes_of(process.lane)
+        ]
+
+    def _where(self, process: _Process) -> Any:
+        node_id = process.lane.node_id
+        return process.placement.within(captures=True) if node_id is None else on_node(node_id)
+
+    def withhold(self, lane_id: int) -> None:
+        """Keeps a lane's devices until the run ends."""
+        self._inspections.pop(lane_id, None)
+
+    def devices_of(self, lane_id: int) -> tuple[str, ...]:
+        """Names of a lane's devices on its node; none where the node is the device, or where
+        they are not known."""
+        granted = _at_once(self._processes[lane_id].placement.devices)
+        return tuple(granted.split(",")) if granted else ()
 
     def _opened(self, lane: Lane) -> _Process:
         placement = Placement(lane, {node.node_id: node for node in self._cluster.nodes})
@@ -233,8 +281,9 @@ class Pool:
         """What happened, as (lane, happening); waits for the first at most `timeout_s`, and
         takes with it what comes within `GATHER_S`."""
         streams = {id(one.stream): one for one in self._processes.values() if one.stream}
-        if self._checks:
+        if self._checks or self._inspections:
             yield from self._checked()
+            yield from self._inspected()
             timeout_s = min(timeout_s, CHECK_POLL_S)
         if not streams:
             time.sleep(timeout_s)
@@ -284,6 +333,7 @@ class Pool:
         A killed host cannot remove the shared memory of its engine; where that is on this
         machine, it is removed here.
         """
+        self._inspections.pop(lane_id, None)
         process = self._processes.pop(lane_id, None)
         if process is not None:
             self._end(process)
@@ -296,8 +346,7 @@ class Pool:
             self._note_shared(process)
             ray.kill(process.host.actor)
         process.placement.release()
-        for segment in process.shared:
-            segment.unlink(missing_ok=True)
+        _unlink(process.shared)
 
     def forget(self, node_id: str) -> None:
         """The hosts without a lane of a node that is gone."""
@@ -332,6 +381,18 @@ class Pool:
                 self.share(node_id, packing)
             yield taking_part[0].lane.lane_id, Compared(node_id=node_id, packing=packing)
 
+    def _inspected(self) -> Iterator[tuple[int, Happening]]:
+        """Inspections that ended. One that could not be made speaks against the devices."""
+        for lane_id, answers in list(self._inspections.items()):
+            if len(ray.wait(answers, num_returns=len(answers), timeout=0)[0]) < len(answers):
+                continue
+            del self._inspections[lane_id]
+            try:
+                problems = [problem for found in ray.get(answers) for problem in found]
+            except ray.exceptions.RayError as error:
+                problems = [f"it could not be inspected: {_short(error)}"]
+            yield lane_id, Found(problems=tuple(problems))
+
     def _end_check(self, node_id: str, *, usable: bool) -> None:
         _, taking_part = self._checks.pop(node_id)
         for process in taking_part:
@@ -364,10 +425,9 @@ class Pool:
         """Remembers the shared memory of a lane on this machine, for when it is killed."""
         if process.lane.node_id != self._cluster.driver_node:
             return
-        try:
-            process.shared |= shared_segments(ray.get(process.host.pid, timeout=0))
-        except ray.exceptions.RayError:
-            return  # not started yet, or gone
+        pid = _at_once(process.host.pid)
+        if pid is not None:
+            process.shared |= shared_segments(pid)
 
     def _overdue(self, process: _Process) -> Lost:
         what = "building the engine" if process.trial_id is None else "the trial"
@@ -399,6 +459,20 @@ class Pool:
 
     def _cpu_only(self) -> bool:
         return all(node.cpu_only for node in self._cluster.nodes)
+
+
+def _at_once(reference: Any) -> Any:
+    """A value if it has come; null if it has not, or never will."""
+    try:
+        return ray.get(reference, timeout=0)
+    except ray.exceptions.RayError:
+        return None
+
+
+def _unlink(segments: set[Path]) -> None:
+    for segment in segments:
+        segment.unlink(missing_ok=True)
+    segments.clear()
 
 
 def _short(error: BaseException) -> str:

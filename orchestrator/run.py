@@ -53,7 +53,7 @@ from workers.secrecy import hide, hide_text, known_secrets, scrub
 
 if TYPE_CHECKING:
     from orchestrator.cluster import Cluster
-    from orchestrator.pool import Compared, Pool
+    from orchestrator.pool import Compared, Found, Pool
 
 POLL_S = 0.25
 """Wait for the next message before the display is refreshed, seconds."""
@@ -231,7 +231,7 @@ class _Run:
         )
 
     def _loop(self) -> None:
-        from orchestrator.pool import Compared
+        from orchestrator.pool import Compared, Found
 
         commands = self._schedule.start()
         self._events.write({"event": "started", "commands": list(map(events.brief, commands))})
@@ -250,11 +250,17 @@ class _Run:
                     if not happening.clean:
                         self._say(f"device not clean, process replaced: {happening.detail}")
                     self._tracker.heard(lane_id, happening)
-                    self._on(
-                        events.GroupEnded(lane_id=lane_id, clean=happening.clean, at=self._at())
+                    ended = events.GroupEnded(
+                        lane_id=lane_id,
+                        clean=happening.clean,
+                        devices=self._pool.devices_of(lane_id),
+                        at=self._at(),
                     )
+                    self._on(ended)
                 elif isinstance(happening, Compared):
                     self._compared(happening)
+                elif isinstance(happening, Found):
+                    self._found(lane_id, happening)
                 else:
                     self._say(f"process lost: {happening.error}")
                     lost = events.LaneLost(
@@ -262,6 +268,7 @@ class _Run:
                         trial_id=happening.trial_id,
                         retry=happening.retry,
                         lives=happening.lives,
+                        devices=self._pool.devices_of(lane_id),
                         at=self._at(),
                     )
                     self._on(lost, happening.error)
@@ -336,8 +343,31 @@ class _Run:
                     host = self._cluster.hosts[node_id].hostname
                     self._say(f"checking {host}: {len(lanes)} engines side by side and alone")
                     self._pool.check(command)
+                case events.Inspect(group=group):
+                    if group is not None:
+                        self._say(f"{self._place(command.lane_id)} fails group after group: trying")
+                    self._pool.inspect(command)
+                case events.Withhold(lane=lane):
+                    self._pool.withhold(lane.lane_id)
+                    self._tracker.closed(lane.lane_id)
                 case events.Request(needs=needs):
                     self._cluster.request(needs)
+
+    def _found(self, lane_id: int, found: Found) -> None:
+        """Tells what an inspection found, and goes on without the devices if they are unfit."""
+        if found.problems:
+            self._say(
+                f"{self._place(lane_id)} is withheld until this run ends: "
+                f"{'; '.join(found.problems)}. `--rerun crashed,timeout` repeats what failed there"
+            )
+        self._on(events.Inspected(lane_id=lane_id, sound=not found.problems, at=self._at()))
+
+    def _place(self, lane_id: int) -> str:
+        """A lane's devices in words."""
+        lane = self._schedule.lanes[lane_id]
+        hosts = ", ".join(self._cluster.hosts[name].hostname for name in events.nodes_of(lane))
+        names = ", ".join(self._pool.devices_of(lane_id))
+        return f"GPU {names} of {hosts}" if names else hosts
 
     def _compared(self, found: Compared) -> None:
         """Notes what a check of a node found, and goes on there."""
@@ -559,6 +589,7 @@ def _ended(lane_id: int, finished: Finished, at: float) -> events.TrialEnded:
         trial_id=finished.trial_id,
         exhausted=exhausted,
         stage=row["oom_stage"] if exhausted else None,
+        failed=finished.outcome in FAULTS,
         at=at,
     )
 

@@ -31,6 +31,10 @@ When a lane dies, the trial in hand is ended unless the cause lies outside it an
 can mend it; the rest of its group waits again, because nothing is known against it. Death
 while the engine is built ends the whole group. A node that is gone takes its lanes with it.
 
+Devices that a lane did not leave clean, those of a process that died, and those that fail
+group after group (`orchestrator.health`) are inspected before anything else runs there. What
+does not pass is withheld: the node counts as smaller, and what needs it whole waits for another.
+
 No event looks at all groups or all nodes (`orchestrator.ledger`).
 """
 
@@ -38,8 +42,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
@@ -54,6 +58,8 @@ from orchestrator.events import (
     Command,
     Event,
     GroupEnded,
+    Inspect,
+    Inspected,
     Lane,
     LaneLost,
     Need,
@@ -65,8 +71,10 @@ from orchestrator.events import (
     Request,
     Skip,
     TrialEnded,
+    Withhold,
     nodes_of,
 )
+from orchestrator.health import Device, Health
 from orchestrator.ledger import Kind, Ledger, Machine, Queue
 from orchestrator.plan import Group, Planned
 from workers.contract.outcome import OomStage
@@ -109,6 +117,8 @@ class _Running:
     end: float
     """Predicted."""
     predicted_s: float
+    well: dict[str, Planned] = field(default_factory=dict)
+    """Trials that ended neither in a crash nor too late."""
 
 
 class Schedule:
@@ -143,6 +153,9 @@ class Schedule:
         self._running: dict[int, _Running] = {}
         self._spare: dict[int, Lane] = {}
         """Lanes without work; none is left when an event is dealt with."""
+        self._health = Health()
+        self._inspected: dict[int, tuple[Device, ...]] = {}
+        """Lane under inspection → its devices."""
         self._requested: tuple[Need, ...] = ()
         self._asks_nodes = False
         # Sums from which the predicted end of all work follows, in devices x seconds.
@@ -264,23 +277,31 @@ class Schedule:
                 if lane_id not in self._running:
                     return []
                 one = self._running[lane_id].left.pop(trial_id)
+                if not event.failed:
+                    self._running[lane_id].well[trial_id] = one
                 return self._learn(event, one) if event.exhausted and self._skips else []
-            case GroupEnded(lane_id=lane_id, clean=clean):
+            case GroupEnded(lane_id=lane_id, clean=clean, devices=devices):
                 if lane_id not in self._running:
                     return []
                 assert not self._running[lane_id].left, "a group ended before its trials"
-                self._release(lane_id, done=True)
-                commands: list[Command] = []
-                if clean:
-                    self._spare[lane_id] = self.lanes[lane_id]
-                else:
-                    commands.append(self._close(lane_id))
-                return commands + self._fill()
+                running = self._stop(lane_id, done=True)
+                return self._leave_behind(lane_id, running, clean, devices) + self._fill()
             case LaneLost(lane_id=lane_id, trial_id=trial_id, retry=retry, lives=lives):
                 if lane_id not in self._running:
                     return []
                 in_hand = set() if trial_id is None else {trial_id}
-                return self._lost(lane_id, in_hand, retry=retry, lives=lives) + self._fill()
+                running = self._stop(lane_id, done=False)
+                commands = self._lost(lane_id, running, in_hand, retry=retry)
+                if retry:
+                    self._give_back(lane_id)
+                    commands.append(self._close(lane_id))
+                else:
+                    commands += self._leave_behind(lane_id, running, lives, event.devices)
+                return commands + self._fill()
+            case Inspected(lane_id=lane_id, sound=sound):
+                if lane_id not in self._inspected:
+                    return []
+                return self._passed(lane_id, sound) + self._fill()
             case NodeLost(node_id=node_id, trials=trials):
                 return self._leave(node_id, set(trials))
             case NodeJoined(node=node):
@@ -395,8 +416,13 @@ class Schedule:
         if (checking := self._checking.pop(node_id, None)) is not None:
             ledger.give_back(ledger.machines[node_id], checking)
         for lane_id in list(ledger.machines[node_id].ends):
-            begun = in_hand.intersection(self._running[lane_id].left)
-            commands += self._lost(lane_id, begun, retry=True)
+            self._inspected.pop(lane_id, None)
+            if lane_id in self._running:
+                running = self._stop(lane_id, done=False)
+                begun = in_hand.intersection(running.left)
+                commands += self._lost(lane_id, running, begun, retry=True)
+            self._give_back(lane_id)
+            commands.append(self._close(lane_id))
         ledger.leave(node_id)
         if not ledger.machines:
             del self._ledgers[node.device_class]
@@ -732,40 +758,87 @@ class Schedule:
 
     # --- taking it back
 
-    def _release(self, lane_id: int, *, done: bool) -> _Running:
-        """Counts a lane's devices as free; the lane itself stays."""
+    def _stop(self, lane_id: int, *, done: bool) -> _Running:
+        """Ends the work of a lane, which keeps its devices."""
         running = self._running.pop(lane_id)
-        lane = self.lanes[lane_id]
         kind = self._kind(running.group)
         self._ending_work -= running.end * self._width(kind)
         self._busy -= self._width(kind)
         if done:
             self._taken_s += self._now - running.since
             self._foreseen_s += running.predicted_s
-        for node_id in nodes_of(lane):
-            if (node := self.nodes.get(node_id)) is not None:
-                ledger = self._ledgers[node.device_class]
-                ledger.give_back(ledger.machines[node_id], lane_id)
         return running
+
+    def _give_back(self, lane_id: int) -> None:
+        """Counts a lane's devices as free; the lane itself stays."""
+        for ledger, machine in self._machines(self.lanes[lane_id]):
+            ledger.give_back(machine, lane_id)
+
+    def _machines(self, lane: Lane) -> list[tuple[Ledger, Machine]]:
+        """Where a lane holds devices, with who keeps account of them."""
+        nodes = [self.nodes[node_id] for node_id in nodes_of(lane) if node_id in self.nodes]
+        ledgers = [self._ledgers[node.device_class] for node in nodes]
+        return [
+            (ledger, ledger.machines[node.node_id])
+            for ledger, node in zip(ledgers, nodes, strict=True)
+        ]
 
     def _close(self, lane_id: int) -> Close:
         del self.lanes[lane_id]
         self._spare.pop(lane_id, None)
         return Close(lane_id=lane_id)
 
-    def _lost(
-        self, lane_id: int, begun: set[str], *, retry: bool, lives: bool = False
+    def _leave_behind(
+        self, lane_id: int, running: _Running, clean: bool, names: Sequence[str]
     ) -> list[Command]:
-        """Ends the group of a lane whose engine is gone, and the lane too unless it lives.
-        Without a trial in hand, the engine was being built."""
+        """What becomes of a lane whose group ended there: it waits for another, or its devices
+        are looked at."""
         lane = self.lanes[lane_id]
-        node_id = lane.node_id
-        running = self._release(lane_id, done=False)
-        commands: list[Command] = []
-        if lives:
-            self._spare[lane_id] = lane
+        devices = tuple((node, name) for node in nodes_of(lane) for name in names or ("",))
+        worked = running.group.only(running.well)
+        if worked is not None:
+            self._health.worked(devices, worked)
         else:
-            commands.append(self._close(lane_id))
+            self._health.failed(devices, running.group)
+        tried = self._health.doubt(devices, running.group.held)
+        if clean and tried is None:
+            self._give_back(lane_id)
+            self._spare[lane_id] = lane
+            return []
+        self._inspected[lane_id] = devices
+        one = tried.only([min(tried.trials, key=_pass_s).trial_id]) if tried else None
+        return [Inspect(lane_id=lane_id, group=one)]
+
+    def _passed(self, lane_id: int, sound: bool) -> list[Command]:
+        """What becomes of a lane that was inspected."""
+        devices = self._inspected.pop(lane_id)
+        lane = self.lanes[lane_id]
+        if sound:
+            self._health.absolved(devices)
+            self._give_back(lane_id)
+            return [self._close(lane_id)]
+        for ledger, machine in self._machines(lane):
+            node = machine.node
+            whole = lane.node_id is None or node.cpu_only
+            ledger.withhold(machine, lane_id, node.devices if whole else lane.devices)
+            if node.node_id in ledger.machines:
+                self.nodes[node.node_id] = machine.node
+            else:
+                del self.nodes[node.node_id]
+            if not ledger.machines:
+                del self._ledgers[node.device_class]
+        del self.lanes[lane_id]
+        self._homes.clear()
+        self._asks_nodes = True
+        return [Withhold(lane=lane)]
+
+    def _lost(
+        self, lane_id: int, running: _Running, begun: set[str], *, retry: bool
+    ) -> list[Command]:
+        """Ends the trials in hand of a lane whose engine is gone; the others wait again.
+        Without a trial in hand, the engine was being built."""
+        node_id = self.lanes[lane_id].node_id
+        commands: list[Command] = []
         left = running.left
         in_hand = (begun & left.keys()) or set(left)
         mendable = {one for one in in_hand if retry and self.attempts[one] < RETRIES}

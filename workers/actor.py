@@ -31,7 +31,7 @@ from workers import memory, runner
 from workers.contract.engine import EngineKind
 from workers.contract.job import Job
 from workers.contract.message import Died, Message, Released
-from workers.forks import PRELOAD, EngineDied, Forks, log_to
+from workers.forks import EXIT_S, PRELOAD, EngineDied, Forks, log_to, members
 from workers.hardware.host import Host, describe, gpu_memory_used
 from workers.packing import Packing, compare
 
@@ -153,6 +153,50 @@ def check_packing(
         return Packing(unchanged=False, engines=len(hosts), trial_id=trial_id, reason=reason[:300])
     finally:
         ray.wait([host.end_rehearsal.remote() for host in hosts], num_returns=len(hosts))
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def inspect_devices(
+    pid: int | None, devices: str | None, host: Any, job: Job | None, patience_s: float
+) -> list[str]:
+    """Looks at what the last host of some devices left behind, on its node.
+
+    Args:
+        pid: of that host, which has been killed; null if it never said.
+        devices: its GPUs.
+        host: another one, to try the job with.
+        job: its first trial has run elsewhere; null where the devices are not in doubt.
+        patience_s: longest silence of an engine that is waited for, seconds.
+
+    Returns:
+        What speaks against using the devices.
+    """
+    found = [*_group_left(pid), *_wait_for_gpus(devices)]
+    if found or job is None:
+        return found
+    trial_id = job.tickets[0].trial_id
+    try:
+        ray.get(host.rehearse.remote(job, devices, patience_s))
+        ray.get(host.passes.remote(patience_s))
+    except ray.exceptions.RayError as error:
+        reason = next(iter(str(getattr(error, "cause", None) or error).splitlines()), "")
+        return [f"trial {trial_id} ran elsewhere and fails here too: {reason[:300]}"]
+    finally:
+        ray.wait([host.end_rehearsal.remote()])
+    return []
+
+
+def _group_left(pid: int | None) -> list[str]:
+    """What is left of the process group of a dead host, after a while."""
+    deadline = time.monotonic() + EXIT_S
+    while pid is not None:
+        left = members(pid)
+        if not left:
+            break
+        if time.monotonic() > deadline:
+            return [f"processes of a dead host are still alive: {', '.join(map(str, left))}"]
+        time.sleep(0.1)
+    return []
 
 
 @ray.remote(num_cpus=0, max_retries=0)

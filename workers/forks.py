@@ -307,14 +307,19 @@ def _family() -> set[int]:
     Ray makes every worker the leader of a group, and orphans stay in it.
     """
     found = {one.pid for one in psutil.Process().children(recursive=True)}
-    group = os.getpgrp()
-    if group != os.getpid():
-        return found
+    if os.getpgrp() == os.getpid():
+        found |= members(os.getpid())
+    return found - {os.getpid()}
+
+
+def members(group: int) -> set[int]:
+    """Processes of a process group on this machine."""
+    found = set()
     for pid in psutil.pids():
-        with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
             if os.getpgid(pid) == group:
                 found.add(pid)
-    return found - {os.getpid()}
+    return found
 
 
 @contextmanager

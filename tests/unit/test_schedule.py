@@ -21,6 +21,8 @@ from orchestrator.events import (
     Command,
     Event,
     GroupEnded,
+    Inspect,
+    Inspected,
     Lane,
     LaneLost,
     Need,
@@ -32,6 +34,7 @@ from orchestrator.events import (
     Request,
     Skip,
     TrialEnded,
+    Withhold,
     from_json,
     to_json,
 )
@@ -142,13 +145,85 @@ def test_a_cpu_machine_runs_one_engine_at_a_time_and_keeps_its_process() -> None
     assert state.finished
 
 
-def test_a_process_that_left_the_device_dirty_is_replaced() -> None:
+def test_devices_that_are_left_dirty_are_inspected_before_anything_runs_there() -> None:
     state = Schedule.of([_group("a"), _group("b")], [_node("n", 2, cpu_only=True)])
     state.start()
     state.on(TrialEnded(lane_id=0, trial_id="a0"))
-    commands = state.on(GroupEnded(lane_id=0, clean=False))
+    assert state.on(GroupEnded(lane_id=0, clean=False)) == [Inspect(lane_id=0)]
+    assert state.free == {"n": 0}
+    commands = state.on(Inspected(lane_id=0, sound=True))
     assert commands[0] == Close(lane_id=0)
     assert _assigned(commands) == [(1, "b")]
+    assert state.on(Inspected(lane_id=0, sound=True)) == []  # told twice
+
+
+def test_devices_that_stay_dirty_are_withheld_and_their_node_counts_as_smaller() -> None:
+    groups = [_group("a", 4, s=9.0), _group("b", 2, s=8.0), _group("c", 8, s=1.0)]
+    state = Schedule.of(groups, [_node("n")])
+    assert _assigned(state.start()) == [(0, "a"), (1, "b")]
+    lost = state.on(LaneLost(lane_id=1, trial_id="b0", retry=False, devices=("4", "5")))
+    assert [type(one) for one in lost] == [Blame, Inspect]
+    (withheld,) = state.on(Inspected(lane_id=1, sound=False))
+    assert isinstance(withheld, Withhold) and withheld.lane.devices == 2
+    assert state.nodes["n"].devices == 6 and state.free == {"n": 2}
+    assert state.stranded == (Need(8, None, 1),)  # no node of 8 is left
+    state.on(TrialEnded(lane_id=0, trial_id="a0"))
+    assert state.on(GroupEnded(lane_id=0, clean=False)) == [Inspect(lane_id=0)]
+    state.on(Inspected(lane_id=0, sound=False))
+    assert state.free == {"n": 2}
+    (gone,) = state.on(Overdue())
+    assert isinstance(gone, Abandon) and "needs 8 devices, but the cluster has 2" in gone.reason
+    assert state.finished
+
+
+def test_a_node_goes_with_the_last_of_its_devices() -> None:
+    state = Schedule.of([_group("a"), _group("b", 16)], [_node("n", 1), _node("m"), _node("o")])
+    assert _opened(state.start()) == [(None, 16), ("n", 1)]
+    for lane_id in (0, 1):
+        state.on(LaneLost(lane_id=lane_id, trial_id=None, retry=False))
+        state.on(Inspected(lane_id=lane_id, sound=False))
+    assert state.nodes == {} and state.free == {} and state.finished
+    assert state.on(NodeLost(node_id="m")) == []
+
+
+def test_a_device_that_fails_group_after_group_is_tried_with_what_ran_elsewhere() -> None:
+    """Three different engines die on GPU 1, while GPU 0 goes on."""
+    groups = [_group(f"g{i}-", s=float(9 - i)) for i in range(8)]
+    for sound in (True, False):
+        state = Schedule.of(groups, [_node("n", 2)])
+        assert _assigned(state.start()) == [(0, "g0-"), (1, "g1-")]
+        state.on(TrialEnded(lane_id=0, trial_id="g0-0"))
+        state.on(GroupEnded(lane_id=0, clean=True, devices=("0",)))
+        for name in ("g1-0", "g3-0"):
+            lost = LaneLost(lane_id=1, trial_id=name, retry=False, lives=True, devices=("1",))
+            assert not [one for one in state.on(lost) if isinstance(one, Inspect)]
+        state.on(TrialEnded(lane_id=1, trial_id="g4-0", failed=True))
+        tried = state.on(GroupEnded(lane_id=1, clean=True, devices=("1",)))
+        assert tried == [Inspect(lane_id=1, group=groups[0])]
+        after = state.on(Inspected(lane_id=1, sound=sound))
+        if sound:  # the groups are to blame: the count begins again
+            assert after[0] == Close(lane_id=1) and _assigned(after) == [(2, "g5-")]
+            lost = LaneLost(lane_id=2, trial_id="g5-0", retry=False, lives=True, devices=("1",))
+            assert not [one for one in state.on(lost) if isinstance(one, Inspect)]
+        else:
+            assert [type(one) for one in after] == [Withhold]
+            assert state.nodes["n"].devices == 1
+
+
+def test_neither_one_engine_nor_a_lone_device_raises_a_doubt() -> None:
+    state = Schedule.of([_group("a", trials=5), _group("b")], [_node("n", 2)])
+    state.start()
+    state.on(TrialEnded(lane_id=1, trial_id="b0"))
+    state.on(GroupEnded(lane_id=1, clean=True, devices=("1",)))
+    for i in range(4):  # one engine that dies at each of its trials
+        lost = LaneLost(lane_id=0, trial_id=f"a{i}", retry=False, lives=True, devices=("0",))
+        assert not [one for one in state.on(lost) if isinstance(one, Inspect)]
+    alone = Schedule.of([_group(f"g{i}-") for i in range(6)], [_node("n", 2, cpu_only=True)])
+    alone.start()
+    for i in range(6):
+        lost = LaneLost(lane_id=0, trial_id=f"g{i}-0", retry=False, lives=True)
+        assert not [one for one in alone.on(lost) if isinstance(one, Inspect)]
+    assert alone.finished
 
 
 def test_wide_groups_go_first_and_narrow_ones_to_the_fullest_node() -> None:
@@ -338,6 +413,7 @@ def test_a_death_ends_the_trial_in_hand_and_spares_the_rest() -> None:
     state.start()
     state.on(TrialEnded(lane_id=0, trial_id="a0"))
     commands = state.on(LaneLost(lane_id=0, trial_id="a1", retry=False))
+    commands += state.on(Inspected(lane_id=0, sound=True))
     blamed = [c for c in commands if isinstance(c, Blame)]
     assert [t.trial_id for t in blamed[0].group.trials] == ["a1"]
     assert blamed[0].node_id == "n"
@@ -449,6 +525,7 @@ class _World:
         self.allowed: dict[str, bool] = {} if check else dict.fromkeys(self.nodes, True)
         self.ended: list[str] = []
         self.lanes: dict[int, Lane] = {}
+        self.inspected: set[int] = set()
         self.work: dict[int, list[str]] = {}
         self.log: list[tuple[Event, list[Command]]] = []
         self.first = self.state.start()
@@ -467,6 +544,20 @@ class _World:
                 case Close(lane_id=lane_id):
                     del self.lanes[lane_id]
                     self.work.pop(lane_id, None)
+                    self.inspected.discard(lane_id)
+                case Inspect(lane_id=lane_id):
+                    assert not self.work.pop(lane_id, None) and lane_id not in self.inspected
+                    self.inspected.add(lane_id)
+                case Withhold(lane=lane):
+                    for node_id in self.on_nodes(lane.lane_id):
+                        node = self.nodes[node_id]
+                        left = node.devices - lane.devices if lane.node_id else 0
+                        if left:
+                            self.nodes[node_id] = replace(node, devices=left)
+                        else:
+                            del self.nodes[node_id]
+                    del self.lanes[lane.lane_id]
+                    self.inspected.discard(lane.lane_id)
                 case Assign(lane_id=lane_id, group=group):
                     assert not self.work.get(lane_id), "two groups on one lane"
                     self.work[lane_id] = [t.trial_id for t in group.trials]
@@ -495,7 +586,8 @@ class _World:
                 elif name in self.on_nodes(lane_id):
                     held += node.devices  # over several nodes: whole ones
             assert held + self.state.free[name] == node.devices
-        assert set(self.lanes) == set(self.work), "a lane without work is closed"
+        busy = set(self.work) | self.inspected
+        assert set(self.lanes) == busy, "a lane without work is closed"
 
     def on_nodes(self, lane_id: int) -> list[str]:
         lane = self.lanes[lane_id]
@@ -523,7 +615,7 @@ def test_any_history_ends_every_trial_once_and_never_oversubscribes(
         elif chance.random() > 0.95 and world.nodes:
             name = chance.choice(sorted(world.nodes))
             here = [lane for lane in world.lanes if name in world.on_nodes(lane)]
-            in_hand = [left[0] for lane in here if (left := world.work[lane])]
+            in_hand = [left[0] for lane in here if (left := world.work.get(lane))]
             del world.nodes[name]
             world.checking.discard(name)
             world.on(NodeLost(node_id=name, trials=tuple(in_hand[:1]), at=now))
@@ -532,6 +624,9 @@ def test_any_history_ends_every_trial_once_and_never_oversubscribes(
             world.checking.remove(name)
             world.allowed[name] = chance.random() < 0.5
             world.on(Checked(node_id=name, side_by_side=world.allowed[name], at=now))
+        elif world.inspected and (chance.random() > 0.7 or not world.work):
+            lane = chance.choice(sorted(world.inspected))
+            world.on(Inspected(lane_id=lane, sound=chance.random() < 0.7, at=now))
         elif not world.work:  # what waits has nowhere to run
             assert world.state.stranded
             world.on(Overdue(at=now))
@@ -543,20 +638,22 @@ def test_any_history_ends_every_trial_once_and_never_oversubscribes(
                 trial = chance.choice([None, *left])
                 retry = chance.random() < 0.5
                 lives = chance.random() < 0.5
-                if lives:
-                    del world.work[lane]
+                del world.work[lane]
                 world.on(LaneLost(lane_id=lane, trial_id=trial, retry=retry, lives=lives, at=now))
             elif left:
                 trial = left.pop(0)
                 world.ended.append(trial)
                 out = roll > 0.7
-                world.on(TrialEnded(lane_id=lane, trial_id=trial, exhausted=out, at=now))
+                failed = roll < 0.3
+                world.on(
+                    TrialEnded(lane_id=lane, trial_id=trial, exhausted=out, failed=failed, at=now)
+                )
             else:
                 del world.work[lane]
                 world.on(GroupEnded(lane_id=lane, clean=roll < 0.6, at=now))
     assert world.state.finished
     assert sorted(world.ended) == sorted(t.trial_id for g in groups for t in g.trials)
-    assert not world.lanes
+    assert set(world.lanes) == world.inspected
 
     log = [from_json(json.loads(json.dumps(to_json(event)))) for event, _ in world.log]
     assert log == [event for event, _ in world.log]
