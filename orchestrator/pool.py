@@ -24,24 +24,24 @@ from orchestrator.placement import Placement, on_node
 from orchestrator.plan import Group
 from workers.actor import EngineHost, check_packing, inspect_devices
 from workers.contract.engine import EngineKind
-from workers.contract.errors import Crashed, OutOfMemory, TimedOut, TrialError
+from workers.contract.errors import Crashed, OutOfMemory, TrialError
 from workers.contract.job import Job, Ticket
-from workers.contract.message import Died, Finished, Message, Progress, Released
+from workers.contract.message import Died, Finished, Message, Progress, Released, Stage
 from workers.failures import from_log
-from workers.forks import PRELOAD, oom_stage, tail
+from workers.forks import PRELOAD, oom_stage, silent, tail
+from workers.hardware.device import CPU, device
 from workers.memory import shared_segments
 from workers.packing import Packing
+from workers.patience import GRACE_S, patience_s
 
-GRACE_S = 30.0
-"""Silence allowed to an engine beyond a trial's own deadline, for slow disks, seconds."""
 GATHER_S = 0.02
 """What is heard within so many seconds is heard together: a hundred records cost the disk as
 much as one."""
 CHECK_POLL_S = 0.1
 """Wait between two looks at the checks of nodes, seconds."""
 HOST_GRACE_S = 150.0
-"""Silence allowed to a host beyond that: for imports, devices that Ray grants late, and a GPU
-that is slow to be free, seconds."""
+"""Silence allowed to a host beyond its engine's: for imports, devices that Ray grants late, and
+a GPU that is slow to be free, seconds."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,10 +99,10 @@ class _Process:
         self.stream: Any = None
         self.shared: set[Path] = set()
         self.log: str | None = None
-        self.stage: str = "load"
+        self.job: Job | None = None
+        self.stage: Stage = "load"
         self.trial_id: str | None = None
         self.heard_at = time.monotonic()
-        self.patience_s = 0.0
 
     def hear(self, message: Message) -> None:
         self.heard_at = time.monotonic()
@@ -116,6 +116,12 @@ class _Process:
 
     def silent_s(self) -> float:
         return time.monotonic() - self.heard_at
+
+    def overdue(self) -> bool:
+        """Nothing was heard for longer than its host would be silent."""
+        if self.stream is None or self.job is None:
+            return False
+        return self.silent_s() > patience_s(self.job, self.stage, self.trial_id) + HOST_GRACE_S
 
 
 class Pool:
@@ -185,17 +191,17 @@ class Pool:
         ray.kill(process.host.actor)
         process.usable, process.stream = False, None
         _unlink(process.shared)
-        job, patience_s = None, 0.0
+        job, wait_s = None, 0.0
         if asked.group is not None:
             (one,) = asked.group.trials
             local = process.lane.node_id == self._cluster.driver_node
             job = replace(self.job(asked.group, {one.trial_id: 1}, local=local), log_name=None)
             job = replace(job, log=job.log and str(Path(job.log).with_name("inspection.log")))
-            patience_s = one.trial.measure.timeout_s + GRACE_S
+            wait_s = one.trial.measure.timeout_s + GRACE_S
             process.host = _Host(self._kinds, self._where(process))
         self._inspections[asked.lane_id] = [
             inspect_devices.options(scheduling_strategy=on_node(node_id)).remote(
-                pid, process.placement.devices, process.host.actor, job, patience_s
+                pid, process.placement.devices, process.host.actor, job, wait_s
             )
             for node_id in nodes_of(process.lane)
         ]
@@ -239,20 +245,33 @@ class Pool:
                 continue  # imports are under way
             self._waiting.setdefault(node_id, []).append(_Host(self._kinds, on_node(node_id)))
 
-    def assign(self, lane_id: int, group: Group, attempts: dict[str, int]) -> None:
-        """Gives a group to an idle lane."""
+    def assign(
+        self, lane_id: int, group: Group, attempts: dict[str, int], slowness: float = 1.0
+    ) -> None:
+        """Gives a group to an idle lane.
+
+        Args:
+            slowness: seconds that trials have taken so far over those predicted.
+        """
         process = self._processes[lane_id]
         job = self.job(group, attempts, local=process.lane.node_id == self._cluster.driver_node)
         if not group.predicts:
             job = replace(job, **self._neighbours(process.lane))
-        process.log = job.log
+        if self._predicted_for(group, process.lane):
+            job = replace(job, slowness=slowness)
+        process.job, process.log = job, job.log
         process.stage, process.trial_id = "load", None
         process.heard_at = time.monotonic()
-        patience_s = max(one.trial.measure.timeout_s for one in group.trials) + GRACE_S
-        process.patience_s = patience_s + HOST_GRACE_S
         process.stream = process.host.actor.run.options(num_returns="streaming").remote(
-            job, process.placement.devices, patience_s, process.lane.node_id is None
+            job, process.placement.devices, process.lane.node_id is None
         )
+
+    def _predicted_for(self, group: Group, lane: Lane) -> bool:
+        """Whether the predictions are of the devices on which the group runs."""
+        asked = group.trials[0].trial.layout.device or self._names["profile"]
+        name = asked if asked == CPU else device(asked).name
+        held = set(nodes_of(lane))
+        return {one.device_class for one in self._cluster.nodes if one.node_id in held} == {name}
 
     def job(self, group: Group, attempts: dict[str, int], *, local: bool) -> Job:
         """What a host is told of a group. Logs lie in the dataset where it can see it."""
@@ -311,7 +330,7 @@ class Pool:
                 speaking, num_returns=len(speaking), timeout=left_s, fetch_local=False
             )
         for process in streams.values():
-            if process.stream is not None and process.silent_s() > process.patience_s:
+            if process.overdue():
                 yield process.lane.lane_id, self._overdue(process)
 
     def in_hand(self, node_id: str) -> tuple[str, ...]:
@@ -430,8 +449,7 @@ class Pool:
             process.shared |= shared_segments(pid)
 
     def _overdue(self, process: _Process) -> Lost:
-        what = "building the engine" if process.trial_id is None else "the trial"
-        return self._lost(process, TimedOut(f"{what} said nothing for {process.silent_s():.0f} s"))
+        return self._lost(process, silent(process.stage, process.silent_s()))
 
     def _died(self, process: _Process, error: ray.exceptions.RayError) -> Lost:
         if isinstance(error, ray.exceptions.OutOfMemoryError):

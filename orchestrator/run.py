@@ -327,7 +327,7 @@ class _Run:
                     self._pool.open(lane)
                     self._tracker.opened(lane)
                 case events.Assign(lane_id=lane_id, group=group, attempts=attempts):
-                    self._pool.assign(lane_id, group, attempts)
+                    self._pool.assign(lane_id, group, attempts, self._schedule.slowness)
                     self._tracker.assigned(lane_id, group)
                 case events.Close(lane_id=lane_id):
                     self._pool.close(lane_id)

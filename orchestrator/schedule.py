@@ -504,7 +504,7 @@ class Schedule:
 
     def _order(self) -> list[Kind]:
         """Kinds that wait, the one to be served first at the head."""
-        scale = self._scale()
+        scale = self.slowness
         capacity = sum(ledger.devices for ledger in self._ledgers.values())
         running = self._ending_work - self._now * self._busy
         work = max(0.0, self._waiting_work * scale + running)
@@ -520,8 +520,9 @@ class Schedule:
 
         return sorted((kind for kind, queue in self._queues.items() if queue), key=place)
 
-    def _scale(self) -> float:
-        """Seconds really taken over those predicted."""
+    @property
+    def slowness(self) -> float:
+        """Seconds that groups have really taken over those predicted; 1 while none has ended."""
         known = self._taken_s > 0 and self._foreseen_s > 0
         return self._taken_s / self._foreseen_s if known else 1.0
 
@@ -586,7 +587,7 @@ class Schedule:
         kept = ledger.reservation
         if kept is None or kept.kind == kind or kind.devices > ledger.widest:
             return False
-        limit = (kept.until - self._now) / self._scale()
+        limit = (kept.until - self._now) / self.slowness
         key = self._queues[kind].within(limit) if limit > 0 else None
         if key is None or key[0] <= 0:
             return False
@@ -695,7 +696,7 @@ class Schedule:
         group = self._dequeue(number, kind)
         if ledger.reservation is not None and ledger.reservation.kind == kind:
             ledger.unreserve()
-        end = self._now + predicted_s * self._scale()
+        end = self._now + predicted_s * self.slowness
         for machine, devices in machines:
             alone = machine.node.cpu_only or not (machine.side_by_side or group.predicts)
             ledger.hold(machine, lane.lane_id, machine.node.devices if alone else devices, end)

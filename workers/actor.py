@@ -64,15 +64,12 @@ class EngineHost:
         """
         self._forks.prepare()
 
-    def run(
-        self, job: Job, devices: str | None, patience_s: float, over_nodes: bool
-    ) -> Iterator[Message]:
+    def run(self, job: Job, devices: str | None, over_nodes: bool) -> Iterator[Message]:
         """Measures a group; see `workers.runner.run`.
 
         Args:
             job: the group.
             devices: GPUs that Ray granted to the lane, as `CUDA_VISIBLE_DEVICES` lists them.
-            patience_s: longest silence of the engine that is waited for, seconds.
             over_nodes: the engine places ranks through Ray, so it runs in this process.
 
         Yields:
@@ -88,7 +85,7 @@ class EngineHost:
         died: EngineDied | None = None
         with _scratch(job.scratch) as folder:
             try:
-                yield from self._forks.run(replace(job, scratch=str(folder)), devices, patience_s)
+                yield from self._forks.run(replace(job, scratch=str(folder)), devices)
             except EngineDied as error:
                 died = error
         problems = [*self._survivors(), *_wait_for_gpus(devices)]

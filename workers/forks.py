@@ -33,11 +33,12 @@ from workers import memory, runner
 from workers.contract.engine import EngineKind
 from workers.contract.errors import Crashed, OutOfMemory, TimedOut, TrialError
 from workers.contract.job import Job
-from workers.contract.message import Finished, Message, Progress
+from workers.contract.message import Finished, Message, Progress, Stage
 from workers.contract.outcome import OomStage
 from workers.engines.base import Site
 from workers.failures import from_log
 from workers.packing import Rehearsal
+from workers.patience import patience_s
 
 PRELOAD: dict[EngineKind, str] = {"vllm": "workers.engines.preload_vllm"}
 """What the fork server imports for an engine. One that is not here only computes: it holds no
@@ -80,27 +81,28 @@ class Forks:
         first.join()
         self._own = _family()
 
-    def run(self, job: Job, devices: str | None, patience_s: float) -> Iterator[Message]:
+    def run(self, job: Job, devices: str | None) -> Iterator[Message]:
         """Measures a group in a fork; see `workers.runner.run`. The fork is gone at the end.
 
         Args:
             job: the group.
             devices: what `CUDA_VISIBLE_DEVICES` says; null where there is no GPU.
-            patience_s: longest silence that is waited for, seconds.
 
         Raises:
-            EngineDied: before every trial had ended.
+            EngineDied: before every trial had ended, or because it was silent for too long
+                (`workers.patience`).
         """
         fork, receiver = self._fork(_measure, job, devices)
         kills = memory.kernel_kills()
-        stage, trial_id = "load", None
+        stage: Stage = "load"
+        trial_id = None
         left = {ticket.trial_id for ticket in job.tickets}
         error: TrialError | None = None
         try:
             while True:
-                if not receiver.poll(patience_s):
-                    what = "the trial" if trial_id else "building the engine"
-                    error = TimedOut(f"{what} said nothing for {patience_s:.0f} s")
+                wait_s = patience_s(job, stage, trial_id)
+                if not receiver.poll(wait_s):
+                    error = silent(stage, wait_s)
                     break
                 try:
                     message: Message = receiver.recv()
@@ -124,7 +126,7 @@ class Forks:
         if error is not None:
             raise EngineDied(error, trial_id)
 
-    def rehearse(self, job: Job, devices: str | None, patience_s: float) -> None:
+    def rehearse(self, job: Job, devices: str | None, wait_s: float) -> None:
         """Builds an engine in a fork that waits to be asked for passes; see
         `workers.packing.Rehearsal`.
 
@@ -132,9 +134,9 @@ class Forks:
             TrialError: it could not be built.
         """
         self._rehearsal = self._fork(_rehearse, job, devices)
-        self._answer(patience_s)
+        self._answer(wait_s)
 
-    def passes(self, patience_s: float) -> list[float]:
+    def passes(self, wait_s: float) -> list[float]:
         """Times of passes of the engine that was built last, in seconds.
 
         Raises:
@@ -142,7 +144,7 @@ class Forks:
         """
         assert self._rehearsal is not None, "no engine was built"
         self._rehearsal[1].send(None)
-        found: list[float] = self._answer(patience_s)
+        found: list[float] = self._answer(wait_s)
         return found
 
     def end_rehearsal(self) -> None:
@@ -154,12 +156,12 @@ class Forks:
             self.end(fork)
             self._rehearsal = None
 
-    def _answer(self, patience_s: float) -> Any:
+    def _answer(self, wait_s: float) -> Any:
         assert self._rehearsal is not None
         fork, connection = self._rehearsal
         self._shared |= memory.shared_segments(fork.pid or 0)
-        if not connection.poll(patience_s):
-            raise TimedOut(f"an engine said nothing for {patience_s:.0f} s")
+        if not connection.poll(wait_s):
+            raise TimedOut(f"an engine said nothing for {wait_s:.0f} s")
         try:
             answer = connection.recv()
         except (EOFError, OSError):
@@ -261,6 +263,12 @@ def _settle(job: Job, devices: str | None) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices
     if job.scratch is not None:
         tempfile.tempdir = os.environ["TMPDIR"] = job.scratch
+
+
+def silent(stage: Stage, seconds: float) -> TimedOut:
+    """The end of an engine that is taken to hang."""
+    what = "the trial" if stage in ("warmup", "run") else "building the engine"
+    return TimedOut(f"{what} said nothing for {seconds:.0f} s")
 
 
 def oom_stage(stage: str) -> OomStage:

@@ -41,5 +41,8 @@ class Job:
     """Other engines can run on the machine at the same time; null where nothing is measured."""
     side_by_side_ratio: float | None = None
     """Time of a pass beside others over its time alone, as checked on that machine."""
+    slowness: float | None = None
+    """Seconds that trials have taken so far over those predicted; null where the predictions
+    are of another class of device than the one at hand."""
     scratch: str | None = None
     """Folder for temporary files on the host; null is the host's own."""

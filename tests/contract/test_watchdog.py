@@ -1,0 +1,81 @@
+"""An engine that hangs is ended long before its deadline, wherever it hangs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.integration.harness import TINY
+from workers import patience
+from workers.contract.engine import EngineSettings
+from workers.contract.errors import TimedOut
+from workers.contract.job import Job, Ticket
+from workers.contract.measure import Measure
+from workers.contract.message import Progress, Stage
+from workers.contract.model import Model
+from workers.contract.trial import Trial
+from workers.contract.workload import Workload
+from workers.forks import EngineDied, Forks
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(120)]
+
+TRIAL = Trial(
+    model=Model(**TINY["base"]["model"]),
+    workload=Workload(batch_size=2, input_tokens=16, output_tokens=8),
+    engine=EngineSettings(eager=True),
+    measure=Measure(repeats=50),
+)
+PREDICTED = {"predicted_e2e_s": 0.1, "predicted_ttft_s": 0.01, "predicted_load_s": 0.1}
+HANG_S = 4.0
+
+
+@pytest.fixture(scope="module")
+def forks() -> Forks:
+    made = Forks(["vllm"])
+    made.prepare()
+    return made
+
+
+@pytest.mark.parametrize("where", ["load", "run"])
+def test_a_hang_is_ended_by_the_prediction(
+    where: Stage, forks: Forks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, seconds in (("LEAST_S", HANG_S), ("LEAST_LOAD_S", 60.0), ("GRACE_S", 0.0)):
+        monkeypatch.setattr(patience, name, seconds)
+    job = Job(
+        sweep="s",
+        run_id="r",
+        group_id="g",
+        profile="cpu",
+        tickets=(Ticket(trial=TRIAL, trial_id="t", predicted=PREDICTED),),
+        log=str(tmp_path / "log"),
+        scratch=str(tmp_path),
+        slowness=1.0,
+    )
+    messages = forks.run(job, None)
+    until = (one for one in messages if isinstance(one, Progress) and one.stage == where)
+    assert next(until)
+    os.kill(_fork().pid, signal.SIGSTOP)
+    monkeypatch.setattr(patience, "LEAST_LOAD_S", HANG_S)
+    began = time.monotonic()
+    with pytest.raises(EngineDied) as died:
+        list(messages)  # what it had said before
+    assert HANG_S <= time.monotonic() - began < HANG_S + 10
+    assert isinstance(died.value.error, TimedOut)
+    assert died.value.trial_id == (None if where == "load" else "t")
+    what = "building the engine" if where == "load" else "the trial"
+    assert str(died.value.error) == f"{what} said nothing for {HANG_S:.0f} s"
+    assert forks.survivors() == 0
+
+
+def _fork() -> psutil.Process:
+    children = psutil.Process().children(recursive=True)
+    return max(
+        (one for one in children if "forkserver" in str(one.cmdline())),
+        key=lambda one: one.create_time(),
+    )
