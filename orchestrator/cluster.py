@@ -14,7 +14,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -27,6 +27,7 @@ from orchestrator.events import Need, Node
 from workers import memory
 from workers.hardware.device import CPU
 from workers.hardware.host import Host, describe
+from workers.nursery import USABLE, Nursery
 
 OBJECT_STORE_BYTES = 128 * 2**20
 KNOCK_S = 10.0
@@ -74,6 +75,7 @@ class Cluster:
     """Folder of a cluster of our own; null if it was there before us."""
     autoscaling: bool = False
     """Nodes can be asked for."""
+    _nursery: Nursery | None = None
     _present: set[str] = field(default_factory=set)
     """Nodes that are alive, those without a device included."""
     _asked: dict[str, Any] = field(default_factory=dict)
@@ -81,33 +83,45 @@ class Cluster:
     _looked_at: float = 0.0
 
     @classmethod
-    def connect(cls, address: str | None) -> Cluster:
+    def connect(cls, address: str | None, preloads: Sequence[str] = ()) -> Cluster:
         """Joins the cluster at `address`, else at `RAY_ADDRESS`, else one that runs on this
         machine, else starts one.
+
+        Args:
+            address: as Ray takes it; `local` starts one in any case.
+            preloads: modules whose import begins meanwhile, where one is started.
 
         Raises:
             ClusterError: no cluster answers there, or its nodes cannot be described.
         """
         wanted = address or os.environ.get("RAY_ADDRESS") or _running()
-        session = None
+        session = nursery = None
         try:
             if wanted and wanted != "local":
                 ray = _join(wanted)
             else:
                 session = Path(tempfile.mkdtemp(prefix="moe-ray-"))
+                nursery = Nursery(preloads, session) if preloads and USABLE else None
                 ray = _start(session)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+            if nursery is not None:
+                nursery.close()
             if session is not None:
                 shutil.rmtree(session, ignore_errors=True)
             place = wanted or "this machine"
             raise ClusterError(f"no Ray cluster at {place}: {_first_line(error)}") from error
-        cluster = cls(nodes=(), hosts={}, driver_node=None, session=session)
+        cluster = cls(nodes=(), hosts={}, driver_node=None, session=session, _nursery=nursery)
         try:
             cluster._describe(ray)
         except BaseException:
             cluster.close()
             raise
         return cluster
+
+    @property
+    def nursery(self) -> str | None:
+        """Where hosts on the driver's node find their imports done."""
+        return str(self._nursery.path) if self._nursery is not None else None
 
     def changes(self) -> Changes:
         """Nodes that came and went; looks every `LOOK_S` and never waits for a node."""
@@ -162,6 +176,9 @@ class Cluster:
         """Leaves the cluster; ends it and removes its session if it is ours."""
         import ray
 
+        if self._nursery is not None:
+            self._nursery.close()
+            self._nursery = None
         ray.shutdown()
         if self.session is not None:
             memory.sweep_shared(self.session)

@@ -78,10 +78,16 @@ Happening = Progress | Finished | Released | Lost | Compared | Found
 class _Host:
     """An actor on a node, with the imports of its engines under way or done."""
 
-    def __init__(self, kinds: Sequence[EngineKind], placed: Any) -> None:
+    def __init__(
+        self,
+        kinds: Sequence[EngineKind],
+        placed: Any,
+        nursery: str | None = None,
+        scratch: str | None = None,
+    ) -> None:
         actor: Any = EngineHost
         self.actor: Any = actor.options(num_cpus=0, num_gpus=0, scheduling_strategy=placed).remote(
-            kinds
+            kinds, nursery, scratch
         )
         self.pid: Any = self.actor.pid.remote()
         self.ready: Any = self.actor.prepare.remote()
@@ -198,7 +204,7 @@ class Pool:
             job = replace(self.job(asked.group, {one.trial_id: 1}, local=local), log_name=None)
             job = replace(job, log=job.log and str(Path(job.log).with_name("inspection.log")))
             wait_s = one.trial.measure.timeout_s + GRACE_S
-            process.host = _Host(self._kinds, self._where(process))
+            process.host = self._host(process.lane, process.placement)
         self._inspections[asked.lane_id] = [
             inspect_devices.options(scheduling_strategy=on_node(node_id)).remote(
                 pid, process.placement.devices, process.host.actor, job, wait_s
@@ -206,9 +212,18 @@ class Pool:
             for node_id in nodes_of(process.lane)
         ]
 
-    def _where(self, process: _Process) -> Any:
-        node_id = process.lane.node_id
-        return process.placement.within(captures=True) if node_id is None else on_node(node_id)
+    def _host(self, lane: Lane, placement: Placement) -> _Host:
+        """A new host for a lane."""
+        if lane.node_id is None:
+            return _Host(self._kinds, placement.within(captures=True))
+        return self._host_on(lane.node_id)
+
+    def _host_on(self, node_id: str) -> _Host:
+        """A new host on a node."""
+        cluster, placed = self._cluster, on_node(node_id)
+        if node_id != cluster.driver_node or cluster.session is None:
+            return _Host(self._kinds, placed)
+        return _Host(self._kinds, placed, cluster.nursery, str(cluster.session))
 
     def withhold(self, lane_id: int) -> None:
         """Keeps a lane's devices until the run ends."""
@@ -222,12 +237,8 @@ class Pool:
 
     def _opened(self, lane: Lane) -> _Process:
         placement = Placement(lane, {node.node_id: node for node in self._cluster.nodes})
-        if lane.node_id is None:
-            host = _Host(self._kinds, placement.within(captures=True))
-        elif waiting := self._waiting.get(lane.node_id):
-            host = waiting.pop(0)
-        else:
-            host = _Host(self._kinds, on_node(lane.node_id))
+        waiting = self._waiting.get(lane.node_id) if lane.node_id is not None else None
+        host = waiting.pop(0) if waiting else self._host(lane, placement)
         return _Process(lane, placement, host)
 
     def stand_by(self, lanes: Mapping[str, int]) -> None:
@@ -243,7 +254,7 @@ class Pool:
                 continue
             if ray.wait([one.ready for one in there], num_returns=len(there), timeout=0)[1]:
                 continue  # imports are under way
-            self._waiting.setdefault(node_id, []).append(_Host(self._kinds, on_node(node_id)))
+            self._waiting.setdefault(node_id, []).append(self._host_on(node_id))
 
     def assign(
         self, lane_id: int, group: Group, attempts: dict[str, int], slowness: float = 1.0

@@ -104,8 +104,10 @@ def execute(request: Request) -> Summary:
         _interruptible(),
     ):
         from orchestrator.cluster import Cluster
+        from workers.forks import preloads
 
-        with Cluster.connect(request.address) as cluster:
+        kinds = sorted({group.trials[0].trial.engine.kind for group in planned.groups})
+        with Cluster.connect(request.address, preloads(kinds)) as cluster:
             found = _cluster_profile(cluster) or profile
             if request.profile is None and found != profile:
                 sweep, planned = prepare(request, found)

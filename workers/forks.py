@@ -29,7 +29,7 @@ from typing import Any
 
 import psutil
 
-from workers import memory, runner
+from workers import memory, nursery, runner
 from workers.contract.engine import EngineKind
 from workers.contract.errors import Crashed, OutOfMemory, TimedOut, TrialError
 from workers.contract.job import Job
@@ -43,6 +43,13 @@ from workers.patience import patience_s
 PRELOAD: dict[EngineKind, str] = {"vllm": "workers.engines.preload_vllm"}
 """What the fork server imports for an engine. One that is not here only computes: it holds no
 device, leaves nothing behind, and needs no process of its own."""
+
+
+def preloads(kinds: Sequence[EngineKind]) -> list[str]:
+    """The modules of engines that run in forks."""
+    return [PRELOAD[one] for one in kinds if one in PRELOAD]
+
+
 EXIT_S = 20.0
 """Wait for a fork that has said its last to end, seconds."""
 _THREADS = re.compile(r"libgomp: Thread creation failed: Resource temporarily unavailable")
@@ -56,12 +63,15 @@ class Forks:
 
     Args:
         kinds: engines to import.
+        nursery: socket of a process on this machine that imports them (`workers.nursery`); null
+            if there is none.
     """
 
-    def __init__(self, kinds: Sequence[EngineKind]) -> None:
+    def __init__(self, kinds: Sequence[EngineKind], nursery: str | None = None) -> None:
         self._context = multiprocessing.get_context("forkserver")
-        self._preload = [PRELOAD[one] for one in kinds if one in PRELOAD]
+        self._preload = preloads(kinds)
         self._context.set_forkserver_preload(self._preload)
+        self._nursery = nursery
         self._shared: set[Path] = set()
         self._own: set[int] = set()
         self._rehearsal: tuple[Any, Connection] | None = None
@@ -74,6 +84,9 @@ class Forks:
     def _start(self) -> None:
         if self._own:
             return
+        if self._nursery is not None:
+            with contextlib.suppress(OSError):  # without it we import ourselves
+                nursery.adopt(self._nursery)
         with _findable(), _without_main():
             forkserver.ensure_running()
             first = self._context.Process(target=_nothing)

@@ -86,13 +86,21 @@ def footprint() -> set[str]:
     processes = set()
     for one in psutil.process_iter(["pid", "name", "cmdline"]):
         line = " ".join(one.info["cmdline"] or ())
-        words = ("ray::", "raylet", "gcs_server", "EngineHost", "VLLM", "multiprocessing")
+        words = (
+            "ray::",
+            "raylet",
+            "gcs_server",
+            "EngineHost",
+            "VLLM",
+            "multiprocessing",
+            "nursery",
+        )
         if any(word in line or word in (one.info["name"] or "") for word in words):
             processes.add(f"{one.info['pid']} {line[:80]}")
     shared = {str(path) for path in Path("/dev/shm").iterdir()}
     temporary = {
         str(path)
-        for pattern in ("moe-*", "vllm_dist_*", "ray/session_*")
+        for pattern in ("moe-*", "pymp-*", "vllm_dist_*", "ray/session_*")
         for path in Path("/tmp").glob(pattern)
     }
     return processes | shared | temporary
