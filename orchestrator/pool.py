@@ -79,15 +79,11 @@ class _Host:
     """An actor on a node, with the imports of its engines under way or done."""
 
     def __init__(
-        self,
-        kinds: Sequence[EngineKind],
-        placed: Any,
-        nursery: str | None = None,
-        scratch: str | None = None,
+        self, kinds: Sequence[EngineKind], placed: Any, nursery: str | None = None
     ) -> None:
         actor: Any = EngineHost
         self.actor: Any = actor.options(num_cpus=0, num_gpus=0, scheduling_strategy=placed).remote(
-            kinds, nursery, scratch
+            kinds, nursery
         )
         self.pid: Any = self.actor.pid.remote()
         self.ready: Any = self.actor.prepare.remote()
@@ -220,10 +216,8 @@ class Pool:
 
     def _host_on(self, node_id: str) -> _Host:
         """A new host on a node."""
-        cluster, placed = self._cluster, on_node(node_id)
-        if node_id != cluster.driver_node or cluster.session is None:
-            return _Host(self._kinds, placed)
-        return _Host(self._kinds, placed, cluster.nursery, str(cluster.session))
+        local = node_id == self._cluster.driver_node
+        return _Host(self._kinds, on_node(node_id), self._cluster.nursery if local else None)
 
     def withhold(self, lane_id: int) -> None:
         """Keeps a lane's devices until the run ends."""

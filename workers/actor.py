@@ -48,13 +48,9 @@ class EngineHost:
     Args:
         kinds: engines that it will be asked for.
         nursery: see `Forks`.
-        scratch: folder for temporary files that outlive a group; null is the system's.
     """
 
-    def __init__(
-        self, kinds: Sequence[EngineKind], nursery: str | None = None, scratch: str | None = None
-    ) -> None:
-        tempfile.tempdir = scratch
+    def __init__(self, kinds: Sequence[EngineKind], nursery: str | None = None) -> None:
         self._forks = Forks(kinds, nursery)
         self._folder: str | None = None
 
