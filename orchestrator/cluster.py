@@ -8,6 +8,7 @@ cannot share a terminal.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
 import shutil
@@ -15,6 +16,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -29,6 +31,8 @@ from workers.hardware.device import CPU
 from workers.hardware.host import Host, describe
 
 OBJECT_STORE_BYTES = 128 * 2**20
+SESSION = "moe-ray-"
+"""How folders of clusters of our own begin."""
 KNOCK_S = 10.0
 """Wait for a cluster's address to answer at all, seconds."""
 DESCRIBE_S = 120.0
@@ -79,6 +83,8 @@ class Cluster:
     _asked: dict[str, Any] = field(default_factory=dict)
     """New nodes that have not described themselves yet."""
     _looked_at: float = 0.0
+    _lock: int | None = None
+    """Held on the session's folder while this process lives."""
 
     @classmethod
     def connect(cls, address: str | None) -> Cluster:
@@ -89,19 +95,21 @@ class Cluster:
             ClusterError: no cluster answers there, or its nodes cannot be described.
         """
         wanted = address or os.environ.get("RAY_ADDRESS") or _running()
-        session = None
+        session = lock = None
         try:
             if wanted and wanted != "local":
                 ray = _join(wanted)
             else:
-                session = Path(tempfile.mkdtemp(prefix="moe-ray-"))
+                _clear_sessions()
+                session = Path(tempfile.mkdtemp(prefix=SESSION))
+                lock = _held(session)
                 ray = _start(session)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             if session is not None:
-                shutil.rmtree(session, ignore_errors=True)
+                _clear(session, lock)
             place = wanted or "this machine"
             raise ClusterError(f"no Ray cluster at {place}: {_first_line(error)}") from error
-        cluster = cls(nodes=(), hosts={}, driver_node=None, session=session)
+        cluster = cls(nodes=(), hosts={}, driver_node=None, session=session, _lock=lock)
         try:
             cluster._describe(ray)
         except BaseException:
@@ -164,8 +172,7 @@ class Cluster:
 
         ray.shutdown()
         if self.session is not None:
-            memory.sweep_shared(self.session)
-            shutil.rmtree(self.session, ignore_errors=True)
+            _clear(self.session, self._lock)
             self.session = None
 
     def __enter__(self) -> Cluster:
@@ -257,6 +264,32 @@ def _import_ray() -> ModuleType:
     return ray
 
 
+def _held(session: Path) -> int:
+    """A descriptor that holds the session's folder; the system lets go of it when we die."""
+    lock = os.open(session, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise
+    return lock
+
+
+def _clear(session: Path, lock: int | None) -> None:
+    """Removes a session's folder and the shared memory that is named after files in it."""
+    memory.sweep_shared(session)
+    shutil.rmtree(session, ignore_errors=True)
+    if lock is not None:
+        os.close(lock)
+
+
+def _clear_sessions() -> None:
+    """Removes what killed drivers left: their sessions are held by nobody any more."""
+    for session in Path(tempfile.gettempdir()).glob(f"{SESSION}*"):
+        with suppress(OSError):  # held, another user's, or just gone
+            _clear(session, _held(session))
+
+
 def _start(session: Path) -> ModuleType:
     # An address in the environment would turn this into a connection to it. The token is for
     # this cluster alone; without one in the environment Ray writes one into the home folder.
@@ -264,15 +297,24 @@ def _start(session: Path) -> ModuleType:
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     ray = _import_ray()
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        configure_logging=False,
-        object_store_memory=OBJECT_STORE_BYTES,
-        _temp_dir=str(session),
-    )
+    # What Ray starts puts its temporary files into the session too: processes that are killed
+    # do not remove theirs.
+    before = os.environ.get("TMPDIR")
+    os.environ["TMPDIR"] = str(session)
+    try:
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            configure_logging=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            _temp_dir=str(session),
+        )
+    finally:
+        del os.environ["TMPDIR"]
+        if before is not None:
+            os.environ["TMPDIR"] = before
     return ray
 
 
