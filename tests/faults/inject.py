@@ -16,89 +16,14 @@ import argparse
 import json
 import os
 import secrets
-import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
-from tests.faults.scene import Expected, Fault, Row, Scene, kill, play
-from tests.integration.harness import TINY
-
-REAL: dict[str, Any] = TINY | {
-    "base": TINY["base"]
-    | {
-        "workload": {"batch_size": 1, "input_tokens": 16, "output_tokens": 192},
-        "measure": {"repeats": 3},
-    },
-    "grid": {"model.num_experts": [8, 4], "workload.batch_size": [1, 2, 3]},
-}
-"""Two engines, three trials on each: about 20 s."""
-SHORT = REAL | {"grid": {"model.num_experts": [4], "workload.batch_size": [1, 2]}}
-"""One engine, two trials: about 15 s."""
-SLOW = SHORT | {
-    "base": REAL["base"]
-    | {"workload": {"batch_size": 2, "input_tokens": 16, "output_tokens": 3000}},
-    "grid": {"model.num_experts": [8, 4]},
-}
-"""Two engines, one trial of some seconds on each."""
-
-
-def killed_driver(scene: Scene) -> None:
-    assert scene.length_s is not None
-    scene.sleep(0.0, scene.length_s)
-    scene.driver.send_signal(signal.SIGKILL)
-
-
-def nothing(scene: Scene) -> None:
-    """For comparison."""
-
-
-def killed_engine_in_load(scene: Scene) -> None:
-    scene.loading()
-    engine = scene.engine()
-    scene.sleep(0.0, 0.6)
-    kill(engine)
-
-
-def killed_engine(scene: Scene) -> None:
-    scene.measuring()
-    scene.sleep(1.0, 2.5)
-    kill(scene.engine())
-
-
-FAULTS = {
-    one.name: one
-    for one in (
-        Fault(name="none", what="nothing, for comparison", sweep=REAL, inject=nothing, times=1),
-        Fault(
-            name="driver-killed",
-            what="SIGKILL of the driver at any moment",
-            sweep=REAL,
-            inject=killed_driver,
-            status=(0, -signal.SIGKILL),
-            times=20,
-        ),
-        Fault(
-            name="engine-killed-load",
-            what="SIGKILL of the engine's process while it is built",
-            sweep=SHORT,
-            inject=killed_engine_in_load,
-            expected=[Expected(outcome="crashed", reason="SIGKILL", most=2)],
-            status=(1,),
-        ),
-        Fault(
-            name="engine-killed",
-            what="SIGKILL of the engine's process while it measures",
-            sweep=SLOW,
-            inject=killed_engine,
-            expected=[Expected(outcome="crashed", reason="SIGKILL")],
-            status=(1,),
-        ),
-    )
-}
+from tests.faults.registry import AT_ANY_MOMENT, FAULTS, NotHere, nothing
+from tests.faults.scene import Fault, Row, Scene, play
 
 
 def main() -> int:
@@ -129,7 +54,11 @@ def main() -> int:
             if fault.inject in AT_ANY_MOMENT:
                 length_s = lengths.setdefault(id(fault.sweep), 0.0) or length(fault)
                 lengths[id(fault.sweep)] = length_s
-            row = play(fault, seed, length_s, asked.keep)
+            try:
+                row = play(fault, seed, length_s, asked.keep)
+            except NotHere as error:
+                print(f"{name}: not possible on this machine: {error}", file=sys.stderr)
+                break
             rows.append(row)
             print(f"{row.fault} {row.seed}: {told(row)}", file=sys.stderr, flush=True)
             if asked.rows:
@@ -139,14 +68,8 @@ def main() -> int:
     return 0 if all(row.typed and not row.left for row in rows) else 1
 
 
-AT_ANY_MOMENT = (killed_driver,)
-"""Faults whose moment is drawn from the whole length of a run."""
-
-
 def length(fault: Fault) -> float:
     """Seconds that the command takes from start to end without a fault."""
-    from dataclasses import replace
-
     plain = replace(fault, inject=nothing, expected=(), status=(0,), says="")
     scene = Scene(plain, 0)
     try:

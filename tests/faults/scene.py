@@ -39,7 +39,11 @@ TAG = "MOE_FAULT"
 """Environment variable that a scene's processes carry."""
 SHARED = Path("/dev/shm")
 GRACE_S = 20.0
-"""Time that processes have to end after their driver did, seconds."""
+"""Time that hosts and engines have to end after their driver did, seconds."""
+AGENTS_S = 60.0
+"""Time that two idle processes of Ray have to find out that theirs was killed, seconds."""
+ENGINES = ("EngineHost", "forkserver", "VLLM")
+"""Words in the names and command lines of hosts and engines."""
 LONGEST_S = 280.0
 """A driver that runs for longer hangs, seconds."""
 MOST_RESUMES = 3
@@ -128,7 +132,7 @@ class Row:
     left: list[str]
     """Left behind after it."""
     gone_s: float | None
-    """From the driver's end to the end of the last process it had started; null if some stayed."""
+    """From the driver's end to that of the last host and engine; null if one stayed."""
     status: list[int | None]
     seconds: float
     notes: list[str]
@@ -161,6 +165,9 @@ class Scene:
             "PYTHONPATH": "",
             **fault.environment,
         }
+        self.shared_cluster = False
+        """Ray is not the driver's own: it stays when the driver ends."""
+        self.nodes: Any = None
         self.wrong: list[str] = []
         self.notes: list[str] = []
         self.driver: subprocess.Popen[bytes]
@@ -298,9 +305,18 @@ class Scene:
         frame = pl.DataFrame(pa.concat_tables(tables))
         return frame, bad
 
-    def left(self, before: set[str]) -> list[str]:
+    def engines_gone(self) -> float | None:
+        """Seconds until no host and no engine lives any more; null if one stays for long."""
+        began = time.monotonic()
+        while any(map(self.named, ENGINES)):
+            if time.monotonic() > began + GRACE_S:
+                return None
+            time.sleep(0.05)
+        return round(time.monotonic() - began, 2)
+
+    def left(self, before: set[str], grace_s: float) -> list[str]:
         """What is there beyond `before`, after a grace for dying processes."""
-        deadline = time.monotonic() + GRACE_S
+        deadline = time.monotonic() + grace_s
         while (found := self._traces() - before) and time.monotonic() < deadline:
             if not any(one.startswith("process ") for one in found):
                 break
@@ -312,6 +328,8 @@ class Scene:
         for one in self.tree():
             with suppress(psutil.Error):
                 line = " ".join(one.cmdline()) or one.name()
+                if self.shared_cluster and not any(word in line for word in ENGINES):
+                    continue
                 processes.add(f"process {one.pid} {line[:70]}")
         shared = {str(path) for path in SHARED.iterdir()}
         return processes | shared | {str(path) for path in self.temporary.iterdir()}
@@ -349,10 +367,8 @@ def _play(scene: Scene, began: float) -> Row:
     except AssertionError as error:
         scene.wrong.append(f"the fault was not injected: {error}")
     status.append(scene.end())
-    ended = time.monotonic()
-    left_first = scene.left(traces)
-    alive = any(one.startswith("process ") for one in left_first)
-    gone_s = None if alive else round(time.monotonic() - ended, 2)
+    gone_s = scene.engines_gone()
+    left_first = scene.left(traces, 0.0)
     if status[0] is not None and status[0] not in fault.status:
         scene.wrong.append(f"status {status[0]}: {_tail(scene.said())}")
     if status[0] is not None and status[0] >= 0:
@@ -368,7 +384,7 @@ def _play(scene: Scene, began: float) -> Row:
             break
     if status[-1] not in (0, 1):
         scene.wrong.append(f"resumed with status {status[-1]}: {_tail(scene.said())}")
-    left = scene.left(traces)
+    left = scene.left(traces, AGENTS_S)
     frame, unreadable = scene._read()
     planned = plan(scene)
     deciding = decided(frame)
