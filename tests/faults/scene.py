@@ -40,8 +40,9 @@ TAG = "MOE_FAULT"
 SHARED = Path("/dev/shm")
 GRACE_S = 20.0
 """Time that hosts and engines have to end after their driver did, seconds."""
-AGENTS_S = 60.0
-"""Time that two idle processes of Ray have to find out that theirs was killed, seconds."""
+AGENTS_S = 90.0
+"""Time that two idle processes of Ray have to end after their node was killed, seconds: they
+report it to a head that is gone, which they wait for."""
 ENGINES = ("EngineHost", "forkserver", "VLLM")
 """Words in the names and command lines of hosts and engines."""
 LONGEST_S = 280.0
@@ -367,6 +368,7 @@ def _play(scene: Scene, began: float) -> Row:
     except AssertionError as error:
         scene.wrong.append(f"the fault was not injected: {error}")
     status.append(scene.end())
+    ended = time.monotonic()
     gone_s = scene.engines_gone()
     left_first = scene.left(traces, 0.0)
     if status[0] is not None and status[0] not in fault.status:
@@ -384,7 +386,7 @@ def _play(scene: Scene, began: float) -> Row:
             break
     if status[-1] not in (0, 1):
         scene.wrong.append(f"resumed with status {status[-1]}: {_tail(scene.said())}")
-    left = scene.left(traces, AGENTS_S)
+    left = [one for one in scene.left(traces, 3.0) if not _agent(one, left_first, ended)]
     frame, unreadable = scene._read()
     planned = plan(scene)
     deciding = decided(frame)
@@ -408,6 +410,15 @@ def _play(scene: Scene, began: float) -> Row:
         status=status,
         seconds=round(time.monotonic() - began, 1),
         notes=scene.notes,
+    )
+
+
+def _agent(trace: str, left_first: Sequence[str], ended: float) -> bool:
+    """Whether this is one of Ray's agents, in the time that it has to find out."""
+    return (
+        trace in left_first
+        and re.search("ray::(DashboardAgent|RuntimeEnvAgent)", trace) is not None
+        and time.monotonic() < ended + AGENTS_S
     )
 
 
