@@ -35,16 +35,16 @@ SHORT = REAL | {"grid": {"model.num_experts": [4], "workload.batch_size": [1, 2]
 SLOW = SHORT | {
     "base": REAL["base"]
     | {
-        "workload": {"batch_size": 2, "input_tokens": 16, "output_tokens": 3000},
+        "workload": {"batch_size": 2, "input_tokens": 16, "output_tokens": 800},
         "measure": {"repeats": 2},
     },
     "grid": {"model.num_experts": [8, 4]},
 }
-"""Two engines, one trial of some seconds on each."""
+"""Two engines, one trial of some eight seconds on each."""
 HANGING = SLOW | {
     "base": SLOW["base"]
     | {
-        "workload": {"batch_size": 2, "input_tokens": 16, "output_tokens": 1500},
+        "workload": {"batch_size": 2, "input_tokens": 16, "output_tokens": 800},
         "measure": {"repeats": 2, "timeout_s": 10},
     }
 }
@@ -196,7 +196,7 @@ def killed_engine_in_load(scene: Scene) -> None:
 
 def killed_engine(scene: Scene) -> None:
     scene.measuring()
-    scene.sleep(1.0, 2.5)
+    scene.sleep(0.7, 3.0)
     kill(scene.engine())
 
 
@@ -208,7 +208,7 @@ def killed_server(scene: Scene) -> None:
 
 def killed_host(scene: Scene) -> None:
     scene.measuring()
-    scene.sleep(1.0, 2.5)
+    scene.sleep(0.7, 3.0)
     kill(scene.host())
 
 
