@@ -48,7 +48,15 @@ ENGINES = ("EngineHost", "forkserver", "VLLM")
 LONGEST_S = 280.0
 """A driver that runs for longer hangs, seconds."""
 MOST_RESUMES = 3
-COLUMNS = (*RESUME, "outcome_reason", "oom_stage", "oom_scope", "axes", "schema_version")
+COLUMNS = (
+    *RESUME,
+    "outcome_reason",
+    "oom_stage",
+    "oom_scope",
+    "axes",
+    "schema_version",
+    "engine_load_s",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
