@@ -78,7 +78,7 @@ class Forks:
             first = self._context.Process(target=_nothing)
             first.start()
         first.join()
-        self._own = _family()
+        self._own = family()
 
     def run(self, job: Job, devices: str | None, patience_s: float) -> Iterator[Message]:
         """Measures a group in a fork; see `workers.runner.run`. The fork is gone at the end.
@@ -184,7 +184,7 @@ class Forks:
         if fork.is_alive():
             fork.kill()
         fork.join()
-        for pid in _family() - self._own:
+        for pid in family() - self._own:
             with contextlib.suppress(psutil.Error):  # what does not go is a survivor
                 one = psutil.Process(pid)
                 one.kill()
@@ -195,7 +195,7 @@ class Forks:
 
     def survivors(self) -> int:
         """Processes that should be gone and are not."""
-        return len(_family() - self._own)
+        return len(family() - self._own)
 
 
 class EngineDied(Exception):
@@ -301,7 +301,7 @@ def _nothing() -> None:
     """The first fork: that it ends says that the server has imported everything."""
 
 
-def _family() -> set[int]:
+def family() -> set[int]:
     """Processes below this one, and those of its process group whose parents are gone.
 
     Ray makes every worker the leader of a group, and orphans stay in it.

@@ -32,6 +32,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=list(FAULTS), metavar="NAME")
     parser.add_argument("--times", type=int, help="of each fault; by default what is its own")
     parser.add_argument("--rows", type=Path, help="file to append one JSON object per run to")
+    parser.add_argument("--length", type=float, help="seconds of a run, where that is known")
     parser.add_argument("--table", type=Path, help="only print the table of such a file")
     parser.add_argument("--keep", action="store_true", help="keep folders and logs")
     parser.add_argument("--list", action="store_true", help="names of faults")
@@ -52,7 +53,7 @@ def main() -> int:
         for seed in range(first, first + (asked.times or fault.times)):
             length_s = None
             if fault.inject in AT_ANY_MOMENT:
-                length_s = lengths.setdefault(id(fault.sweep), 0.0) or length(fault)
+                length_s = asked.length or lengths.get(id(fault.sweep)) or length(fault)
                 lengths[id(fault.sweep)] = length_s
             try:
                 row = play(fault, seed, length_s, asked.keep)
