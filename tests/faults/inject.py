@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import secrets
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ def main() -> int:
     parser.add_argument("--times", type=int, help="of each fault; by default what is its own")
     parser.add_argument("--rows", type=Path, help="file to append one JSON object per run to")
     parser.add_argument("--length", type=float, help="seconds of a run, where that is known")
+    parser.add_argument("--within", type=float, help="begin no injection after so many seconds")
     parser.add_argument("--table", type=Path, help="only print the table of such a file")
     parser.add_argument("--keep", action="store_true", help="keep folders and logs")
     parser.add_argument("--list", action="store_true", help="names of faults")
@@ -44,6 +46,8 @@ def main() -> int:
         print(table(read(asked.table)))
         return 0
     _closed()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))
+    began = time.monotonic()
     earlier = read(asked.rows) if asked.rows else []
     rows: list[Row] = []
     lengths: dict[int, float] = {}
@@ -51,6 +55,8 @@ def main() -> int:
         fault = FAULTS[name]
         first = 1 + max((one.seed for one in earlier if one.fault == name), default=0)
         for seed in range(first, first + (asked.times or fault.times)):
+            if asked.within and time.monotonic() > began + asked.within:
+                break
             length_s = None
             if fault.inject in AT_ANY_MOMENT:
                 length_s = asked.length or lengths.get(id(fault.sweep)) or length(fault)
