@@ -22,7 +22,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -254,13 +254,29 @@ def _leave() -> None:
 
 
 def _settle(job: Job, devices: str | None) -> None:
-    """Gives a fork its devices, its log and its place for temporary files."""
+    """Gives a fork its devices, its log, its place for temporary files and its tracker."""
     if job.log is not None:
         log_to(job.log)
     if devices is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices
     if job.scratch is not None:
         tempfile.tempdir = os.environ["TMPDIR"] = job.scratch
+    _track_apart()
+
+
+def _track_apart() -> None:
+    """Starts multiprocessing's resource tracker for this fork alone, in a process group of its
+    own. It is told of every semaphore and shared memory that the fork and its ranks make,
+    waits until none of them lives, however they died, removes what they left, and ends."""
+    tracker: Any = resource_tracker._resource_tracker
+    os.close(tracker._fd)
+    tracker._fd = tracker._pid = None
+    group = os.getpgrp()
+    os.setpgid(0, 0)
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        os.setpgid(0, group)
 
 
 def oom_stage(stage: str) -> OomStage:

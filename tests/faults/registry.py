@@ -41,6 +41,15 @@ SLOW = SHORT | {
     "grid": {"model.num_experts": [8, 4]},
 }
 """Two engines, one trial of some eight seconds on each."""
+RANKS = SLOW | {
+    "base": SLOW["base"]
+    | {
+        "layout": {"tensor": 2},
+        "workload": {"batch_size": 1, "input_tokens": 16, "output_tokens": 200},
+    },
+    "grid": {"model.num_experts": [4]},
+}
+"""One engine of two ranks, one trial."""
 HANGING = SLOW | {
     "base": SLOW["base"]
     | {
@@ -113,6 +122,12 @@ def _any_moment(scene: Scene) -> None:
 
 def killed_driver(scene: Scene) -> None:
     _any_moment(scene)
+    scene.driver.kill()
+
+
+def killed_driver_of_ranks(scene: Scene) -> None:
+    scene.measuring()
+    scene.sleep(0.0, 2.0)
     scene.driver.kill()
 
 
@@ -625,6 +640,13 @@ FAULTS = {
             inject=killed_driver,
             status=(0, SIGKILLED),
             times=20,
+        ),
+        Fault(
+            name="driver-killed-ranks",
+            what="SIGKILL of the driver, two tensor-parallel ranks measuring",
+            sweep=RANKS,
+            inject=killed_driver_of_ranks,
+            status=(SIGKILLED,),
         ),
         Fault(
             name="interrupted",
