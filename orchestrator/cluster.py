@@ -8,6 +8,7 @@ cannot share a terminal.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
 import shutil
@@ -15,6 +16,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -30,6 +32,10 @@ from workers.hardware.host import Host, describe
 from workers.nursery import USABLE, Nursery
 
 OBJECT_STORE_BYTES = 128 * 2**20
+SESSION = "moe-ray-"
+"""How folders of clusters of our own begin."""
+FRESH_S = 2.0
+"""Age below which such a folder may belong to a driver that does not hold it yet, seconds."""
 KNOCK_S = 10.0
 """Wait for a cluster's address to answer at all, seconds."""
 DESCRIBE_S = 120.0
@@ -62,6 +68,51 @@ class Changes:
     lost: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Session:
+    """What a cluster of our own has on this machine, beside Ray's processes."""
+
+    folder: Path
+    lock: int
+    """Descriptor that holds the folder; the system lets go of it when we die."""
+    nursery: Nursery | None
+
+    @classmethod
+    def begin(cls, preloads: Sequence[str]) -> _Session:
+        """A new one, after those are removed that killed drivers left: nobody holds them."""
+        for left in Path(tempfile.gettempdir()).glob(f"{SESSION}*"):
+            with suppress(OSError):  # held, another user's, or just gone
+                if time.time() - left.stat().st_mtime > FRESH_S:
+                    cls(folder=left, lock=_held(left), nursery=None).end()
+        folder = Path(tempfile.mkdtemp(prefix=SESSION))
+        lock = _held(folder)
+        nursery = Nursery(preloads, folder) if preloads and USABLE else None
+        return cls(folder=folder, lock=lock, nursery=nursery)
+
+    def end(self) -> None:
+        """Removes the folder, and the shared memory that is named after files in it."""
+        if self.nursery is not None:
+            self.nursery.close()
+        memory.sweep_shared(self.folder)
+        shutil.rmtree(self.folder, ignore_errors=True)
+        os.close(self.lock)
+
+
+def _held(folder: Path) -> int:
+    """A descriptor with the lock of a folder.
+
+    Raises:
+        OSError: another process holds it.
+    """
+    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise
+    return lock
+
+
 @dataclass(slots=True)
 class Cluster:
     """A connection to Ray, with what its nodes are."""
@@ -71,16 +122,15 @@ class Cluster:
     """Node id → machine."""
     driver_node: str | None
     """Node on which this process runs, where it is one of the nodes."""
-    session: Path | None
-    """Folder of a cluster of our own; null if it was there before us."""
     autoscaling: bool = False
     """Nodes can be asked for."""
-    _nursery: Nursery | None = None
     _present: set[str] = field(default_factory=set)
     """Nodes that are alive, those without a device included."""
     _asked: dict[str, Any] = field(default_factory=dict)
     """New nodes that have not described themselves yet."""
     _looked_at: float = 0.0
+    _own: _Session | None = None
+    """What goes with a cluster of our own; null if it was there before us."""
 
     @classmethod
     def connect(cls, address: str | None, preloads: Sequence[str] = ()) -> Cluster:
@@ -95,22 +145,19 @@ class Cluster:
             ClusterError: no cluster answers there, or its nodes cannot be described.
         """
         wanted = address or os.environ.get("RAY_ADDRESS") or _running()
-        session = nursery = None
+        own: _Session | None = None
         try:
             if wanted and wanted != "local":
                 ray = _join(wanted)
             else:
-                session = Path(tempfile.mkdtemp(prefix="moe-ray-"))
-                nursery = Nursery(preloads, session) if preloads and USABLE else None
-                ray = _start(session)
+                own = _Session.begin(preloads)
+                ray = _start(own.folder)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-            if nursery is not None:
-                nursery.close()
-            if session is not None:
-                shutil.rmtree(session, ignore_errors=True)
+            if own is not None:
+                own.end()
             place = wanted or "this machine"
             raise ClusterError(f"no Ray cluster at {place}: {_first_line(error)}") from error
-        cluster = cls(nodes=(), hosts={}, driver_node=None, session=session, _nursery=nursery)
+        cluster = cls(nodes=(), hosts={}, driver_node=None, _own=own)
         try:
             cluster._describe(ray)
         except BaseException:
@@ -119,9 +166,15 @@ class Cluster:
         return cluster
 
     @property
+    def session(self) -> Path | None:
+        """Folder of a cluster of our own; null if it was there before us."""
+        return self._own.folder if self._own is not None else None
+
+    @property
     def nursery(self) -> str | None:
         """Where hosts on the driver's node find their imports done."""
-        return str(self._nursery.path) if self._nursery is not None else None
+        nursery = self._own.nursery if self._own is not None else None
+        return str(nursery.path) if nursery is not None else None
 
     def changes(self) -> Changes:
         """Nodes that came and went; looks every `LOOK_S` and never waits for a node."""
@@ -176,14 +229,10 @@ class Cluster:
         """Leaves the cluster; ends it and removes its session if it is ours."""
         import ray
 
-        if self._nursery is not None:
-            self._nursery.close()
-            self._nursery = None
         ray.shutdown()
-        if self.session is not None:
-            memory.sweep_shared(self.session)
-            shutil.rmtree(self.session, ignore_errors=True)
-            self.session = None
+        if self._own is not None:
+            self._own.end()
+            self._own = None
 
     def __enter__(self) -> Cluster:
         return self
@@ -281,15 +330,24 @@ def _start(session: Path) -> ModuleType:
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     ray = _import_ray()
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        configure_logging=False,
-        object_store_memory=OBJECT_STORE_BYTES,
-        _temp_dir=str(session),
-    )
+    # What Ray starts puts its temporary files into the session too: processes that are killed
+    # do not remove theirs.
+    before = os.environ.get("TMPDIR")
+    os.environ["TMPDIR"] = str(session)
+    try:
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            configure_logging=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            _temp_dir=str(session),
+        )
+    finally:
+        del os.environ["TMPDIR"]
+        if before is not None:
+            os.environ["TMPDIR"] = before
     return ray
 
 

@@ -496,6 +496,13 @@ def _checked(table: str, run_id: str, batch: pa.RecordBatch) -> pa.RecordBatch:
             f"{table} of run {run_id} differ from schema version {SCHEMA_VERSION} in {odd}: "
             "is the same version of the project on every node?"
         )
+    if table == "records":
+        versions = set(batch.column("schema_version").to_pylist()) - {SCHEMA_VERSION, None}
+        if versions:  # equal columns may mean something else
+            raise StoreError(
+                f"records of run {run_id} have schema version {versions.pop()}, not "
+                f"{SCHEMA_VERSION}: is the same version of the project on every node?"
+            )
     columns = {name: batch.column(name) for name in _REQUIRED[table]}
     if empty := [name for name, column in columns.items() if column.null_count]:
         raise StoreError(f"{table} of run {run_id} have no value in {', '.join(empty)}")

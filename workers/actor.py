@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,12 +33,16 @@ from workers import memory, runner
 from workers.contract.engine import EngineKind
 from workers.contract.job import Job
 from workers.contract.message import Died, Message, Released
-from workers.forks import EXIT_S, PRELOAD, EngineDied, Forks, log_to, members
+from workers.forks import EXIT_S, PRELOAD, EngineDied, Forks, family, log_to, members
 from workers.hardware.host import Host, describe, gpu_memory_used
 from workers.packing import Packing, compare
 
 CLEAN_BYTES = 256 * 2**20
 """Memory in use on a GPU that still counts as none."""
+WATCH_S = 1.0
+"""Time between two looks at whether the node lives, seconds."""
+NODE_GRACE_S = 30.0
+"""Time in which a cluster notices that a node is gone, seconds (Ray: five times three, and ten)."""
 GPU_WAIT_S = 60.0
 """Wait for memory of an earlier process to leave a GPU, seconds."""
 
@@ -53,6 +59,7 @@ class EngineHost:
     def __init__(self, kinds: Sequence[EngineKind], nursery: str | None = None) -> None:
         self._forks = Forks(kinds, nursery)
         self._folder: str | None = None
+        threading.Thread(target=_end_with_the_node, args=(os.getppid(),), daemon=True).start()
 
     def pid(self) -> int:
         """Process id, for tests that kill it."""
@@ -207,6 +214,21 @@ def describe_node() -> Host:
 def granted_devices() -> str | None:
     """The GPUs that Ray gives to whoever asks where this runs; null without one."""
     return os.environ.get("CUDA_VISIBLE_DEVICES") or None
+
+
+def _end_with_the_node(raylet: int) -> None:
+    """Ends this process and all that it started when its raylet is gone: nobody is left who
+    would, and who starts the node again would find its devices in use.
+
+    Not at once: by then the driver should know that the node is lost, and blame no trial.
+    """
+    while os.getppid() == raylet:
+        time.sleep(WATCH_S)
+    time.sleep(NODE_GRACE_S)
+    for pid in family():
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _released(problems: Sequence[str]) -> Released:

@@ -22,7 +22,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,7 @@ class Forks:
             first = self._context.Process(target=_nothing)
             first.start()
         first.join()
-        self._own = _family()
+        self._own = family()
 
     def run(self, job: Job, devices: str | None) -> Iterator[Message]:
         """Measures a group in a fork; see `workers.runner.run`. The fork is gone at the end.
@@ -199,7 +199,7 @@ class Forks:
         if fork.is_alive():
             fork.kill()
         fork.join()
-        for pid in _family() - self._own:
+        for pid in family() - self._own:
             with contextlib.suppress(psutil.Error):  # what does not go is a survivor
                 one = psutil.Process(pid)
                 one.kill()
@@ -210,7 +210,7 @@ class Forks:
 
     def survivors(self) -> int:
         """Processes that should be gone and are not."""
-        return len(_family() - self._own)
+        return len(family() - self._own)
 
 
 class EngineDied(Exception):
@@ -269,13 +269,29 @@ def _leave() -> None:
 
 
 def _settle(job: Job, devices: str | None) -> None:
-    """Gives a fork its devices, its log and its place for temporary files."""
+    """Gives a fork its devices, its log, its place for temporary files and its tracker."""
     if job.log is not None:
         log_to(job.log)
     if devices is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices
     if job.scratch is not None:
         tempfile.tempdir = os.environ["TMPDIR"] = job.scratch
+    _track_apart()
+
+
+def _track_apart() -> None:
+    """Starts multiprocessing's resource tracker for this fork alone, in a process group of its
+    own. It is told of every semaphore and shared memory that the fork and its ranks make,
+    waits until none of them lives, however they died, removes what they left, and ends."""
+    tracker: Any = resource_tracker._resource_tracker
+    os.close(tracker._fd)
+    tracker._fd = tracker._pid = None
+    group = os.getpgrp()
+    os.setpgid(0, 0)
+    try:
+        resource_tracker.ensure_running()
+    finally:
+        os.setpgid(0, group)
 
 
 def silent(stage: Stage, seconds: float) -> TimedOut:
@@ -322,7 +338,7 @@ def _nothing() -> None:
     """The first fork: that it ends says that the server has imported everything."""
 
 
-def _family() -> set[int]:
+def family() -> set[int]:
     """Processes below this one, and those of its process group whose parents are gone.
 
     Ray makes every worker the leader of a group, and orphans stay in it.

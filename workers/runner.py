@@ -176,6 +176,7 @@ class _Run:
                     yield from self._measure(engine, trials, warm)
                     warm |= {one.ticket.trial.workload for one in trials}
             except _Failure as failure:
+                memory.unlimit()  # it bounds the model, which goes, and not the record of its end
                 if warm and isinstance(failure.error, OutOfMemory):
                     return  # buffers of another top-k are still there: it gets its own engine
                 started = min((one.started_at for one in failure.trial.passes), default=None)

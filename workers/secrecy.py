@@ -151,8 +151,10 @@ def scrub(folder: Path, known: Collection[str]) -> list[Path]:
         Files that could not be looked at or written to.
     """
     stamp = folder / STAMP
-    since = stamp.stat().st_mtime if stamp.exists() else 0.0
     began = time.time()
+    since = stamp.stat().st_mtime if stamp.exists() else 0.0
+    if since > began:  # the clock was set back: times of files say nothing
+        since = 0.0
     if not folder.is_dir():
         return []
     left = []

@@ -223,3 +223,13 @@ def test_no_text_takes_long(text: str) -> None:
     hide_text(text)
     hide_text(json.dumps({"a": text}))
     assert time.process_time() - start < 1
+
+
+def test_a_clock_that_was_set_back_hides_no_log_from_the_scrubbing(tmp_path: Path) -> None:
+    scrub(tmp_path, ())
+    tomorrow = time.time() + 86400
+    os.utime(tmp_path / STAMP, (tomorrow, tomorrow))
+    log = tmp_path / "a.log"
+    log.write_text("hf_token=abcdefghijkl")
+    assert scrub(tmp_path, ("abcdefghijkl",)) == []
+    assert "abcdefghijkl" not in log.read_text()

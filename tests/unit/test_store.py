@@ -107,6 +107,7 @@ def test_a_commit_without_rows_writes_nothing(tmp_path: Path) -> None:
         ("r1", rows(RECORDS, [{"trial_id": "t"}]), "no value in run_id, attempt, schema_version"),
         ("r2", records(record("t")), "run r1 given as run r2"),
         ("r1", records(record("t", outcome="fine")), "fine is no outcome"),
+        ("r1", records(record("t", schema_version=2)), "schema version 2, not 1: is the same"),
         ("../r1", records(record("t", run="../r1")), "run '../r1' cannot name files"),
         ("_r1", records(record("t", run="_r1")), "run '_r1' cannot name files"),
     ],
