@@ -20,6 +20,7 @@ import re
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import forkserver
@@ -256,13 +257,34 @@ def _leave() -> None:
 
 
 def _settle(job: Job, devices: str | None) -> None:
-    """Gives a fork its devices, its log and its place for temporary files."""
+    """Gives a fork its devices, its log and its place for temporary files, and its host's life
+    as the end of its own."""
+    threading.Thread(target=_end_with_host, daemon=True).start()
     if job.log is not None:
         log_to(job.log)
     if devices is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices
     if job.scratch is not None:
         tempfile.tempdir = os.environ["TMPDIR"] = job.scratch
+
+
+def _end_with_host() -> None:
+    """Ends this fork and its ranks as soon as the host is gone.
+
+    Ray ends a host with all its processes. But who kills the driver of a Ray of its own kills the
+    raylet with it; then the host ends by itself, and a fork would hear of it only when it next
+    sends a message: after a pass that may last for an hour, or never.
+    """
+    host = multiprocessing.parent_process()
+    assert host is not None, "this is a fork"
+    host.join()
+    segments = memory.shared_segments(os.getpid())
+    for rank in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            rank.kill()
+    for segment in segments:
+        segment.unlink(missing_ok=True)
+    os._exit(1)
 
 
 def silent(stage: Stage, seconds: float) -> TimedOut:
