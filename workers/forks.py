@@ -20,6 +20,7 @@ import re
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker
@@ -269,7 +270,9 @@ def _leave() -> None:
 
 
 def _settle(job: Job, devices: str | None) -> None:
-    """Gives a fork its devices, its log, its place for temporary files and its tracker."""
+    """Gives a fork its devices, its log, its place for temporary files, its tracker, and its
+    host's end for its own."""
+    threading.Thread(target=_end_with_host, daemon=True).start()
     if job.log is not None:
         log_to(job.log)
     if devices is not None:
@@ -292,6 +295,25 @@ def _track_apart() -> None:
         resource_tracker.ensure_running()
     finally:
         os.setpgid(0, group)
+
+
+def _end_with_host() -> None:
+    """Ends this fork and its ranks as soon as the host is gone.
+
+    Ray ends a host with all its processes. But who kills the driver of a Ray of its own kills the
+    raylet with it; then the host ends by itself, and a fork would hear of it only when it next
+    sends a message: after a pass that may last for an hour, or never.
+    """
+    host = multiprocessing.parent_process()
+    assert host is not None, "this is a fork"
+    host.join()
+    segments = memory.shared_segments(os.getpid())
+    for rank in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            rank.kill()
+    for segment in segments:
+        segment.unlink(missing_ok=True)
+    os._exit(1)
 
 
 def silent(stage: Stage, seconds: float) -> TimedOut:

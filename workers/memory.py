@@ -71,19 +71,25 @@ def sweep_shared(folder: Path) -> None:
 def shared_segments(pid: int) -> set[Path]:
     """Shared memory and semaphores of engine ranks that a process tree has mapped.
 
-    Their owners remove them when they end by themselves, not when they are killed.
+    Their owners remove them when they end by themselves, not when they are killed. They are
+    known by their inodes: a semaphore is mapped by its maker under a name that it had before
+    it was given its own.
     """
-    found: set[Path] = set()
+    mapped: set[int] = set()
     try:
         tree = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
     except psutil.NoSuchProcess:
-        return found
+        return set()
     for process in tree:
         with contextlib.suppress(OSError):
             for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines():
-                _, slash, name = line.partition("/dev/shm/")
-                if slash and name.startswith(_OF_ENGINES) and "/" not in name:
-                    found.add(_SHARED / name)
+                if " /dev/shm/" in line:
+                    mapped.add(int(line.split()[4]))
+    found: set[Path] = set()
+    for path in _SHARED.iterdir() if mapped else ():
+        with contextlib.suppress(FileNotFoundError):
+            if path.name.startswith(_OF_ENGINES) and path.stat().st_ino in mapped:
+                found.add(path)
     return found
 
 

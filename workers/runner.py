@@ -210,6 +210,7 @@ class _Run:
                 if one.enough():
                     waiting.remove(one)
                     yield self._ok(engine, one)
+                    one.passes.clear()  # they are in its rows
                 elif one.busy_s() > one.ticket.trial.measure.timeout_s:
                     raise _Failure(one, _late(one))
 
