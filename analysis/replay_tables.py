@@ -73,6 +73,8 @@ def replay_table(facts: Facts) -> Table:
     table.add_column("\nintervals", no_wrap=True)
     table.add_row("outcome", _ended(original), _ended(replay))
     for one in facts["figures"]:
+        if one["original"] is None and one["replay"] is None:
+            continue
         heading, factor = _FIGURES[one["name"]]
         table.add_row(
             heading,
@@ -100,31 +102,31 @@ def sentences(facts: Facts) -> Iterator[str]:
         yield f"Both ended {_ended(original)}."
     else:
         yield f"The record ended {_ended(original)}, the replay {_ended(replay)}."
-    for name, side in (("record", original), ("replay", replay)):
-        if side["outcome_reason"]:
-            yield f"Reason in the {name}: {_shown(side['outcome_reason'])}"
+    reasons = {"the record": original["outcome_reason"], "the replay": replay["outcome_reason"]}
+    if original["outcome_reason"] == replay["outcome_reason"]:
+        reasons = {"both": original["outcome_reason"]}
+    for where, reason in reasons.items():
+        if reason:
+            yield f"Reason in {where}: {_shown(reason)}"
     if original["code"] == replay["code"] and str(replay["code"]).endswith(CHANGED):
         yield "The code had changes that were not committed, both times; nobody knows which."
     elif not facts["differences"]:
-        yield "Versions, device, host, code and engine arguments are the same."
+        yield "Of versions, device, host, code and engine arguments nothing that was noted differs."
 
 
 def _agreement(facts: Facts) -> str:
     (one,) = (figure for figure in facts["figures"] if figure["name"] == "throughput_tok_s")
-    levels = sorted({facts[side]["ci_level"] or 0.0 for side in ("original", "replay")})
-    intervals = f"their intervals ({' and '.join(map(percent, levels))} coverage)"
     if one["ratio"] is None:
         return "One of the two has no throughput."
-    verdict = {
-        None: "one of them has no interval",
-        True: f"{intervals} overlap",
-        False: f"{intervals} do not overlap",
-    }
-    measured = "" if facts["replay"]["measured"] else ", both predicted"
-    return (
-        f"The replay's throughput is {one['ratio']:.3f} of the record's{measured}; "
-        f"{verdict[one['overlap']]}."
-    )
+    sentence = f"The replay's throughput is {one['ratio']:.3f} of the record's"
+    if not facts["replay"]["measured"]:
+        return f"{sentence}; both are predicted."
+    if one["overlap"] is None:
+        return f"{sentence}; without an interval of each there is no more to say."
+    levels = sorted({facts[side]["ci_level"] or 0.0 for side in ("original", "replay")})
+    coverage = " and ".join(dict.fromkeys(map(percent, levels)))
+    verdict = "overlap" if one["overlap"] else "do not overlap"
+    return f"{sentence}; their intervals ({coverage} coverage) {verdict}."
 
 
 def _side(made: Made) -> Facts:

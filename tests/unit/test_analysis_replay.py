@@ -506,7 +506,7 @@ def test_figures_stand_beside_each_other_with_ratio_and_intervals() -> None:
     assert list(sentences(facts)) == [
         "The replay's throughput is 1.500 of the record's; their intervals (94 % coverage) do not "
         "overlap.",
-        "Versions, device, host, code and engine arguments are the same.",
+        "Of versions, device, host, code and engine arguments nothing that was noted differs.",
     ]
 
 
@@ -553,7 +553,8 @@ def test_outcomes_that_are_not_ok() -> None:
     ]
     assert "oom (load)" in table(facts)
     both = replay_facts(oom, oom, status=0)
-    assert next(sentences(both)) == "Both ended oom (load)."
+    assert list(sentences(both))[:2] == ["Both ended oom (load).", "Reason in both: no [2J memory"]
+    assert "TTFT" not in table(both)
     empty = made()
     empty.record.update(nothing)
     assert next(sentences(replay_facts(empty, made(), status=0))) == (
@@ -561,11 +562,17 @@ def test_outcomes_that_are_not_ok() -> None:
     )
 
 
-def test_a_prediction_says_so() -> None:
-    one = made(measured=False, throughput_tok_s_ci_low=None)
-    assert next(sentences(replay_facts(one, one, status=0))) == (
-        "The replay's throughput is 1.000 of the record's, both predicted; one of them has no "
-        "interval."
+def test_a_prediction_says_so_and_a_missing_interval_too() -> None:
+    said = "The replay's throughput is 1.000 of the record's; "
+    predicted = made(measured=False, throughput_tok_s_ci_low=None)
+    assert next(sentences(replay_facts(predicted, predicted, status=0))) == (
+        f"{said}both are predicted."
+    )
+    facts = replay_facts(made(), made(throughput_tok_s_ci_low=None), status=0)
+    assert next(sentences(facts)) == f"{said}without an interval of each there is no more to say."
+    touching = made(throughput_tok_s=1020.0, throughput_tok_s_ci_low=1010.0, ci_level=0.5)
+    assert next(sentences(replay_facts(made(), touching, status=0))).endswith(
+        "1.020 of the record's; their intervals (50 % and 94 % coverage) overlap."
     )
 
 
