@@ -138,11 +138,75 @@ def table(
         shown = [records_table(frame), *reasons(frame)] if len(frame) else []
         sentence = summary(frame)
     if as_json:
-        _write_json(frame)
+        _write_json(frame.to_dicts())
         return
     if shown:
         show(*shown)
     click.echo(sentence)
+
+
+@main.command()
+@click.argument("trial_id")
+@_datasets
+@_only
+@click.option(
+    "--out",
+    metavar="DIR",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder of replays; the new record is in DIR/<name of the sweep>.  [default: replays]",
+)
+@click.option(
+    "--print", "printed", is_flag=True, help="Write the sweep of this point; run nothing."
+)
+@click.option("--json", "as_json", is_flag=True, help="Write one object instead.")
+def replay(
+    trial_id: str,
+    datasets: tuple[Path, ...],
+    only: tuple[str, ...],
+    out: Path | None,
+    printed: bool,
+    as_json: bool,
+) -> None:
+    """Measure the trial of a record again, alone, and show both.
+
+    TRIAL_ID is its identity, or the first digits of it. Without a DATASET, those in results
+    are searched. Ends with the exit status of python -m orchestrator.
+    """
+    from analysis.replay import check, find, rebuilt, run, written
+    from analysis.replay_tables import replay_facts, replay_table, sentences
+    from analysis.tables import show
+
+    if printed and (as_json or out is not None):
+        raise OptionError(f"--print runs nothing: it takes no {'--json' if as_json else '--out'}")
+    found = find(trial_id, _replayable(datasets), only)
+    text = written(found, rebuilt(found))
+    if printed:
+        click.echo(text, nl=False)
+        check(found, text)
+        return
+    status, again = run(found, text, out or Path("replays"), quiet=as_json)
+    facts = replay_facts(found, again, status=status)
+    if as_json:
+        _write_json(facts)
+    else:
+        if again is not None:
+            show(replay_table(facts))
+        for sentence in sentences(facts):
+            click.echo(sentence)
+    sys.exit(status)
+
+
+def _replayable(datasets: tuple[Path, ...]) -> tuple[Path, ...]:
+    """The given datasets or, where none is, those in the folder that sweeps write to."""
+    from analysis.dataset import is_dataset
+
+    found = datasets or tuple(
+        path for path in sorted(Path("results").glob("*")) if is_dataset(path)
+    )
+    if not found:
+        raise OptionError("name the DATASET of the record: there is none in results")
+    _exist(found)
+    return found
 
 
 def _frame(
@@ -175,6 +239,13 @@ def _records(
 ) -> pl.LazyFrame:
     from analysis import load
     from analysis.conditions import only as choose
+
+    _exist(datasets)
+    return choose(load(*datasets, every=every), only)
+
+
+def _exist(datasets: tuple[Path, ...]) -> None:
+    """Raises DatasetError for a folder that is no dataset."""
     from analysis.dataset import is_dataset
 
     for folder in datasets:
@@ -184,13 +255,12 @@ def _records(
                 f"did you mean {near[0]}?" if near else "it has neither records/ nor manifest.json"
             )
             raise DatasetError(f"no dataset in {folder}; {hint}")
-    return choose(load(*datasets, every=every), only)
 
 
-def _write_json(frame: pl.DataFrame) -> None:
+def _write_json(answer: object) -> None:
     import json
 
-    json.dump(frame.to_dicts(), sys.stdout, default=datetime.isoformat, allow_nan=False, indent=1)
+    json.dump(answer, sys.stdout, default=datetime.isoformat, allow_nan=False, indent=1)
     sys.stdout.write("\n")
 
 

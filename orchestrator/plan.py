@@ -210,6 +210,7 @@ class Plan:
                     "label": group.label,
                     "devices": group.devices,
                     "trials": len(group.trials),
+                    "trial_ids": [one.trial_id for one in group.trials],
                     "predicted_memory_gib": group.predicted_memory_gib,
                     "memory_limit_gib": group.memory_limit_gib,
                     "predicted_oom": group.predicted_oom,

@@ -68,7 +68,7 @@ def test_figure_in_a_process_of_its_own(dataset: str, tmp_path: Path) -> None:
 def test_help_needs_nothing_but_click() -> None:
     code = (
         "import sys; from click.testing import CliRunner; from analysis.__main__ import main\n"
-        "for name in ('figure', 'table', 'plan', 'models', 'devices'):\n"
+        "for name in ('figure', 'table', 'plan', 'models', 'devices', 'replay'):\n"
         "    assert CliRunner().invoke(main, [name, '--help']).exit_code == 0\n"
         "print({'torch', 'vllm', 'ray', 'polars', 'pyarrow', 'altair', 'rich'} & {*sys.modules})"
     )
