@@ -164,7 +164,9 @@ def _run(request: Request) -> int:
 
 def _show_plan(plan: Plan, *, as_json: bool) -> None:
     if as_json:
-        print(jsonlib.dumps(plan.to_json()))
+        import msgspec
+
+        print(msgspec.json.encode(plan.to_json()).decode())
         return
     from rich.console import Console
 

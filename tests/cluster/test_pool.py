@@ -11,6 +11,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ from orchestrator.events import (
     Close,
     Command,
     GroupEnded,
+    Inspect,
+    Inspected,
+    Lane,
     LaneLost,
     NodeJoined,
     NodeLost,
@@ -98,6 +102,7 @@ class _Driver:
         self.finished: dict[str, str] = {}
         self.where: dict[str, str] = {}
         self.stage: dict[int, str] = {}
+        self.inspected: list[int] = []
 
     def carry_out(self, commands: list[Command], error: object = None) -> None:
         for command in commands:
@@ -108,10 +113,15 @@ class _Driver:
                 self.pool.assign(command.lane_id, command.group, command.attempts)
             elif isinstance(command, Close):
                 self.pool.close(command.lane_id)
+            elif isinstance(command, Inspect):
+                self.inspected.append(command.lane_id)
+                self.pool.inspect(command)
             elif isinstance(command, Blame):
                 self.blamed += [(one.trial_id, str(error)) for one in command.group.trials]
 
     def step(self) -> None:
+        from orchestrator.pool import Found
+
         for lane, happening in self.pool.poll(0.2):
             if isinstance(happening, Finished):
                 self.finished[happening.trial_id] = happening.outcome
@@ -122,6 +132,9 @@ class _Driver:
                 self.carry_out(self.schedule.on(GroupEnded(lane_id=lane, clean=happening.clean)))
             elif isinstance(happening, Progress):
                 self.stage[lane] = happening.stage
+            elif isinstance(happening, Found):
+                assert happening.problems == ()
+                self.carry_out(self.schedule.on(Inspected(lane_id=lane, sound=True)))
             else:
                 lost = LaneLost(
                     lane_id=lane,
@@ -134,6 +147,32 @@ class _Driver:
     def run(self) -> None:
         while not self.schedule.finished:
             self.step()
+
+
+def test_devices_are_tried_with_what_runs_elsewhere(cluster: Cluster, tmp_path: Path) -> None:
+    """An engine that cannot be built stands in for a device that cannot run one."""
+    from orchestrator.pool import Found
+
+    driver = _Driver(cluster, [], tmp_path)
+    good = _group("a")
+    (one,) = good.trials
+    settings = replace(one.trial.engine, args={"kv_cache_dtype": "no such type"})
+    bad = replace(good, trials=(replace(one, trial=replace(one.trial, engine=settings)),))
+    node_id = cluster.nodes[0].node_id
+    found: dict[str, Found] = {}
+    for lane_id, (what, group) in enumerate({"good": good, "bad": bad, "left": None}.items()):
+        driver.pool.open(Lane(lane_id=lane_id, node_id=node_id, devices=1))
+        driver.pool.inspect(Inspect(lane_id=lane_id, group=group))
+        while what not in found:
+            for answered, happening in driver.pool.poll(0.2):
+                assert answered == lane_id and isinstance(happening, Found)
+                found[what] = happening
+        driver.pool.close(lane_id)
+    driver.pool.close_all()
+    assert found["good"].problems == found["left"].problems == ()
+    (problem,) = found["bad"].problems
+    assert problem.startswith("trial a0 ran elsewhere and fails here too: ")
+    assert "kv_cache_dtype" in problem or "no such type" in problem
 
 
 def test_two_groups_run_on_devices_of_their_own(cluster: Cluster, tmp_path: Path) -> None:
