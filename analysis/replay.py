@@ -68,10 +68,11 @@ class Made:
     @property
     def code(self) -> str | None:
         """Commit of the code that measured, 12 digits; null where that was no checkout."""
-        git = self.run.get("environment", {}).get("driver", {}).get("git")
-        if not git:
+        try:
+            git = self.run["environment"]["driver"]["git"]
+            return f"{git['commit'][:12]}{CHANGED if git['dirty'] else ''}"
+        except (LookupError, TypeError):
             return None
-        return f"{git['commit'][:12]}{CHANGED if git['dirty'] else ''}"
 
 
 def find(prefix: str, datasets: Sequence[Path], choices: Sequence[str] = ()) -> Made:

@@ -309,7 +309,8 @@ def test_a_record_or_a_run_without_what_is_needed(tmp_path: Path) -> None:
     with_sweep(folder, lambda sweep: sweep.clear())
     assert "model.name is missing" in refusal(name, folder)
     path = folder / "manifest.json"
-    path.write_text(json.dumps({"runs": [{"run_id": "r1"}]}))
+    path.write_text(json.dumps({"runs": [{"run_id": "r1", "environment": []}]}))
+    assert find(name, [folder]).code is None
     assert "manifest.json: run r1 has no sweep" in refusal(name, folder)
 
 
