@@ -30,6 +30,7 @@ import psutil
 import pyarrow as pa
 import yaml
 
+from orchestrator.cluster import FRESH_S, SESSION
 from orchestrator.request import Request, prepare
 from orchestrator.store import RESUME, Guard, settled
 from tests.integration.harness import command, forks_of, until
@@ -385,6 +386,8 @@ def _play(scene: Scene, began: float) -> Row:
     if bad and not fault.vanish:
         scene.wrong.append(f"{bad} files do not open after the fault")
     fault.mend(scene)
+    if any(SESSION in one for one in left_first):
+        time.sleep(FRESH_S)
     for _ in range(MOST_RESUMES):
         scene.start()
         status.append(scene.end())
