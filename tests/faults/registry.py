@@ -618,6 +618,7 @@ def lost_head(scene: Scene) -> None:
     scene.nodes.kill("" if everything else "gcs_server")
     status = scene.end(200)
     scene.notes.append(f"the driver ended with {status} after {time.monotonic() - began:.0f} s")
+    scene.notes.append(f"it said last: {scene.said().strip().splitlines()[-1:]}")
 
 
 def head_again(scene: Scene) -> None:
