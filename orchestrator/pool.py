@@ -466,10 +466,13 @@ class Pool:
             return self._lost(process, Crashed(_short(error.cause or error)))
         node_id = process.lane.node_id
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        # A host's death is told by its node. Where nobody tells of one, the node has died too,
+        # which the cluster takes longer to see, or is out of reach.
+        untold = isinstance(error, ray.exceptions.ActorUnavailableError)
         outside = bool(getattr(error, "preempted", False)) or (
             node_id is not None and node_id not in alive
         )
-        if outside:
+        if untold or outside:
             return self._lost(process, Crashed(f"the node was lost: {_short(error)}"), retry=True)
         told = from_log(
             tail(process.log), stage=oom_stage(process.stage), device_is_cpu=self._cpu_only()

@@ -30,9 +30,10 @@ import psutil
 import pyarrow as pa
 import yaml
 
+from orchestrator.cluster import FRESH_S, SESSION
 from orchestrator.request import Request, prepare
 from orchestrator.store import RESUME, Guard, settled
-from tests.integration.harness import command, until
+from tests.integration.harness import command, forks_of, until
 
 ROOT = Path(__file__).resolve().parents[2]
 TAG = "MOE_FAULT"
@@ -43,7 +44,7 @@ GRACE_S = 20.0
 AGENTS_S = 90.0
 """Time that two idle processes of Ray have to end after their node was killed, seconds: they
 report it to a head that is gone, which they wait for."""
-ENGINES = ("EngineHost", "forkserver", "VLLM")
+ENGINES = ("EngineHost", "forkserver", "nursery", "VLLM")
 """Words in the names and command lines of hosts and engines."""
 LONGEST_S = 280.0
 """A driver that runs for longer hangs, seconds."""
@@ -285,9 +286,7 @@ class Scene:
 
     def forks(self) -> list[psutil.Process]:
         """The host's fork server and its forks, eldest first."""
-        below = self.host().children(recursive=True)
-        found = [one for one in below if "forkserver" in " ".join(one.cmdline())]
-        return sorted(found, key=lambda one: one.create_time())
+        return forks_of(self.host())
 
     def engine(self) -> psutil.Process:
         """The fork in which the engine runs."""
@@ -387,6 +386,8 @@ def _play(scene: Scene, began: float) -> Row:
     if bad and not fault.vanish:
         scene.wrong.append(f"{bad} files do not open after the fault")
     fault.mend(scene)
+    if any(SESSION in one for one in left_first):
+        time.sleep(FRESH_S)
     for _ in range(MOST_RESUMES):
         scene.start()
         status.append(scene.end())

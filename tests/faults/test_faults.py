@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -17,19 +18,20 @@ def test_folders_of_dead_drivers_go_and_those_of_living_ones_stay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    living = Path(tempfile.mkdtemp(prefix=cluster.SESSION))
-    lock = cluster._held(living)
-    dead = Path(tempfile.mkdtemp(prefix=cluster.SESSION))
+    living = cluster._Session.begin(())
+    dead, fresh = (Path(tempfile.mkdtemp(prefix=cluster.SESSION)) for _ in range(2))
     (dead / "vllm_dist_abc").touch()
     segment = Path("/dev/shm") / "vllm_dist_abc_rank0"
     segment.touch()
     another = tmp_path / "somebody-elses"
     another.mkdir()
-    cluster._clear_sessions()
-    assert sorted(tmp_path.iterdir()) == sorted([living, another])
+    for folder in (living.folder, dead, another):
+        os.utime(folder, (0, 0))
+    cluster._Session.begin(()).end()
+    assert sorted(tmp_path.iterdir()) == sorted([living.folder, fresh, another])
     assert not segment.exists()
-    cluster._clear(living, lock)
-    assert list(tmp_path.iterdir()) == [another]
+    living.end()
+    assert sorted(tmp_path.iterdir()) == sorted([fresh, another])
 
 
 QUICK = ("files-spoiled", "second-driver", "other-version")

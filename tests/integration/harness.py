@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -118,11 +120,23 @@ def hosts_of(driver: int) -> list[psutil.Process]:
     return found
 
 
+def forks_of(host: psutil.Process) -> list[psutil.Process]:
+    """A host's fork server and its forks, eldest first: they are in its process group, and a
+    server may be a fork of the driver's nursery."""
+    group, found = os.getpgid(host.pid), []
+    for one in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
+            line = " ".join(one.cmdline())
+            if ("forkserver" in line or "workers.nursery" in line) and os.getpgid(one.pid) == group:
+                found.append(one)
+    return sorted(found, key=lambda one: one.create_time())
+
+
 def engine_of(host: psutil.Process) -> psutil.Process:
     """The fork in which a host's engine runs: younger than the server that made it."""
-    forks = [one for one in host.children(recursive=True) if "forkserver" in str(one.cmdline())]
+    forks = forks_of(host)
     assert len(forks) >= 2, "a server and its fork"
-    return max(forks, key=lambda one: one.create_time())
+    return forks[-1]
 
 
 def gone(before: set[str], timeout: float = 15) -> set[str]:
