@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 
@@ -230,7 +230,10 @@ def _measure(sender: Connection, job: Job, devices: str | None) -> None:
     left = len(job.tickets)
     alone = job.tickets[0].trial.layout.devices == 1
     for message in runner.run(job):
-        sender.send(message)
+        try:
+            sender.send(message)
+        except ConnectionError:  # nobody hears it any more
+            _end_with_host()
         left -= isinstance(message, Finished)
         closing = isinstance(message, Progress) and message.stage == "close"
         if closing and not left and alone:
@@ -297,7 +300,7 @@ def _track_apart() -> None:
         os.setpgid(0, group)
 
 
-def _end_with_host() -> None:
+def _end_with_host() -> NoReturn:
     """Ends this fork and its ranks as soon as the host is gone.
 
     Ray ends a host with all its processes. But who kills the driver of a Ray of its own kills the
