@@ -72,7 +72,8 @@ def _role(process: psutil.Process, root: psutil.Process) -> str:
     if process == root:
         return "driver"
     line = " ".join(process.cmdline()) + process.name()
-    return "engine" if "EngineHost" in line or "multiprocessing" in line else "Ray"
+    words = ("EngineHost", "multiprocessing", "nursery")
+    return "engine" if any(word in line for word in words) else "Ray"
 
 
 def sweep(options: argparse.Namespace) -> dict[str, object]:
