@@ -730,6 +730,15 @@ FAULTS = {
             status=(1,),
         ),
         Fault(
+            name="engine-hangs",
+            what="the same with a deadline of half an hour: the prediction ends it",
+            sweep=SLOW,
+            inject=stopped_engine,
+            expected=[Expected(outcome="timeout", reason="the trial said nothing")],
+            status=(1,),
+            times=1,
+        ),
+        Fault(
             name="host-stopped",
             what="SIGSTOP of the host actor while the engine measures",
             sweep=HANGING,
