@@ -670,7 +670,7 @@ FAULTS = {
             what="SIGTERM of the driver at any moment",
             sweep=REAL,
             inject=terminated,
-            status=(0, 130),
+            status=(0, 130, -signal.SIGTERM),  # the last one before anything was started
             says="goes on where this one stopped|interrupted before the first trial|6 of 6",
         ),
         Fault(
