@@ -543,6 +543,13 @@ def _kill_a_busy_node(scene: Scene) -> None:
     scene.wrong.append("no node with a host")
 
 
+def once_each(scene: Scene, frame: pl.DataFrame) -> Iterator[str]:
+    """The host lives on for a while and may end its group; else another does."""
+    scene.notes.append(f"attempts {sorted(set(frame['attempt']))}")
+    if frame.height != frame["trial_id"].n_unique():
+        yield "a retried trial has more than one record"
+
+
 def tried_again(scene: Scene, frame: pl.DataFrame) -> Iterator[str]:
     if frame.height != frame["trial_id"].n_unique():
         yield "a retried trial has more than one record"
@@ -901,7 +908,7 @@ FAULTS = {
             arguments=H100,
             prepare=two_gpu_nodes,
             inject=killed_raylet,
-            verify=tried_again,
+            verify=once_each,
         ),
         Fault(
             name="node-lost",
