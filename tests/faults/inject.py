@@ -120,26 +120,28 @@ def told(row: Row) -> str:
 def table(rows: Sequence[Row]) -> str:
     """Markdown, one line per fault."""
     lines = [
-        "| fault | runs | trials | lost | doubled | run again | typed right | slowest end | left |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| fault | injected | trials | lost | doubled | run again | trials typed right "
+        "| as it must be | slowest end | left |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     names = [name for name in FAULTS if any(row.fault == name for row in rows)]
     for name in names:
         of = [row for row in rows if row.fault == name]
         ends = [row.gone_s for row in of]
         slowest = "never" if None in ends else f"{max(one or 0.0 for one in ends):.1f} s"
-        typed = sum(row.typed for row in of)
+        planned, left = sum(row.planned for row in of), sum(bool(row.left) for row in of)
         lines.append(
-            f"| {FAULTS[name].what} | {len(of)} | {sum(row.planned for row in of)} "
+            f"| `{name}`: {FAULTS[name].what} | {len(of)} | {planned} "
             f"| {sum(row.lost for row in of)} | {sum(row.doubled for row in of)} "
-            f"| {sum(row.again for row in of)} | {typed} of {len(of)} | {slowest} "
-            f"| {sum(bool(row.left) for row in of) or 'nothing'} |"
+            f"| {sum(row.again for row in of)} | {sum(row.right for row in of)} of {planned} "
+            f"| {sum(row.typed for row in of)} of {len(of)} | {slowest} "
+            f"| {f'in {left}' if left else 'nothing'} |"
         )
     right, planned = sum(row.right for row in rows), sum(row.planned for row in rows)
     typed = sum(row.typed for row in rows)
     lines += [
         "",
-        f"{len(rows)} injections, {typed} of them with everything as it must be; "
+        f"{len(rows)} injections, {typed} with everything as it must be; "
         f"{right} of {planned} trials typed right.",
     ]
     return "\n".join(lines)

@@ -543,6 +543,13 @@ def _kill_a_busy_node(scene: Scene) -> None:
     scene.wrong.append("no node with a host")
 
 
+def once_each(scene: Scene, frame: pl.DataFrame) -> Iterator[str]:
+    """The host lives on for a while and may end its group; else another does."""
+    scene.notes.append(f"attempts {sorted(set(frame['attempt']))}")
+    if frame.height != frame["trial_id"].n_unique():
+        yield "a retried trial has more than one record"
+
+
 def tried_again(scene: Scene, frame: pl.DataFrame) -> Iterator[str]:
     if frame.height != frame["trial_id"].n_unique():
         yield "a retried trial has more than one record"
@@ -670,7 +677,7 @@ FAULTS = {
             what="SIGTERM of the driver at any moment",
             sweep=REAL,
             inject=terminated,
-            status=(0, 130),
+            status=(0, 130, -signal.SIGTERM),  # the last one before anything was started
             says="goes on where this one stopped|interrupted before the first trial|6 of 6",
         ),
         Fault(
@@ -728,6 +735,15 @@ FAULTS = {
             inject=stopped_engine,
             expected=[Expected(outcome="timeout", reason="the trial said nothing")],
             status=(1,),
+        ),
+        Fault(
+            name="engine-hangs",
+            what="the same with a deadline of half an hour: the prediction ends it",
+            sweep=SLOW,
+            inject=stopped_engine,
+            expected=[Expected(outcome="timeout", reason="the trial said nothing")],
+            status=(1,),
+            times=1,
         ),
         Fault(
             name="host-stopped",
@@ -892,7 +908,7 @@ FAULTS = {
             arguments=H100,
             prepare=two_gpu_nodes,
             inject=killed_raylet,
-            verify=tried_again,
+            verify=once_each,
         ),
         Fault(
             name="node-lost",

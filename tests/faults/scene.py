@@ -182,6 +182,8 @@ class Scene:
         self.notes: list[str] = []
         self.driver: subprocess.Popen[bytes]
         self._drivers = 0
+        self._earlier: set[int] = set()
+        """Processes of a cluster that was there before the driver."""
 
     @property
     def dataset(self) -> Path:
@@ -316,7 +318,7 @@ class Scene:
     def engines_gone(self) -> float | None:
         """Seconds until no host and no engine lives any more; null if one stays for long."""
         began = time.monotonic()
-        while any(map(self.named, ENGINES)):
+        while any(one.pid not in self._earlier for word in ENGINES for one in self.named(word)):
             if time.monotonic() > began + GRACE_S:
                 return None
             time.sleep(0.05)
@@ -369,6 +371,7 @@ def play(fault: Fault, seed: int, length_s: float | None = None, keep: bool = Fa
 def _play(scene: Scene, began: float) -> Row:
     fault, status = scene.fault, list[int | None]()
     traces = scene._traces()
+    scene._earlier = {one.pid for one in scene.tree()}
     scene.start()
     try:
         fault.inject(scene)

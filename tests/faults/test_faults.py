@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
+import psutil
 import pytest
 
 from orchestrator import cluster
 from tests.faults.inject import length
 from tests.faults.registry import AT_ANY_MOMENT, FAULTS, NotHere
-from tests.faults.scene import play
+from tests.faults.scene import ROOT, play
+from tests.integration.harness import until
 
 
 def test_folders_of_dead_drivers_go_and_those_of_living_ones_stay(
@@ -32,6 +37,76 @@ def test_folders_of_dead_drivers_go_and_those_of_living_ones_stay(
     assert not segment.exists()
     living.end()
     assert sorted(tmp_path.iterdir()) == sorted([fresh, another])
+
+
+GROUP = """
+import multiprocessing, os, signal
+from workers.forks import _track_apart
+
+def hold(pipe):
+    _track_apart()
+    locks = [multiprocessing.get_context("spawn").Lock() for _ in range(2)]
+    pipe.send([one._semlock.name for one in locks])
+    signal.pause()
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("forkserver")
+    ours, theirs = context.Pipe()
+    context.Process(target=hold, args=(theirs,)).start()
+    print(*ours.recv(), flush=True)
+    os.killpg(0, signal.SIGKILL)
+"""
+
+
+def test_semaphores_go_with_a_group_that_is_killed(tmp_path: Path) -> None:
+    (tmp_path / "group.py").write_text(GROUP)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "group.py"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        start_new_session=True,
+    )
+    assert done.returncode == -signal.SIGKILL
+    names = [Path("/dev/shm") / f"sem.{name.removeprefix('/')}" for name in done.stdout.split()]
+    assert len(names) == 2
+    until(lambda: not any(name.exists() for name in names), 20)
+
+
+HOST = """
+import os, subprocess, sys
+from workers import actor
+
+actor.WATCH_S = actor.NODE_GRACE_S = 0.05
+os.setpgid(0, 0)
+engine = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print(engine.pid, flush=True)
+actor._end_with_the_node(os.getppid())
+"""
+NODE = """
+import subprocess, sys
+subprocess.run([sys.executable, "-c", sys.argv[1]])
+"""
+
+
+def test_a_host_and_its_engine_end_when_their_node_was_killed() -> None:
+    node = subprocess.Popen(
+        [sys.executable, "-c", NODE, HOST],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert node.stdout is not None
+    engine = psutil.Process(int(node.stdout.readline()))
+    host = engine.parent()
+    assert host is not None and host.pid != node.pid
+    node.kill()
+    node.wait()
+    for one in (host, engine):
+        one.wait(30)
+    node.stdout.close()
 
 
 QUICK = ("files-spoiled", "second-driver", "other-version")
