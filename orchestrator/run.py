@@ -14,6 +14,7 @@ through the others again.
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import signal
 import sys
@@ -37,7 +38,7 @@ from orchestrator.errors import ClusterError
 from orchestrator.plan import Group, Plan, Planned
 from orchestrator.progress import Tracker
 from orchestrator.request import Request, local_profile, prepare
-from orchestrator.store import RESUME, Dataset, Guard, settled
+from orchestrator.store import RESUME, Dataset, Guard, StoreError, settled
 from orchestrator.streams import diverted
 from orchestrator.sweep import Sweep
 from workers import recorder
@@ -97,6 +98,7 @@ def execute(request: Request) -> Summary:
     """
     profile = request.profile or local_profile()
     sweep, planned = prepare(request, profile)
+    _refuse_lost(request.out)
     with (
         Dataset.open(request.out, sweep.name) as dataset,
         _scrubbed(dataset.logs, sweep),
@@ -114,6 +116,16 @@ def execute(request: Request) -> Summary:
             display = choose(plain=request.plain, json=request.json, console=Console(file=terminal))
             with display, _interruptible():  # again: Ray sets a handler of its own
                 return _Run(request, sweep, planned, dataset, cluster, display).execute()
+
+
+def _refuse_lost(out: Path) -> None:
+    """Raises StoreError for a folder that Ray removes when this job is done: the copy of what
+    was submitted with it."""
+    if "working_dir_files" in out.resolve().parts and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        raise StoreError(
+            f"--out {out} lies in Ray's copy of the working directory, which goes with the job: "
+            "name a folder outside it by its whole path"
+        )
 
 
 class _Run:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -112,3 +113,21 @@ def test_neither_help_nor_dry_run_loads_an_engine_or_ray(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_results_that_a_job_would_lose_are_refused(tmp_path: Path) -> None:
+    """Ray removes its copy of a job's working directory; no dataset is begun in one."""
+    out = tmp_path / "working_dir_files" / "_ray_pkg_1" / "results"
+    path = tmp_path / "s.yaml"
+    path.write_text(GOOD)
+    done = subprocess.run(
+        [sys.executable, "-m", "orchestrator", path, "--out", out, "--json"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, "RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"},
+    )
+    assert done.returncode == 2, done.stderr
+    assert "copy of the working directory, which goes with the job" in done.stderr
+    assert not out.exists()
