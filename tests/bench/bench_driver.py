@@ -38,7 +38,7 @@ Windows = list[tuple[float, float]]
 def _others(driver: psutil.Process) -> list[psutil.Process]:
     """The driver and Ray's services: everything of a run but the engine's own process."""
     below = driver.children(recursive=True)
-    engines = ("ray::", "multiprocessing")
+    engines = ("ray::", "multiprocessing", "nursery")
     return [driver, *(one for one in below if not any(word in _called(one) for word in engines))]
 
 
