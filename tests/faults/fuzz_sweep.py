@@ -280,10 +280,12 @@ class Target:
 
     def _open(self, plan: str) -> None:
         """Makes the dataset of a sweep, as its first run would."""
-        told = re.search(r'^\{"sweep": "([^"]*)"|^sweep ([^,]*), profile', plan, re.MULTILINE)
-        if told is None:
+        if plan.startswith("{"):
+            name = json.loads(plan)["sweep"]
+        elif told := re.search(r"^sweep ([^,]*), profile", plan, re.MULTILINE):
+            name = told[1]
+        else:
             raise Failure("a plan without the sweep's name")
-        name = told[1] or told[2]
         if name not in self._names:
             self._names.add(name)
             self._dataset.open(self._out, name).close()
