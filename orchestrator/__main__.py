@@ -7,7 +7,9 @@ what was asked: `--help` and `--dry-run` load neither Ray nor an engine.
 from __future__ import annotations
 
 import json as jsonlib
+import re
 import sys
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from orchestrator.request import Request, SideBySide
     from orchestrator.run import Summary
 
+NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
 PIPE_WIDTH = 120
 """Columns of a plan that goes to a file or a pipe."""
 
@@ -166,7 +169,8 @@ def _show_plan(plan: Plan, *, as_json: bool) -> None:
     if as_json:
         import msgspec
 
-        print(msgspec.json.encode(plan.to_json()).decode())
+        text = msgspec.json.encode(plan.to_json()).decode()
+        print(NOT_ASCII.sub(lambda found: _escaped(found[0]), text))
         return
     from rich.console import Console
 
@@ -176,6 +180,12 @@ def _show_plan(plan: Plan, *, as_json: bool) -> None:
     if not console.is_terminal:
         console = Console(width=PIPE_WIDTH)
     console.print(preview(plan))
+
+
+@cache
+def _escaped(text: str) -> str:
+    """As JSON spells it for terminals and pipes of any encoding."""
+    return jsonlib.dumps(text)[1:-1]
 
 
 def _show_summary(summary: Summary, *, as_json: bool) -> None:
