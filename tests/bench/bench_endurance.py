@@ -11,11 +11,11 @@ trials   `--trials` workloads of one engine (vLLM on CPU, a tiny skeleton of two
 groups   200 groups of the roofline engine, ten trials each, in the process of one host.
 engines  20 groups of vLLM, 100 trials each: 20 forks, one after the other, of one server.
 
-Every second, of each kind of process (the driver, the host's actor, the server that is
-forked, the fork with the engine, all of Ray's own services together): resident memory, open
-descriptors and threads. Memory is RSS, whole: what a fork shares with its server counts in
-both, so that the birth of a fork does not look like a change of the server. Of the dataset:
-bytes and files.
+Every second, of each kind of process (the driver, its nursery of imports, the host's actor, the
+server that is forked, the fork with the engine, all of Ray's own services together): resident
+memory, open descriptors and threads. Memory is RSS, whole: what a fork shares with its server
+counts in both, so that the birth of a fork does not look like a change of the server. Of the
+dataset: bytes and files.
 
 A table shows the state after 0, 25, 50, 75 and 100 % of the trials. The verdict is the slope of
 the least-squares line through the second half, per 1,000 trials: below `FLAT_MIB` and
@@ -41,6 +41,8 @@ import numpy as np
 import psutil
 import yaml
 
+from tests.integration.harness import forks_of
+
 LOOK_S = 1.0
 """Time between two samples."""
 FLAT_MIB = 10.0
@@ -48,7 +50,7 @@ FLAT_MIB = 10.0
 FLAT_HANDLES = 2.0
 """Growth per 1,000 trials below which open descriptors count as flat."""
 QUARTERS = (0.0, 0.25, 0.5, 0.75, 1.0)
-ROLES = ("driver", "host", "fork server", "engine", "Ray")
+ROLES = ("driver", "nursery", "host", "fork server", "engine", "Ray")
 GROUPS = 200
 ENGINES = 20
 TINY = {
@@ -189,7 +191,7 @@ class _Watch:
         """Takes a sample, once a host is there; none while the driver ends."""
         try:
             roles = self._roles()
-        except psutil.NoSuchProcess:
+        except (psutil.NoSuchProcess, ProcessLookupError):
             return
         if not roles["host"]:
             return
@@ -212,12 +214,15 @@ class _Watch:
         below = self._driver.children(recursive=True)
         called = {one: _called(one) for one in below}
         hosts = [one for one in below if "EngineHost" in called[one]]
-        under = {one: one.children() for one in hosts}
-        servers = [one for some in under.values() for one in some if "forkserver" in _called(one)]
-        engines = [one for server in servers for one in server.children()]
-        family = {one.pid for host in hosts for one in (host, *host.children(recursive=True))}
+        forks = {one: forks_of(one) for one in hosts}
+        servers = [some[0] for some in forks.values() if some]
+        engines = [one for some in forks.values() for one in some[1:]]
+        nursery = [one for one in below if "workers.nursery" in called[one] and one not in servers]
+        ours = {*hosts, *nursery, *(one for some in forks.values() for one in some)}
+        family = {one.pid for some in ours for one in (some, *some.children(recursive=True))}
         return {
             "driver": [self._driver],
+            "nursery": nursery,
             "host": hosts,
             "fork server": servers,
             "engine": engines,

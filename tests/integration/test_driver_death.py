@@ -10,8 +10,8 @@ import pytest
 
 from tests.integration.harness import (
     TINY,
-    engine_of,
     footprint,
+    forks_of,
     hosts_of,
     orchestrate,
     records,
@@ -42,8 +42,10 @@ def test_a_killed_driver_takes_its_engine_along(tmp_path: Path, tensor: int) -> 
         logs = tmp_path / "tiny" / "logs"
         until(lambda: any("init engine" in one.read_text() for one in logs.glob("*/*.log")))
         (host,) = hosts_of(driver.pid)
-        family = [host, *host.children(recursive=True)]
-        assert engine_of(host) in family
+        forks = forks_of(host)
+        assert len(forks) >= 2, "a server and its fork"
+        ranks = [one for fork in forks for one in fork.children(recursive=True)]
+        family = [host, *host.children(recursive=True), *forks, *ranks]
     finally:
         driver.kill()
         driver.communicate()
