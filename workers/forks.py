@@ -189,9 +189,16 @@ class Forks:
         """A fork that does `target`, and our end of its pipe."""
         self._start()
         ours, theirs = self._context.Pipe()
-        with _without_main():
+        fork: Any = self._context.Process(target=target, args=(theirs, job, devices))
+        try:
+            with _without_main():
+                fork.start()
+        except (OSError, EOFError):  # the server was killed: another one is as good
+            self._own = set()
+            self._start()
             fork = self._context.Process(target=target, args=(theirs, job, devices))
-            fork.start()
+            with _without_main():
+                fork.start()
         theirs.close()
         return fork, ours
 

@@ -91,6 +91,7 @@ def adopt(path: str) -> int:
         OSError: there is no nursery, or it went away.
     """
     address = Path(util.get_temp_dir()) / "adopted"
+    address.unlink(missing_ok=True)  # of a server that was killed
     alive, theirs = os.pipe()
     try:
         with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as asking:

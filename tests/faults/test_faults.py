@@ -109,6 +109,50 @@ def test_a_host_and_its_engine_end_when_their_node_was_killed() -> None:
     node.stdout.close()
 
 
+SERVER = """
+import os, sys
+from pathlib import Path
+import psutil
+from workers.contract.engine import EngineSettings
+from workers.contract.job import Job, Ticket
+from workers.contract.model import Model
+from workers.contract.trial import Trial
+from workers.forks import Forks
+from workers.nursery import Nursery
+
+def servers():
+    found = [one for one in psutil.Process().children(recursive=True)
+             if "workers.nursery" in " ".join(one.cmdline())]
+    return [one for one in found if one.ppid() != os.getpid()]
+
+if __name__ == "__main__":
+    model = Model(name="mixtral-8x7b", weights="dummy", scale=0.125, num_layers=4)
+    trial = Trial(model=model, engine=EngineSettings(kind="roofline"))
+    job = Job(sweep="s", run_id="r", group_id="g", profile="h100",
+              tickets=(Ticket(trial=trial, trial_id="t"),))
+    nursery = Nursery((), Path(sys.argv[1]))
+    forks = Forks(["roofline"], str(nursery.path))
+    for _ in range(3):
+        print([type(one).__name__ for one in forks.run(job, None)].count("Finished"))
+        (server,) = servers()
+        server.kill()
+    nursery.close()
+"""
+
+
+def test_a_fork_server_that_was_killed_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "server.py").write_text(SERVER)
+    done = subprocess.run(
+        [sys.executable, tmp_path / "server.py", tmp_path],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        start_new_session=True,
+    )
+    assert done.stdout.split() == ["1", "1", "1"], done.stderr
+
+
 QUICK = ("files-spoiled", "second-driver", "other-version")
 """Faults of the default suite; the others take minutes."""
 
