@@ -217,7 +217,8 @@ class _Watch:
         forks = {one: forks_of(one) for one in hosts}
         servers = [some[0] for some in forks.values() if some]
         engines = [one for some in forks.values() for one in some[1:]]
-        nursery = [one for one in below if "workers.nursery" in called[one] and one not in servers]
+        forked = {*servers, *engines}
+        nursery = [one for one in below if "workers.nursery" in called[one] and one not in forked]
         ours = {*hosts, *nursery, *(one for some in forks.values() for one in some)}
         family = {one.pid for some in ours for one in (some, *some.children(recursive=True))}
         return {
