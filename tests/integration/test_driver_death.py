@@ -53,6 +53,7 @@ def test_a_killed_driver_takes_its_engine_along(tmp_path: Path, tensor: int) -> 
     assert {one for one in footprint() if "/dev/shm" in one} <= before
 
 
+@pytest.mark.slow
 def test_the_same_command_goes_on_where_a_killed_driver_stopped(tmp_path: Path) -> None:
     base = TINY["base"] | {"measure": {"warmup": 0, "repeats": 1}}
     grid = {"workload.seed": list(range(20)), "workload.output_tokens": [300]}

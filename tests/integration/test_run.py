@@ -150,7 +150,7 @@ def _logged(folder: Path, words: str) -> bool:
 def test_a_killed_engine_ends_its_trial_and_no_other(tmp_path: Path, whose: str) -> None:
     path = sweep_file(
         tmp_path,
-        base=_base(workload={"batch_size": 2, "input_tokens": 16, "output_tokens": 4000}),
+        base=_base(workload={"batch_size": 2, "input_tokens": 16, "output_tokens": 1500}),
         grid={"model.num_experts": [8, 4]},
     )
     before = footprint()
