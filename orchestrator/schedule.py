@@ -155,7 +155,7 @@ class Schedule:
         """Lanes without work; none is left when an event is dealt with."""
         self._health = Health()
         self._inspected: dict[int, tuple[Device, ...]] = {}
-        """Lane under inspection → its devices."""
+        """Lane under inspection → its devices that are in doubt."""
         self._requested: tuple[Need, ...] = ()
         self._asks_nodes = False
         # Sums from which the predicted end of all work follows, in devices x seconds.
@@ -806,7 +806,7 @@ class Schedule:
             self._give_back(lane_id)
             self._spare[lane_id] = lane
             return []
-        self._inspected[lane_id] = devices
+        self._inspected[lane_id] = devices if tried else ()
         one = tried.only([min(tried.trials, key=_pass_s).trial_id]) if tried else None
         return [Inspect(lane_id=lane_id, group=one)]
 

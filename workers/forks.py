@@ -44,19 +44,17 @@ from workers.patience import patience_s
 PRELOAD: dict[EngineKind, str] = {"vllm": "workers.engines.preload_vllm"}
 """What the fork server imports for an engine. One that is not here only computes: it holds no
 device, leaves nothing behind, and needs no process of its own."""
-
-
-def preloads(kinds: Sequence[EngineKind]) -> list[str]:
-    """The modules of engines that run in forks."""
-    return [PRELOAD[one] for one in kinds if one in PRELOAD]
-
-
 EXIT_S = 20.0
 """Wait for a fork that has said its last to end, seconds."""
 _THREADS = re.compile(r"libgomp: Thread creation failed: Resource temporarily unavailable")
 """Last words of a process whose memory limit leaves no room for a thread."""
 LOG_TAIL = 256 * 1024
 """Bytes at the end of a log in which a cause is looked for."""
+
+
+def preloads(kinds: Sequence[EngineKind]) -> list[str]:
+    """The modules of engines that run in forks."""
+    return [PRELOAD[one] for one in kinds if one in PRELOAD]
 
 
 class Forks:

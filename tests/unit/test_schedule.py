@@ -210,6 +210,23 @@ def test_a_device_that_fails_group_after_group_is_tried_with_what_ran_elsewhere(
             assert state.nodes["n"].devices == 1
 
 
+def test_a_look_at_what_a_dead_host_left_absolves_no_device() -> None:
+    """Hosts that die are inspected each time; only a trial that runs there clears the device."""
+    groups = [_group(f"g{i}-", s=float(9 - i)) for i in range(8)]
+    state = Schedule.of(groups, [_node("n", 2)])
+    state.start()
+    state.on(TrialEnded(lane_id=0, trial_id="g0-0"))
+    state.on(GroupEnded(lane_id=0, clean=True, devices=("0",)))
+    lane_id, name = 1, "g1-0"
+    for failures in (1, 2, 3):
+        lost = LaneLost(lane_id=lane_id, trial_id=name, retry=False, devices=("1",))
+        (asked,) = [one for one in state.on(lost) if isinstance(one, Inspect)]
+        assert (asked.group is not None) == (failures == 3)
+        if failures < 3:
+            ((lane_id, group_id),) = _assigned(state.on(Inspected(lane_id=lane_id, sound=True)))
+            name = f"{group_id}0"
+
+
 def test_neither_one_engine_nor_a_lone_device_raises_a_doubt() -> None:
     state = Schedule.of([_group("a", trials=5), _group("b")], [_node("n", 2)])
     state.start()
