@@ -51,7 +51,7 @@ class Nursery:
         paths = os.pathsep.join(path or str(Path.cwd()) for path in sys.path)
         # Ray gives its workers one thread for OpenMP, which is read once, while importing.
         environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", __name__, str(self.path), str(os.getpid()), *modules]
+        command = [sys.executable, "-m", __name__, str(os.getpid()), *modules]
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(str(self.path))
             listener.listen()
@@ -81,11 +81,8 @@ class _Adopted(forkserver.ForkServer):
         resource_tracker.ensure_running()
 
 
-def adopt(path: str) -> int:
+def adopt(path: str) -> None:
     """Makes a fork of the nursery at `path` this process's fork server.
-
-    Returns:
-        Its process id.
 
     Raises:
         OSError: there is no nursery, or it went away.
@@ -102,7 +99,8 @@ def adopt(path: str) -> int:
             sent = array.array("i", [listener.fileno(), alive])
             ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, sent)]
             asking.sendmsg([_GROUP.pack(os.getpgrp())], ancillary)
-            (pid,) = _GROUP.unpack(_exactly(asking, _GROUP.size))
+            if not asking.recv(1):
+                raise ConnectionError("the nursery went away")
     except BaseException:
         os.close(theirs)
         raise
@@ -111,17 +109,9 @@ def adopt(path: str) -> int:
     adopted = _Adopted(str(address), theirs)
     forkserver.connect_to_new_process = adopted.connect_to_new_process
     forkserver.ensure_running = adopted.ensure_running
-    return int(pid)
 
 
-def _exactly(stream: socket.socket, size: int) -> bytes:
-    found = stream.recv(size, socket.MSG_WAITALL)
-    if len(found) < size:
-        raise ConnectionError("the nursery went away")
-    return found
-
-
-def _main(path: str, driver: int, modules: Sequence[str], listener: socket.socket) -> None:
+def _main(driver: int, modules: Sequence[str], listener: socket.socket) -> None:
     """What the nursery does."""
     ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGKILL)
     if os.getppid() != driver:
@@ -151,7 +141,7 @@ def _serve(asked: socket.socket, group: int, listening: int, alive: int) -> None
         os.setpgid(0, group)
         ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, 0)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        asked.sendall(_GROUP.pack(os.getpid()))
+        asked.sendall(b"1")
         asked.close()
         forkserver.main(listening, alive, [])
     except SystemExit:  # its host is gone
@@ -161,5 +151,5 @@ def _serve(asked: socket.socket, group: int, listening: int, alive: int) -> None
 
 
 if __name__ == "__main__":
-    _path, _driver, *_modules, _listener = sys.argv[1:]
-    _main(_path, int(_driver), _modules, socket.socket(fileno=int(_listener)))
+    _driver, *_modules, _listener = sys.argv[1:]
+    _main(int(_driver), _modules, socket.socket(fileno=int(_listener)))
