@@ -7,6 +7,7 @@ what was asked: `--help` and `--dry-run` load neither Ray nor an engine.
 from __future__ import annotations
 
 import json as jsonlib
+import os
 import re
 import sys
 from functools import cache
@@ -106,8 +107,8 @@ def main(
     grid.model.top_k=[1,2].
 
     Exit status: 0 every trial has a terminal record and none crashed or timed out, 1 some
-    did, 2 the sweep or the arguments are wrong, 3 the cluster cannot be reached or can
-    never run a trial, 130 interrupted.
+    did, 2 the sweep or the arguments are wrong, 3 the cluster cannot be reached, lost its
+    head or can never run a trial, 130 interrupted.
     """
     from orchestrator.request import Request
 
@@ -131,7 +132,7 @@ def main(
 
 def _explained(request: Request, *, dry_run: bool) -> int:
     """Exit status; whatever a user can cause ends in one line on standard error."""
-    from orchestrator.errors import ClusterError, SweepError
+    from orchestrator.errors import ClusterError, HeadLost, SweepError
     from orchestrator.request import local_profile, prepare
     from workers.hardware.device import UnknownDevice
 
@@ -144,6 +145,9 @@ def _explained(request: Request, *, dry_run: bool) -> int:
     except (SweepError, UnknownDevice) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except HeadLost as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(3)  # Ray's way out of the interpreter waits for the head, or crashes
     except ClusterError as error:
         print(f"error: {error}", file=sys.stderr)
         return 3

@@ -14,8 +14,9 @@ import secrets
 import shutil
 import socket
 import tempfile
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ from typing import Any
 
 import psutil
 
-from orchestrator.errors import ClusterError
+from orchestrator.errors import ClusterError, HeadLost
 from orchestrator.events import Need, Node
 from workers import memory
 from workers.hardware.device import CPU
@@ -42,6 +43,14 @@ DESCRIBE_S = 120.0
 """Wait for every node to describe itself, seconds."""
 LOOK_S = 3.0
 """Time between two looks at which nodes there are, seconds."""
+HEAD_LOOK_S = 2.0
+"""Time between two knocks at the head's door, and longest wait for an answer, seconds."""
+HEAD_S = 15.0
+"""Time in which no knock was answered, after which the head is gone, seconds. Ray waits for it
+for a minute, then ends the driver without a word."""
+STUCK_S = 10.0
+"""Time for the driver to hear of it, seconds. By then it waits for the head within Ray, where
+nothing can reach it."""
 CLASS_LABEL = "device-class"
 """Label of a node that names its class of device, where its driver's name does not."""
 WHOLE_NODE = 8
@@ -113,6 +122,54 @@ def _held(folder: Path) -> int:
     return lock
 
 
+class _Head:
+    """Whether the head of a cluster answers, found out beside whatever waits for it.
+
+    It is only watched if it can be reached from here to begin with: a client of Ray's may be
+    let in through another door.
+    """
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.last_words: Callable[[], None] | None = None
+        """Ends the process, because nobody else can any more."""
+        self._silent_since: float | None = None
+        self._heard = threading.Event()
+        if self._answers():
+            threading.Thread(target=self._watch, daemon=True).start()
+
+    @property
+    def silent(self) -> bool:
+        """The last knock was not answered."""
+        return self._silent_since is not None
+
+    @property
+    def lost(self) -> bool:
+        """None was for so long that this is no accident."""
+        since = self._silent_since
+        return since is not None and time.monotonic() > since + HEAD_S
+
+    def leave(self) -> None:
+        """Watches it no more: it is known to be lost, or not needed."""
+        self._heard.set()
+
+    def _answers(self) -> bool:
+        try:
+            _knock(self.address, HEAD_LOOK_S)
+        except OSError:
+            return False
+        return True
+
+    def _watch(self) -> None:
+        while not self._heard.wait(HEAD_LOOK_S):
+            if self._answers():
+                self._silent_since = None
+            elif self._silent_since is None:
+                self._silent_since = time.monotonic()
+            if self.lost and not self._heard.wait(STUCK_S) and self.last_words is not None:
+                self.last_words()
+
+
 @dataclass(slots=True)
 class Cluster:
     """A connection to Ray, with what its nodes are."""
@@ -131,6 +188,7 @@ class Cluster:
     _looked_at: float = 0.0
     _own: _Session | None = None
     """What goes with a cluster of our own; null if it was there before us."""
+    _head: _Head | None = None
 
     @classmethod
     def connect(cls, address: str | None, preloads: Sequence[str] = ()) -> Cluster:
@@ -176,9 +234,28 @@ class Cluster:
         nursery = self._own.nursery if self._own is not None else None
         return str(nursery.path) if nursery is not None else None
 
+    @property
+    def lost(self) -> bool:
+        """Its head is gone; nothing must be asked of Ray any more."""
+        return self._head is not None and self._head.lost
+
+    def or_else(self, last_words: Callable[[], None]) -> None:
+        """What to do when the head is gone and `changes` is not called, because this process
+        waits for it within Ray. Called in another thread; must end the process."""
+        if self._head is not None:
+            self._head.last_words = last_words
+
     def changes(self) -> Changes:
-        """Nodes that came and went; looks every `LOOK_S` and never waits for a node."""
-        if time.monotonic() < self._looked_at + LOOK_S:
+        """Nodes that came and went; looks every `LOOK_S` and never waits for a node.
+
+        Raises:
+            HeadLost: the head has not answered for `HEAD_S`.
+        """
+        head = self._head
+        if head is not None and head.lost:
+            head.leave()
+            raise HeadLost(f"the head of the Ray cluster at {head.address} is gone")
+        if time.monotonic() < self._looked_at + LOOK_S or (head is not None and head.silent):
             return Changes()
         self._looked_at = time.monotonic()
         import ray
@@ -226,10 +303,16 @@ class Cluster:
         )
 
     def close(self) -> None:
-        """Leaves the cluster; ends it and removes its session if it is ours."""
+        """Leaves the cluster; ends it and removes its session if it is ours. One whose head is
+        gone cannot be left: Ray ends with this process, which `os._exit` has to end."""
         import ray
 
-        ray.shutdown()
+        if self._head is not None and self._own is not None:
+            self._head.leave()
+        if not self.lost:
+            ray.shutdown()
+        if self._head is not None:
+            self._head.leave()
         if self._own is not None:
             self._own.end()
             self._own = None
@@ -258,7 +341,9 @@ class Cluster:
             self.hosts = dict(zip(asked, hosts, strict=True))
         self._present = set(alive)
         self.nodes = self._usable(alive, list(alive))
-        self.autoscaling = _autoscales(ray.get_runtime_context().gcs_address)
+        address = ray.get_runtime_context().gcs_address
+        self.autoscaling = _autoscales(address)
+        self._head = _Head(address)
         if not self.nodes and not self.autoscaling:
             raise ClusterError("the cluster has neither a GPU nor a CPU to offer")
         self.driver_node = ray.get_runtime_context().get_node_id()
@@ -367,11 +452,11 @@ def _join(address: str) -> ModuleType:
     return ray
 
 
-def _knock(address: str) -> None:
+def _knock(address: str, patience_s: float = KNOCK_S) -> None:
     """Raises OSError if nothing listens at `host:port`; Ray itself would try for minutes."""
     host, _, port = address.rpartition(":")
     if host and port.isdecimal() and "/" not in host:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_S).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=patience_s).close()
 
 
 def _running() -> str | None:

@@ -2,6 +2,7 @@
 
     SweepError      the sweep file, an override or a profile is wrong      exit status 2
     ClusterError    the cluster cannot be reached, or can never run it     exit status 3
+    HeadLost        the cluster was there, and its head is gone            exit status 3
 
 A user reads one line: where it is written, what is wrong, what was expected. So a
 value read from a sweep carries its `Place` from the first byte on, and whoever finds
@@ -46,6 +47,11 @@ class SweepError(Exception):
 
 class ClusterError(Exception):
     """The cluster cannot be reached, or can never satisfy a trial."""
+
+
+class HeadLost(ClusterError):
+    """The head of a cluster that was in use does not answer any more. Whatever is asked of Ray
+    now waits for it, and never comes back."""
 
 
 @dataclass(frozen=True, slots=True)

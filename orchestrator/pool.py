@@ -464,15 +464,10 @@ class Pool:
             return self._lost(process, cause)
         if isinstance(error, ray.exceptions.RayTaskError):
             return self._lost(process, Crashed(_short(error.cause or error)))
-        node_id = process.lane.node_id
-        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
         # A host's death is told by its node. Where nobody tells of one, the node has died too,
         # which the cluster takes longer to see, or is out of reach.
         untold = isinstance(error, ray.exceptions.ActorUnavailableError)
-        outside = bool(getattr(error, "preempted", False)) or (
-            node_id is not None and node_id not in alive
-        )
-        if untold or outside:
+        if untold or getattr(error, "preempted", False) or _node_gone(process.lane.node_id):
             return self._lost(process, Crashed(f"the node was lost: {_short(error)}"), retry=True)
         told = from_log(
             tail(process.log), stage=oom_stage(process.stage), device_is_cpu=self._cpu_only()
@@ -485,6 +480,12 @@ class Pool:
 
     def _cpu_only(self) -> bool:
         return all(node.cpu_only for node in self._cluster.nodes)
+
+
+def _node_gone(node_id: str | None) -> bool:
+    """Whether the cluster has seen the death of a node."""
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    return node_id is not None and node_id not in alive
 
 
 def _at_once(reference: Any) -> Any:

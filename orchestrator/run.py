@@ -26,7 +26,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import polars as pl
 import pyarrow as pa
@@ -34,7 +34,7 @@ from rich.console import Console
 
 from orchestrator import events, manifest, schedule
 from orchestrator.display.base import Display, choose, span
-from orchestrator.errors import ClusterError
+from orchestrator.errors import ClusterError, HeadLost
 from orchestrator.plan import Group, Plan, Planned
 from orchestrator.progress import Tracker
 from orchestrator.request import Request, local_profile, prepare
@@ -94,12 +94,14 @@ def execute(request: Request) -> Summary:
     Raises:
         SweepError, UnknownDevice: before anything is started.
         ClusterError: no cluster, or one that can never run a trial of this sweep.
+        HeadLost: the cluster's head died; what was measured is on disk.
         StoreError: the dataset cannot be opened or written.
     """
     profile = request.profile or local_profile()
     sweep, planned = prepare(request, profile)
     _refuse_lost(request.out)
     with (
+        os.fdopen(os.dup(2), "w", encoding="utf-8", errors="replace") as errors,
         Dataset.open(request.out, sweep.name) as dataset,
         _scrubbed(dataset.logs, sweep),
         diverted(dataset.logs / "driver.log") as terminal,
@@ -115,7 +117,9 @@ def execute(request: Request) -> Summary:
                 sweep, planned = prepare(request, found)
             display = choose(plain=request.plain, json=request.json, console=Console(file=terminal))
             with display, _interruptible():  # again: Ray sets a handler of its own
-                return _Run(request, sweep, planned, dataset, cluster, display).execute()
+                run = _Run(request, sweep, planned, dataset, cluster, display)
+                cluster.or_else(lambda: _end_stuck(run, errors))
+                return run.execute()
 
 
 def _refuse_lost(out: Path) -> None:
@@ -224,11 +228,14 @@ class _Run:
             self._loop()
         except KeyboardInterrupt:
             interrupted = True
+        except HeadLost as error:
+            raise HeadLost(f"{error}; {self.safe()}") from error
         finally:
             with _deaf():
-                self._pool.close_all()
-                if self._cluster.autoscaling:
-                    self._cluster.request(())
+                if not self._cluster.lost:
+                    self._pool.close_all()
+                    if self._cluster.autoscaling:
+                        self._cluster.request(())
                 self._events.close()
                 self._close_manifest()
         self._display.update(self._tracker.snapshot())
@@ -288,6 +295,15 @@ class _Run:
                     self._on(lost, happening.error)
             self._pool.stand_by(self._schedule.ahead())
             self._display.update(self._tracker.snapshot())
+
+    def safe(self) -> str:
+        """What a run has that cannot go on, in words."""
+        made = sum(self._tracker.counts.values())
+        return (
+            f"the records of {made} of {self._plan.trials} trials are safe in "
+            f"{self._dataset.folder}, and the same command goes on from there once there is a "
+            "cluster again"
+        )
 
     def _say(self, line: str) -> None:
         """Shows a line, which may quote what an engine said."""
@@ -573,6 +589,12 @@ class _Run:
         state = manifest.read(self._dataset.manifest, self._sweep.name)
         state = manifest.finished(state, self._run_id, at=datetime.now(UTC), counts=self._made)
         manifest.write(self._dataset.manifest, state)
+
+
+def _end_stuck(run: _Run, errors: TextIO) -> NoReturn:
+    """Ends a driver that waits within Ray for a head that is gone, before Ray does it."""
+    print(f"error: the head of the Ray cluster is gone; {run.safe()}", file=errors, flush=True)
+    os._exit(3)
 
 
 class _EventLog:

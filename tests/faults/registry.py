@@ -937,7 +937,9 @@ FAULTS = {
             prepare=head,
             inject=lost_head,
             mend=head_again,
-            status=(3, 1),
+            status=(3,),
+            says="the head of the Ray cluster.* is gone; the records of .* are safe in",
+            grace_s=60.0,
             times=2,
         ),
     )

@@ -110,6 +110,8 @@ class Fault:
     """What else is wrong, given every record."""
     arguments: Sequence[object] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
+    grace_s: float = GRACE_S
+    """Time that hosts and engines have to end after the driver did, seconds."""
     vanish: bool = False
     """The fault destroys records that were there; their trials run again."""
     times: int = 3
@@ -319,7 +321,7 @@ class Scene:
         """Seconds until no host and no engine lives any more; null if one stays for long."""
         began = time.monotonic()
         while any(one.pid not in self._earlier for word in ENGINES for one in self.named(word)):
-            if time.monotonic() > began + GRACE_S:
+            if time.monotonic() > began + self.fault.grace_s:
                 return None
             time.sleep(0.05)
         return round(time.monotonic() - began, 2)
