@@ -9,21 +9,23 @@ they stay on disk until they are collected.
 Every run appends, so a trial that was repeated has several terminal records. Unless
 `every` is set, the newest one of each trial and environment is kept, where environment
 means engine version, device and dtype: the same guard that decides what a resumed run
-may reuse.
+may reuse. Newest means of the run that the manifest lists last, whatever its clock said.
 """
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import polars as pl
 
 from analysis.columns import DERIVED
 from analysis.errors import DatasetError
+from workers.contract.order import in_order
 from workers.contract.record import SCHEMA_VERSION, TABLES
 
 Folder = str | os.PathLike[str]
@@ -61,7 +63,9 @@ class Loader:
                 f"{_names(datasets)}: written with schema version {newest}, "
                 f"but this version reads up to {SCHEMA_VERSION}"
             )
-        return (records if every else current(records)).lazy().with_columns(DERIVED)
+        if not every:
+            records = current(records, [_runs_if_readable(Path(one)) for one in datasets])
+        return records.lazy().with_columns(DERIVED)
 
     def samples(self, *datasets: Folder) -> pl.LazyFrame:
         """Raw stamps, one row per pass. Read when collected; raises as `load` does."""
@@ -77,20 +81,59 @@ load = Loader()
 
 def is_dataset(folder: Folder) -> bool:
     """Whether a run has begun to write there."""
-    return (Path(folder) / "records").is_dir() or (Path(folder) / "manifest.json").is_file()
+    return (Path(folder) / "records").is_dir() or manifest(Path(folder)).is_file()
 
 
-def current(records: pl.DataFrame) -> pl.DataFrame:
+def manifest(folder: Path) -> Path:
+    """Where a dataset says how it came about."""
+    return folder / "manifest.json"
+
+
+def runs(folder: Path) -> list[dict[str, Any]]:
+    """The runs that a dataset's manifest knows, eldest first; none where there is no manifest.
+
+    Raises:
+        DatasetError: there is a file, and it cannot be read or is no manifest.
+    """
+    path = manifest(folder)
+    try:
+        found = json.loads(path.read_text("utf-8"))["runs"]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise DatasetError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, LookupError, TypeError) as error:
+        raise DatasetError(f"{path} is no manifest of a dataset") from error
+    if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
+        raise DatasetError(f"{path} is no manifest of a dataset")
+    return found
+
+
+def _runs_if_readable(folder: Path) -> list[dict[str, Any]]:
+    """Records can be read without a manifest, and nearly always ordered too."""
+    try:
+        return runs(folder)
+    except DatasetError:
+        return []
+
+
+def current(
+    records: pl.DataFrame, manifests: Sequence[Sequence[Mapping[str, Any]]] = ()
+) -> pl.DataFrame:
     """The newest record of each trial and environment, in order of completion.
 
     A record without a device (a trial that was refused, skipped, or lost before an engine
     stood) belongs to no environment, so it stands only while its trial has no other under
     the same profile.
+
+    Args:
+        records: of any number of datasets.
+        manifests: the runs of each; those that are in none go by their records' time.
     """
     trial = ("sweep", "trial_id", "profile")
     placed = pl.col("device").is_not_null()
     return (
-        records.sort("finished_at", "attempt", maintain_order=True)
+        in_order(records, manifests)
         .filter(placed | placed.any().over(trial).not_())
         .unique([*trial, *_ENVIRONMENT], keep="last", maintain_order=True)
     )

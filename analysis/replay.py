@@ -30,7 +30,7 @@ import polars as pl
 import yaml
 
 from analysis.conditions import only, refuse_repeated
-from analysis.dataset import load
+from analysis.dataset import load, manifest, runs
 from analysis.errors import DatasetError, SelectionError
 
 LEAST_DIGITS = 6
@@ -111,7 +111,7 @@ def rebuilt(made: Made) -> dict[str, Any]:
     if axes is None:
         raise DatasetError(f"{made.dataset}: trial {made.trial_id} has no axes in its record")
     if not isinstance(sweep, dict):
-        raise DatasetError(f"{_manifest(made.dataset)}: run {_run_id(made)} has no sweep")
+        raise DatasetError(f"{manifest(made.dataset)}: run {_run_id(made)} has no sweep")
     grid = {key: [value] for key, value in axes.items()}
     parts = {"base": sweep.get("base"), "grid": grid}
     return {"name": made.record["sweep"]} | {key: part for key, part in parts.items() if part}
@@ -220,7 +220,7 @@ def _made(record: dict[str, Any], datasets: Sequence[Path]) -> Made:
     """`record` with its run, from the manifest that knows it."""
     run_id = record["run_id"]
     for folder in datasets:
-        for entry in _runs(folder):
+        for entry in runs(folder):
             if entry.get("run_id") == run_id:
                 return Made(
                     record=record,
@@ -228,7 +228,7 @@ def _made(record: dict[str, Any], datasets: Sequence[Path]) -> Made:
                     run=entry,
                     companions=_companions(record, folder),
                 )
-    looked = ", ".join(str(_manifest(folder)) for folder in datasets)
+    looked = ", ".join(str(manifest(folder)) for folder in datasets)
     raise DatasetError(f"run {run_id} is not in {looked}, which would tell its sweep")
 
 
@@ -238,26 +238,6 @@ def _companions(record: dict[str, Any], folder: Path) -> int | None:
     same = {name: record[name] for name in ("run_id", "group_id")}
     group = load(folder, every=True).filter(pl.col("outcome") != "skipped", **same)
     return int(group.select(pl.col("trial_id").n_unique()).collect().item())
-
-
-def _manifest(folder: Path) -> Path:
-    return folder / "manifest.json"
-
-
-def _runs(folder: Path) -> list[dict[str, Any]]:
-    """The runs that a dataset's manifest knows; none where there is no manifest."""
-    path = _manifest(folder)
-    try:
-        runs = json.loads(path.read_text("utf-8"))["runs"]
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise DatasetError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, LookupError, TypeError) as error:
-        raise DatasetError(f"{path} is no manifest of a dataset") from error
-    if not isinstance(runs, list) or not all(isinstance(one, dict) for one in runs):
-        raise DatasetError(f"{path} is no manifest of a dataset")
-    return runs
 
 
 def _records_of(trial_id: str, folder: Path) -> pl.DataFrame:

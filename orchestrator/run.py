@@ -498,9 +498,10 @@ class _Run:
         if self._request.fresh:
             return {}
         records = self._records()
+        runs = manifest.read(self._dataset.manifest, self._sweep.name)["runs"]
         done: dict[str, Outcome] = {}
         for guard in self._guards():
-            done |= settled(records, guard=guard, rerun=self._request.rerun)
+            done |= settled(records, guard=guard, rerun=self._request.rerun, runs=runs)
         return done
 
     def _records(self) -> pl.DataFrame:

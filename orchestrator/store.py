@@ -39,6 +39,7 @@ from typing import Any, BinaryIO, Self, TypeAlias, cast
 import polars as pl
 import pyarrow as pa
 
+from workers.contract.order import in_order
 from workers.contract.outcome import OUTCOMES, Outcome
 from workers.contract.record import SCHEMA_VERSION, TABLES
 
@@ -410,11 +411,16 @@ RESUME = (
 
 
 def settled(
-    records: pl.DataFrame, *, guard: Guard, rerun: frozenset[Outcome] = frozenset()
+    records: pl.DataFrame,
+    *,
+    guard: Guard,
+    rerun: frozenset[Outcome] = frozenset(),
+    runs: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Outcome]:
     """Trials that need not run again, with how they ended.
 
-    The newest record of a trial under the same guard decides. A record without an engine
+    The newest record of a trial under the same guard decides: that of the latest run, whatever
+    the clock said then. A record without an engine
     version or device ran on nothing (infeasible points, say) and fits every guard. A
     skipped trial stays skipped only while its witness is settled itself, and by running out
     of memory: what happened on one device says nothing about another.
@@ -423,6 +429,8 @@ def settled(
         records: at least the columns `RESUME` up to `finished_at`, from `finished`.
         guard: environment of the run that is about to start.
         rerun: outcomes to run again.
+        runs: as the manifest lists them, eldest first. Those that it does not know go by their
+            records' time.
     """
     fitting = records
     asked = (
@@ -433,7 +441,7 @@ def settled(
     for column, wanted in asked:
         if wanted is not None:
             fitting = fitting.filter(pl.col(column).is_null() | (pl.col(column) == wanted))
-    fitting = fitting.sort("finished_at", "attempt", nulls_last=False, maintain_order=True)
+    fitting = in_order(fitting, [runs])
     skipped = pl.col("outcome") == "skipped"
     newest = _newest(fitting.filter(~skipped), rerun)
     witnesses = [trial for trial, outcome in newest.items() if outcome == "oom"]

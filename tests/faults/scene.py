@@ -31,6 +31,7 @@ import pyarrow as pa
 import yaml
 
 from orchestrator.cluster import FRESH_S, SESSION
+from orchestrator.manifest import Manifest, read
 from orchestrator.request import Request, prepare
 from orchestrator.store import RESUME, Guard, settled
 from tests.integration.harness import command, forks_of, until
@@ -403,7 +404,7 @@ def _play(scene: Scene, began: float) -> Row:
     left = [one for one in scene.left(traces, 3.0) if not _agent(one, left_first, ended)]
     frame, unreadable = scene._read()
     planned = plan(scene)
-    deciding = decided(frame)
+    deciding = decided(frame, read(scene.dataset / "manifest.json", scene.fault.sweep["name"]))
     right, wrong = judge(fault, planned, deciding)
     wrong += fault.verify(scene, frame)
     return Row(
@@ -445,10 +446,13 @@ def plan(scene: Scene) -> set[str]:
     return {one.trial_id for one in (*trials, *planned.infeasible)}
 
 
-def decided(frame: pl.DataFrame) -> dict[str, dict[str, Any]]:
+def decided(frame: pl.DataFrame, manifest: Manifest) -> dict[str, dict[str, Any]]:
     """The record of each trial that the store lets decide."""
-    outcomes = settled(frame, guard=Guard(engine_version=None, device=None))
-    rows = frame.sort("finished_at", "attempt").to_dicts()
+    runs = manifest["runs"]
+    outcomes = settled(frame, guard=Guard(engine_version=None, device=None), runs=runs)
+    known = [run["run_id"] for run in runs]
+    rows = [row for run_id in known for row in frame.filter(run_id=run_id).to_dicts()]
+    rows = frame.filter(~pl.col("run_id").is_in(known)).to_dicts() + rows
     newest = {row["trial_id"]: row for row in rows}
     assert all(newest[name]["outcome"] == outcome for name, outcome in outcomes.items())
     return {name: newest[name] for name in outcomes}

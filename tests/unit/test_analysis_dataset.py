@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -197,6 +198,51 @@ def test_the_newest_record_of_a_trial_stands(tmp_path: Path) -> None:
     write(tmp_path, [record("a", throughput_tok_s=1.0)], name="old.arrow")
     assert load(tmp_path).collect().get_column("throughput_tok_s").to_list() == [2.0]
     assert sorted(load(tmp_path, every=True).collect()["throughput_tok_s"]) == [1.0, 2.0]
+
+
+def test_the_latest_run_stands_though_its_clock_was_set_back(tmp_path: Path) -> None:
+    """As the driver sees it when it resumes."""
+    for name, runs in {"one": ("r0", "r1"), "two": ("r2", "r3")}.items():
+        folder = tmp_path / name
+        first, again = (
+            record("a", run_id=run, sweep=name, throughput_tok_s=speed, finished_at=NOON - earlier)
+            for run, speed, earlier in zip(
+                runs, (1.0, 2.0), (timedelta(0), timedelta(9)), strict=True
+            )
+        )
+        write(folder, [again, first])
+        entries = [{"run_id": run, "started_at": NOON.isoformat()} for run in runs]
+        (folder / "manifest.json").write_text(json.dumps({"runs": entries}))
+    folders = [tmp_path / "one", tmp_path / "two"]
+    assert load(*folders).collect()["throughput_tok_s"].to_list() == [2.0, 2.0]
+    for text in ("{", "[]", '{"runs": [1]}'):  # by the clock, then
+        (tmp_path / "one" / "manifest.json").write_text(text)
+        assert load(folders[0]).collect()["throughput_tok_s"].to_list() == [1.0]
+
+
+def test_between_datasets_the_later_run_stands(tmp_path: Path) -> None:
+    """One trial in two datasets: nothing but clocks tells which is newer. The second run of the
+    first had a clock that was set back, and counts as begun when the first one did."""
+    begun = {"one": {"r0": 0, "r1": -100}, "two": {"r2": 5}}
+    for name, runs in begun.items():
+        entries = [
+            {"run_id": run, "started_at": (NOON + timedelta(hours=at)).isoformat()}
+            for run, at in runs.items()
+        ]
+        made = [
+            record(
+                "a",
+                run_id=run,
+                throughput_tok_s=float(run[1:]),
+                finished_at=NOON + timedelta(hours=at),
+            )
+            for run, at in runs.items()
+        ]
+        write(tmp_path / name, made)
+        (tmp_path / name / "manifest.json").write_text(json.dumps({"runs": entries}))
+    both = [tmp_path / "two", tmp_path / "one"]
+    assert load(*both).collect()["throughput_tok_s"].to_list() == [2.0]
+    assert load(tmp_path / "one").collect()["throughput_tok_s"].to_list() == [1.0]
 
 
 def test_another_machine_is_another_result(tmp_path: Path) -> None:

@@ -359,6 +359,50 @@ def test_the_newest_record_under_the_same_guard_decides() -> None:
     assert settled(found.reverse(), guard=HERE) == {"a": "ok", "b": "crashed"}
 
 
+def test_a_later_run_decides_though_the_clock_was_set_back() -> None:
+    """It is later because the manifest has it later; a run that it lacks is older than what a
+    clock that went right says."""
+    runs = [
+        {"run_id": "first", "started_at": "2025-01-01T09:00:00.000+00:00"},
+        {"run_id": "set back", "started_at": "2024-12-01T00:00:00.000+00:00"},
+        {"run_id": "right again", "started_at": "2025-01-02T00:00:00.000+00:00"},
+    ]
+    month, day = -31 * 24 * 60, 24 * 60
+    found = frame(
+        ran("a", "crashed", run="first", minute=9 * 60),
+        ran("a", "ok", run="set back", minute=month),
+        ran("b", "ok", run="set back", minute=month),
+        ran("b", "oom", run="right again", minute=day),
+        ran("c", "ok", run="lost from the manifest", minute=1),
+        ran("c", "timeout", run="first", minute=9 * 60),
+    )
+    wanted = {"a": "ok", "b": "oom", "c": "timeout"}
+    assert settled(found, guard=HERE, runs=runs) == wanted
+    assert settled(found.reverse(), guard=HERE, runs=runs) == wanted
+    crashed = frozenset({"crashed"})
+    assert settled(found, guard=HERE, runs=runs, rerun=crashed) == wanted
+    assert settled(found, guard=HERE)["a"] == "crashed", "by the clock alone"
+
+
+def test_a_witness_counts_as_its_latest_run_has_it() -> None:
+    """It ran out of memory by a clock that was an hour ahead, and was measured again since."""
+    runs = [{"run_id": name, "started_at": "2025-01-01T00:00:00+00:00"} for name in ("r1", "r2")]
+    found = frame(
+        ran("small", "oom", run="r1", minute=60),
+        record("big", run="r1", outcome="skipped", skipped_by="small", minute=61),
+        ran("small", "ok", run="r2", minute=5),
+    )
+    assert settled(found, guard=HERE, runs=runs) == {"small": "ok"}
+    assert settled(found, guard=HERE) == {"small": "oom", "big": "skipped"}
+
+
+def test_runs_without_a_readable_time_keep_the_order_of_the_manifest() -> None:
+    runs = [{"run_id": "r1", "started_at": "soon"}, {"run_id": "r2"}, {"run_id": "r3"}]
+    found = frame(*(ran("a", what, run=name, minute=at) for what, name, at in (
+        ("oom", "r3", 1), ("crashed", "r2", 2), ("ok", "r1", 3))))  # fmt: skip
+    assert settled(found, guard=HERE, runs=runs) == {"a": "oom"}
+
+
 def test_a_skipped_trial_stays_skipped_only_with_its_witness() -> None:
     skip = record("big", outcome="skipped", skipped_by="small", minute=2)
     here = frame(ran("small", "oom", minute=1), skip)
