@@ -8,16 +8,12 @@ cannot share a terminal.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import secrets
-import shutil
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -27,7 +23,7 @@ import psutil
 
 from orchestrator.errors import ClusterError, HeadLost
 from orchestrator.events import Need, Node
-from workers import memory
+from workers.folders import Folder
 from workers.hardware.device import CPU
 from workers.hardware.host import Host, describe
 from workers.nursery import USABLE, Nursery
@@ -35,8 +31,6 @@ from workers.nursery import USABLE, Nursery
 OBJECT_STORE_BYTES = 128 * 2**20
 SESSION = "moe-ray-"
 """How folders of clusters of our own begin."""
-FRESH_S = 2.0
-"""Age below which such a folder may belong to a driver that does not hold it yet, seconds."""
 KNOCK_S = 10.0
 """Wait for a cluster's address to answer at all, seconds."""
 DESCRIBE_S = 120.0
@@ -81,45 +75,25 @@ class Changes:
 class _Session:
     """What a cluster of our own has on this machine, beside Ray's processes."""
 
-    folder: Path
-    lock: int
-    """Descriptor that holds the folder; the system lets go of it when we die."""
+    held: Folder
     nursery: Nursery | None
 
     @classmethod
     def begin(cls, preloads: Sequence[str]) -> _Session:
-        """A new one, after those are removed that killed drivers left: nobody holds them."""
-        for left in Path(tempfile.gettempdir()).glob(f"{SESSION}*"):
-            with suppress(OSError):  # held, another user's, or just gone
-                if time.time() - left.stat().st_mtime > FRESH_S:
-                    cls(folder=left, lock=_held(left), nursery=None).end()
-        folder = Path(tempfile.mkdtemp(prefix=SESSION))
-        lock = _held(folder)
-        nursery = Nursery(preloads, folder) if preloads and USABLE else None
-        return cls(folder=folder, lock=lock, nursery=nursery)
+        """A new one, after those are removed that killed drivers left."""
+        held = Folder.begin(SESSION)
+        nursery = Nursery(preloads, held.path) if preloads and USABLE else None
+        return cls(held=held, nursery=nursery)
+
+    @property
+    def folder(self) -> Path:
+        return self.held.path
 
     def end(self) -> None:
         """Removes the folder, and the shared memory that is named after files in it."""
         if self.nursery is not None:
             self.nursery.close()
-        memory.sweep_shared(self.folder)
-        shutil.rmtree(self.folder, ignore_errors=True)
-        os.close(self.lock)
-
-
-def _held(folder: Path) -> int:
-    """A descriptor with the lock of a folder.
-
-    Raises:
-        OSError: another process holds it.
-    """
-    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(lock)
-        raise
-    return lock
+        self.held.end()
 
 
 class _Head:

@@ -37,6 +37,8 @@ from workers.patience import GRACE_S, patience_s
 GATHER_S = 0.02
 """What is heard within so many seconds is heard together: a hundred records cost the disk as
 much as one."""
+LEAVE_S = 5.0
+"""Wait for idle hosts to remove their temporary files, seconds."""
 CHECK_POLL_S = 0.1
 """Wait between two looks at the checks of nodes, seconds."""
 HOST_GRACE_S = 150.0
@@ -79,11 +81,11 @@ class _Host:
     """An actor on a node, with the imports of its engines under way or done."""
 
     def __init__(
-        self, kinds: Sequence[EngineKind], placed: Any, nursery: str | None = None
+        self, kinds: Sequence[EngineKind], placed: Any, nursery: str | None, lodger: bool
     ) -> None:
         actor: Any = EngineHost
         self.actor: Any = actor.options(num_cpus=0, num_gpus=0, scheduling_strategy=placed).remote(
-            kinds, nursery
+            kinds, nursery, lodger
         )
         self.pid: Any = self.actor.pid.remote()
         self.ready: Any = self.actor.prepare.remote()
@@ -150,6 +152,8 @@ class Pool:
         self._names: dict[str, Any] = {"sweep": sweep, "run_id": run_id, "profile": profile}
         self._logs = logs
         self._kinds = tuple(kinds)
+        self._lodgers = cluster.session is None
+        """Hosts have to clean up behind themselves: no session of ours goes with them."""
         self._processes: dict[int, _Process] = {}
         self._waiting: dict[str, list[_Host]] = {}
         """Node → hosts without a lane."""
@@ -211,13 +215,14 @@ class Pool:
     def _host(self, lane: Lane, placement: Placement) -> _Host:
         """A new host for a lane."""
         if lane.node_id is None:
-            return _Host(self._kinds, placement.within(captures=True))
+            return _Host(self._kinds, placement.within(captures=True), None, self._lodgers)
         return self._host_on(lane.node_id)
 
     def _host_on(self, node_id: str) -> _Host:
         """A new host on a node."""
         local = node_id == self._cluster.driver_node
-        return _Host(self._kinds, on_node(node_id), self._cluster.nursery if local else None)
+        nursery = self._cluster.nursery if local else None
+        return _Host(self._kinds, on_node(node_id), nursery, self._lodgers)
 
     def withhold(self, lane_id: int) -> None:
         """Keeps a lane's devices until the run ends."""
@@ -384,10 +389,13 @@ class Pool:
             self.close(lane_id)
         for node_id in list(self._checks):
             self._end_check(node_id, usable=False)
-        for hosts in self._waiting.values():
-            for host in hosts:
-                ray.kill(host.actor)
+        idle = [host for hosts in self._waiting.values() for host in hosts]
         self._waiting.clear()
+        if idle and self._lodgers:
+            ray.wait([host.actor.leave.remote() for host in idle], num_returns=len(idle),
+                     timeout=LEAVE_S)  # fmt: skip
+        for host in idle:
+            ray.kill(host.actor)
 
     def _checked(self) -> Iterator[tuple[int, Happening]]:
         """Checks that ended."""

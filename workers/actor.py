@@ -33,6 +33,7 @@ from workers import memory, runner
 from workers.contract.engine import EngineKind
 from workers.contract.job import Job
 from workers.contract.message import Died, Message, Released
+from workers.folders import Folder, within
 from workers.forks import EXIT_S, PRELOAD, EngineDied, Forks, family, log_to, members
 from workers.hardware.host import Host, describe, gpu_memory_used
 from workers.packing import Packing, compare
@@ -43,6 +44,8 @@ WATCH_S = 1.0
 """Time between two looks at whether the node lives, seconds."""
 NODE_GRACE_S = 30.0
 """Time in which a cluster notices that a node is gone, seconds (Ray: five times three, and ten)."""
+HOME = "moe-host-"
+"""How folders of hosts begin, on nodes of clusters that were there before the driver."""
 GPU_WAIT_S = 60.0
 """Wait for memory of an earlier process to leave a GPU, seconds."""
 
@@ -54,9 +57,17 @@ class EngineHost:
     Args:
         kinds: engines that it will be asked for.
         nursery: see `Forks`.
+        lodger: on a node that outlives the driver. All temporary files then go into a folder of
+            the host's own, and those of hosts that were killed are removed.
     """
 
-    def __init__(self, kinds: Sequence[EngineKind], nursery: str | None = None) -> None:
+    def __init__(
+        self, kinds: Sequence[EngineKind], nursery: str | None = None, lodger: bool = False
+    ) -> None:
+        self._home: Folder | None = None
+        if lodger:
+            self._home = Folder.begin(HOME)
+            tempfile.tempdir = os.environ["TMPDIR"] = str(self._home.path)
         self._forks = Forks(kinds, nursery)
         self._folder: str | None = None
         threading.Thread(target=_end_with_the_node, args=(os.getppid(),), daemon=True).start()
@@ -71,6 +82,12 @@ class EngineHost:
         Imports take all of a core for seconds: not beside a measurement on the same cores.
         """
         self._forks.prepare()
+
+    def leave(self) -> None:
+        """Removes what it would leave on its node. It can do nothing after that but be killed."""
+        if self._home is not None:
+            self._home.end()
+            self._home = None
 
     def run(self, job: Job, devices: str | None, over_nodes: bool) -> Iterator[Message]:
         """Measures a group; see `workers.runner.run`.
@@ -91,7 +108,7 @@ class EngineHost:
             yield _released([*self._survivors(), *_held_here()])
             return
         died: EngineDied | None = None
-        with _scratch(job.scratch) as folder:
+        with _scratch(self._root(job)) as folder:
             try:
                 yield from self._forks.run(replace(job, scratch=str(folder)), devices)
             except EngineDied as error:
@@ -103,13 +120,17 @@ class EngineHost:
             detail = "; ".join(problems)
             yield Died(error=died.error, trial_id=died.trial_id, clean=not problems, detail=detail)
 
+    def _root(self, job: Job) -> str | None:
+        """Where a group's folder is made."""
+        return job.scratch or (str(self._home.path) if self._home is not None else None)
+
     def _survivors(self) -> list[str]:
         survivors = self._forks.survivors()
         return [f"{survivors} processes are still alive"] if survivors else []
 
     def rehearse(self, job: Job, devices: str | None, patience_s: float) -> None:
         """Builds an engine that waits to be asked for passes; see `workers.packing`."""
-        self._folder = tempfile.mkdtemp(prefix="moe-group-", dir=job.scratch)
+        self._folder = str(within(self._root(job), "group"))
         self._forks.rehearse(replace(job, scratch=self._folder), devices, patience_s)
 
     def passes(self, patience_s: float) -> list[float]:
@@ -238,7 +259,7 @@ def _released(problems: Sequence[str]) -> Released:
 @contextmanager
 def _scratch(root: str | None) -> Iterator[Path]:
     """A folder for temporary files of one fork, which may not live to remove its own."""
-    folder = Path(tempfile.mkdtemp(prefix="moe-group-", dir=root))
+    folder = within(root, "group")
     try:
         yield folder
     finally:

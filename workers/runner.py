@@ -45,6 +45,7 @@ from workers.contract.message import Finished, Message, Progress, Stage
 from workers.contract.model import Model
 from workers.contract.workload import Workload
 from workers.engines.base import Engine, Site, engine_class
+from workers.folders import within
 from workers.hardware.device import Device, device
 from workers.hardware.hand import in_hand
 from workers.hardware.host import Host, describe
@@ -304,7 +305,7 @@ def _scratch(root: str | None) -> Iterator[Path]:
     Engines leave sockets and rendezvous files where temporary files go, more so when they
     fail. Engine processes inherit the place.
     """
-    folder = Path(tempfile.mkdtemp(prefix="moe-engine-", dir=root))
+    folder = within(root, "engine")
     before, tempfile.tempdir = tempfile.tempdir, str(folder)
     variable = os.environ.get("TMPDIR")
     os.environ["TMPDIR"] = str(folder)

@@ -30,11 +30,12 @@ import psutil
 import pyarrow as pa
 import yaml
 
-from orchestrator.cluster import FRESH_S, SESSION
+from orchestrator.cluster import SESSION
 from orchestrator.manifest import Manifest, read
 from orchestrator.request import Request, prepare
 from orchestrator.store import RESUME, Guard, settled
 from tests.integration.harness import command, forks_of, until
+from workers.folders import FRESH_S
 
 ROOT = Path(__file__).resolve().parents[2]
 TAG = "MOE_FAULT"

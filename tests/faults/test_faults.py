@@ -17,6 +17,7 @@ from tests.faults.inject import length
 from tests.faults.registry import AT_ANY_MOMENT, FAULTS, NotHere
 from tests.faults.scene import ROOT, play
 from tests.integration.harness import until
+from workers.folders import Folder
 
 
 def test_folders_of_dead_drivers_go_and_those_of_living_ones_stay(
@@ -37,6 +38,49 @@ def test_folders_of_dead_drivers_go_and_those_of_living_ones_stay(
     assert not segment.exists()
     living.end()
     assert sorted(tmp_path.iterdir()) == sorted([fresh, another])
+
+
+HELD = """
+import sys, tempfile
+from workers.folders import Folder
+
+tempfile.tempdir = sys.argv[1]
+held = Folder.begin("moe-host-")
+(held.path / "vllm_dist_held").touch()
+print(held.path, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_folder_is_its_owners_until_it_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The owner is another process, as a host on a node is to the next one."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    owners = [
+        subprocess.Popen(
+            [sys.executable, "-c", HELD, tmp_path],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    try:
+        paths = [Path((one.stdout or sys.stdin).readline().strip()) for one in owners]
+        for path in paths:
+            os.utime(path, (0, 0))
+        Folder.begin("moe-host-").end()
+        assert all((path / "vllm_dist_held").exists() for path in paths)
+        owners[0].kill()
+        owners[0].wait()
+        Folder.begin("moe-host-").end()
+        assert list(tmp_path.iterdir()) == [paths[1]] and (paths[1] / "vllm_dist_held").exists()
+    finally:
+        for one in owners:
+            one.kill()
+            one.communicate()
 
 
 GROUP = """

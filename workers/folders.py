@@ -1,0 +1,73 @@
+"""Folders for temporary files that do not outlive their owner for long, however it ends.
+
+Who is killed removes nothing. So an owner holds a lock on its folder, which the system takes back
+from the dead, and whoever begins a folder of the same kind first removes those that nobody holds.
+The lock lies on the folder itself: a folder and its lock come and go together.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import tempfile
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from workers import memory
+
+FRESH_S = 2.0
+"""Age below which a folder may belong to an owner that does not hold it yet, seconds."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Folder:
+    """One that this process holds until `end`, or until it dies."""
+
+    path: Path
+    lock: int
+    """Descriptor that holds it. Programs that are started do not inherit it."""
+
+    @classmethod
+    def begin(cls, prefix: str) -> Folder:
+        """A new one where temporary files go, after those of dead owners were removed.
+
+        Args:
+            prefix: how the names of its kind begin.
+        """
+        for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+            with suppress(OSError):  # held, another user's, or just gone
+                if time.time() - left.stat().st_mtime > FRESH_S:
+                    cls(path=left, lock=_held(left)).end()
+        path = Path(tempfile.mkdtemp(prefix=prefix))
+        return cls(path=path, lock=_held(path))
+
+    def end(self) -> None:
+        """Removes it, and the shared memory that is named after files in it."""
+        memory.sweep_shared(self.path)
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self.lock)
+
+
+def within(root: str | None, kind: str) -> Path:
+    """A new folder in `root`, null being where temporary files go. In a folder that somebody
+    owns a short name will do: sockets lie in them, whose paths may have 107 characters."""
+    prefix = f"moe-{kind}-" if root is None else f"{kind[0]}-"
+    return Path(tempfile.mkdtemp(prefix=prefix, dir=root))
+
+
+def _held(path: Path) -> int:
+    """A descriptor with the lock of a folder.
+
+    Raises:
+        OSError: another process holds it.
+    """
+    lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise
+    return lock
