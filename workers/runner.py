@@ -7,6 +7,12 @@ grows slower over the minutes touches all of them alike instead of whichever cam
 repeat is a pair: the batch with one token per request (the paper's TTFT), then the batch in
 full. Timed passes carry no probe.
 
+Records come when a round of turns is the last one, so a group of hours would have none for
+hours, and who kills its driver would lose them all. Workloads that are predicted to take longer
+than `BLOCK_S` together are therefore dealt out, like cards, into as few blocks as do not, one
+after the other: drift within minutes still touches all of a block alike, and drift over hours is
+spread over all sizes instead of being taken for an effect of size.
+
 Trials of a group share weights but may differ in top-k. They go by top-k, the smallest
 first, and for each the largest shape first: what does not fit is found out before time is
 spent on the rest, and what does not fit with few experts per token does not with more. From
@@ -24,6 +30,7 @@ build ends those of its top-k.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -53,6 +60,8 @@ from workers.metrics import interval
 from workers.moe.architecture import UnknownModel, resolve, run_dtype
 from workers.prompts import random_ids
 
+BLOCK_S = 600.0
+"""Predicted time of workloads that take turns with one another, seconds."""
 REWARM_TOKENS = 4
 """Tokens of a warm-up where all but top-k is warm: a prompt pass and three decode passes."""
 
@@ -174,7 +183,8 @@ class _Run:
                         break
                     args = json.dumps(engine.loaded.args, sort_keys=True)
                     self.columns["engine_args"] = args
-                    yield from self._measure(engine, trials, warm)
+                    for block in _blocks(trials, self.job.slowness or 1.0):
+                        yield from self._measure(engine, block, warm)
                     warm |= {one.ticket.trial.workload for one in trials}
             except _Failure as failure:
                 memory.unlimit()  # it bounds the model, which goes, and not the record of its end
@@ -272,6 +282,19 @@ class _Run:
             outcome=error.outcome,
             record=recorder.failed(self.job, ticket, error, **columns),
         )
+
+
+def _blocks(trials: Sequence[_Trial], slowness: float) -> Iterator[list[_Trial]]:
+    """Trials that take turns. Where nothing is predicted all do."""
+    seconds = sum(
+        one.ticket.trial.measure.repeats
+        * (one.ticket.predicted["predicted_e2e_s"] + one.ticket.predicted["predicted_ttft_s"])
+        for one in trials
+        if one.ticket.predicted
+    )
+    number = min(len(trials), max(1, math.ceil(slowness * seconds / BLOCK_S)))
+    for first in range(number):
+        yield list(trials[first::number])
 
 
 def _refused(ticket: Ticket) -> TrialError | None:

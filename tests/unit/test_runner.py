@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ from workers.contract.job import Job, Ticket
 from workers.contract.layout import Layout
 from workers.contract.measure import Measure
 from workers.contract.measurement import Pass
-from workers.contract.message import Finished
+from workers.contract.message import Finished, Progress
 from workers.contract.model import Model
 from workers.contract.trial import Trial
 from workers.contract.workload import Workload
 from workers.engines.base import Site
 from workers.engines.roofline_engine import RooflineEngine
-from workers.runner import _scratch, _Trial, _turn, run
+from workers.hardware.device import Device, device
+from workers.runner import BLOCK_S, _scratch, _Trial, _turn, run
 
 
 def _trial(measure: Measure, workload: Workload | None = None) -> _Trial:
@@ -129,3 +131,68 @@ def test_memory_that_runs_out_behind_another_top_k_is_tried_again_alone(
     outcomes = {one.trial_id: one.outcome for one in run(job) if isinstance(one, Finished)}
     assert outcomes == {"k1": "ok", "k2": "ok", "k4": "ok", "k8": "oom"}
     assert _Hoarder.built == 4
+
+
+class _Real(RooflineEngine):
+    """Taken for an engine of this machine: every repeat is made."""
+
+    @classmethod
+    def stands_for(cls, device: str) -> Device | None:
+        return None
+
+
+@dataclass
+class _Hand:
+    device: Device
+
+    def columns(self, dtype: object) -> dict[str, Any]:
+        return {}
+
+
+def _spoken(monkeypatch: pytest.MonkeyPatch, seconds: float | None, **more: Any) -> list[str]:
+    """What is said of five workloads with batches of 1 to 5, each predicted to take `seconds`
+    with both repeats: a letter for its stage, or an = where it has ended."""
+    monkeypatch.setattr("workers.runner.engine_class", lambda kind: _Real)
+    monkeypatch.setattr("workers.runner.in_hand", lambda host: _Hand(device("h100")))
+    each = {"predicted_e2e_s": 0.4, "predicted_ttft_s": 0.1}
+    known = {key: value * seconds for key, value in each.items()} if seconds is not None else {}
+    tickets = tuple(
+        Ticket(
+            trial=Trial(
+                model=Model(name="mixtral-8x7b", weights="dummy"),
+                layout=Layout(tensor=4),
+                workload=Workload(batch_size=size, input_tokens=8, output_tokens=4),
+                engine=EngineSettings(kind="roofline", eager=True),
+                measure=Measure(repeats=2),
+            ),
+            trial_id=str(size),
+            predicted=known,
+        )
+        for size in range(1, 6)
+    )
+    job = Job(sweep="s", run_id="r", group_id="g", profile="h100", tickets=tickets, **more)
+    said = [one for one in run(job) if getattr(one, "trial_id", None)]
+    assert {one.outcome for one in said if isinstance(one, Finished)} == {"ok"}
+    return [
+        f"{'=' if isinstance(one, Finished) else one.stage[0]}{one.trial_id}"
+        for one in said
+        if isinstance(one, Finished | Progress)
+    ]
+
+
+def test_workloads_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = "w5 w4 w3 w2 w1 r5 r4 r3 r2 r1 r5 =5 r4 =4 r3 =3 r2 =2 r1 =1".split()
+    assert _spoken(monkeypatch, BLOCK_S / 5) == turns
+    assert _spoken(monkeypatch, None) == turns, "nothing is predicted"
+
+
+def test_workloads_that_take_long_take_turns_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two blocks of every size, the largest first, and the records of one before the other."""
+    turns = "w5 w3 w1 r5 r3 r1 r5 =5 r3 =3 r1 =1 w4 w2 r4 r2 r4 =4 r2 =2".split()
+    assert _spoken(monkeypatch, BLOCK_S / 3) == turns
+    assert _spoken(monkeypatch, BLOCK_S / 6, slowness=2.0) == turns
+
+
+def test_a_workload_beyond_a_block_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = [f"w{n} r{n} r{n} ={n}".split() for n in (5, 4, 3, 2, 1)]
+    assert _spoken(monkeypatch, 9 * BLOCK_S) == [word for one in alone for word in one]
