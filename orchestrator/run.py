@@ -299,10 +299,10 @@ class _Run:
     def safe(self) -> str:
         """What a run has that cannot go on, in words."""
         made = sum(self._tracker.counts.values())
+        again = ", once there is a cluster again" if self._cluster.session is None else ""
         return (
             f"the records of {made} of {self._plan.trials} trials are safe in "
-            f"{self._dataset.folder}, and the same command goes on from there once there is a "
-            "cluster again"
+            f"{self._dataset.folder}, and the same command goes on from there{again}"
         )
 
     def _say(self, line: str) -> None:

@@ -69,7 +69,7 @@ def _ended(driver: subprocess.Popen[str]) -> tuple[int, str, float]:
 @pytest.mark.parametrize(
     "pace",
     [
-        pytest.param(0.1, id="while it waits"),
+        pytest.param(0.07, id="while it waits"),
         pytest.param(0.0005, id="while it places", marks=pytest.mark.slow),
     ],
 )
