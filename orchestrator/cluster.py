@@ -39,9 +39,9 @@ LOOK_S = 3.0
 """Time between two looks at which nodes there are, seconds."""
 HEAD_LOOK_S = 2.0
 """Time between two knocks at the head's door, and longest wait for an answer, seconds."""
-HEAD_S = 15.0
-"""Time in which no knock was answered, after which the head is gone, seconds. Ray waits for it
-for a minute, then ends the driver without a word."""
+HEAD_S = 30.0
+"""Time in which no knock was answered, after which the head is gone, seconds: long enough for a
+head or a link that comes back. Ray waits for a minute, then ends the driver without a word."""
 STUCK_S = 10.0
 """Time for the driver to hear of it, seconds. By then it waits for the head within Ray, where
 nothing can reach it."""

@@ -27,7 +27,7 @@ BASE: dict[str, Any] = {
     "workload": {"batch_size": 1, "input_tokens": 512},
 }
 PROMPT_S = cluster.HEAD_S + cluster.STUCK_S + 3 * cluster.HEAD_LOOK_S + 5
-"""From the head's death to the driver's end at the latest, seconds: half of Ray's minute."""
+"""From the head's death to the driver's end at the latest, seconds: within Ray's minute."""
 
 
 @pytest.fixture
