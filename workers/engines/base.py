@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from workers.contract.engine import EngineKind, StandIn
 from workers.contract.errors import Unsupported
 from workers.contract.measurement import Memory, Pass, PassKind
+from workers.contract.trace import Trace
 from workers.contract.trial import Trial
 from workers.contract.workload import Workload
 from workers.moe.structure import Architecture
@@ -109,6 +110,30 @@ class Engine(Protocol):
             temperature: of sampling; 0 is greedy.
 
         Raises:
+            EngineError: out of memory (stage `run`), or the engine's death.
+        """
+
+    def trace(
+        self,
+        prompts: Sequence[Sequence[int]],
+        output_tokens: int,
+        *,
+        routes: bool = False,
+        temperature: float = 0.0,
+    ) -> Trace:
+        """What `generate` does, with every choice of experts counted.
+
+        Whatever is needed for that is there for this batch alone: no pass before or after it
+        is slowed or changed.
+
+        Args:
+            prompts: token ids, batch × input tokens; lengths may differ.
+            output_tokens: tokens to generate per prompt; end-of-sequence is ignored.
+            routes: also tell the experts of every single token.
+            temperature: of sampling; 0 is greedy.
+
+        Raises:
+            Unsupported: this engine, or the way it was built, has no routing to look at.
             EngineError: out of memory (stage `run`), or the engine's death.
         """
 

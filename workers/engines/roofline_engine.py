@@ -21,6 +21,7 @@ from dataclasses import asdict, replace
 from workers.contract.engine import EngineSettings, StandIn
 from workers.contract.errors import EngineError, Infeasible, Unsupported
 from workers.contract.measurement import Memory, Pass, PassKind
+from workers.contract.trace import Trace
 from workers.contract.trial import Trial
 from workers.contract.workload import Workload
 from workers.engines.base import Loaded, Site
@@ -134,6 +135,18 @@ class RooflineEngine:
             token_s=tokens,
             step_s=steps,
         )
+
+    def trace(
+        self,
+        prompts: Sequence[Sequence[int]],
+        output_tokens: int,
+        *,
+        routes: bool = False,
+        temperature: float = 0.0,
+    ) -> Trace:
+        """Refuses: an expectation under uniform routing is no count, and records already say
+        where they use it."""
+        raise Unsupported("engine roofline routes no tokens, so there is nothing to trace")
 
     def memory(self) -> Memory:
         one = self._largest

@@ -25,11 +25,13 @@ import os
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib import import_module
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from workers import memory
 from workers.contract.engine import StandIn
@@ -38,6 +40,7 @@ from workers.contract.layout import Layout
 from workers.contract.measurement import Memory, Pass, PassKind
 from workers.contract.model import Model
 from workers.contract.outcome import OomStage
+from workers.contract.trace import Step, Trace
 from workers.contract.trial import Trial
 from workers.contract.workload import Workload
 from workers.engines.base import Loaded, Site
@@ -48,6 +51,9 @@ from workers.moe.accounting import kv_cache_bytes
 from workers.moe.architecture import bend, catalogue, configuration, resolve
 from workers.moe.families import read
 from workers.moe.precision import precision
+
+if TYPE_CHECKING:
+    from workers.engines.vllm_probe import Account
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -65,6 +71,22 @@ _GRAPH_ARGS = ("compilation_config", "cudagraph_capture_sizes", "max_cudagraph_c
 _THREADS = re.compile(r"Resource temporarily unavailable|can't start new thread")
 """What is said when a thread cannot be made; under a memory limit, for want of a stack."""
 _STACK_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Done:
+    """A batch that was sent and has answered; lists are in the order of its prompts."""
+
+    started_at: float
+    """Unix time, in seconds."""
+    places: dict[str, int]
+    """Our name of each request, and its position."""
+    stamps: list[list[float]]
+    """Of each token, in seconds since the first submission."""
+    tokens: list[list[int]]
+    """Ids of the generated tokens."""
+    steps: list[float]
+    """Stamp at the end of each engine step."""
 
 
 class VllmEngine:
@@ -183,6 +205,58 @@ class VllmEngine:
         repeat: int,
         temperature: float = 0.0,
     ) -> Pass:
+        self._stage = "warmup" if kind == "warmup" else "run"
+        try:
+            done = self._send(prompts, output_tokens, temperature)
+        except Exception as error:
+            raise self._explain(error) from error
+        return Pass(
+            kind=kind,
+            repeat=repeat,
+            started_at=done.started_at,
+            e2e_s=max(row[-1] for row in done.stamps),
+            input_tokens=len(prompts[0]),
+            token_s=tuple(tuple(row) for row in done.stamps),
+            step_s=tuple(done.steps),
+        )
+
+    def trace(
+        self,
+        prompts: Sequence[Sequence[int]],
+        output_tokens: int,
+        *,
+        routes: bool = False,
+        temperature: float = 0.0,
+    ) -> Trace:
+        self._stage = "run"
+        runs = self.loaded.architecture
+        if runs.moe is None:
+            raise Unsupported("a model without experts has no routing to trace")
+        try:
+            asked = (runs.num_experts, runs.top_k, routes)
+            answers = self._llm.collective_rpc("start_probe", args=asked)
+            if reasons := [one for one in answers if one is not None]:
+                raise Unsupported(f"the experts that run cannot be counted: {reasons[0]}")
+            done = self._send(prompts, output_tokens, temperature)
+            accounts = self._llm.collective_rpc("read_probe")
+            lengths = [len(ids) + output_tokens - 1 for ids in prompts]
+            return _trace(accounts, done, runs.top_k, lengths if routes else None)
+        except TrialError:
+            raise
+        except Exception as error:
+            raise self._explain(error) from error
+        finally:
+            with contextlib.suppress(Exception):  # a dead engine has none
+                self._llm.collective_rpc("stop_probe")
+
+    def _send(
+        self, prompts: Sequence[Sequence[int]], output_tokens: int, temperature: float
+    ) -> _Done:
+        """Steps the engine from the first prompt to the last token of all.
+
+        Raises:
+            Crashed: a request ended early.
+        """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -193,37 +267,32 @@ class VllmEngine:
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
         )
-        self._stage = "warmup" if kind == "warmup" else "run"
         engine = self._engine
-        stamps: dict[str, list[float]] = {f"{next(self._ids)}": [] for _ in prompts}
+        names = [f"{next(self._ids)}" for _ in prompts]
+        places = {name: place for place, name in enumerate(names)}
+        stamps: list[list[float]] = [[] for _ in prompts]
+        tokens: list[list[int]] = [[] for _ in prompts]
         steps: list[float] = []
         if engine.vllm_config.cache_config.enable_prefix_caching:  # asked for by the sweep
             engine.reset_prefix_cache()
         gc.collect()
         started_at = time.time()
         start = time.perf_counter()
-        try:
-            for request_id, ids in zip(stamps, prompts, strict=True):
-                engine.add_request(request_id, {"prompt_token_ids": ids}, sampling)
-            while engine.has_unfinished_requests():
-                outputs = engine.step()
-                now = time.perf_counter() - start
-                steps.append(now)
-                for output in outputs:
-                    new = output.outputs[0].token_ids
-                    stamps[_ours(output.request_id, stamps)].extend([now] * len(new))
-        except Exception as error:
-            raise self._explain(error) from error
-        if short := [len(row) for row in stamps.values() if len(row) != output_tokens]:
+        for name, ids in zip(names, prompts, strict=True):
+            engine.add_request(name, {"prompt_token_ids": ids}, sampling)
+        while engine.has_unfinished_requests():
+            outputs = engine.step()
+            now = time.perf_counter() - start
+            steps.append(now)
+            for output in outputs:
+                new = output.outputs[0].token_ids
+                place = _place(output.request_id, places)
+                stamps[place].extend([now] * len(new))
+                tokens[place].extend(new)
+        if short := [len(row) for row in stamps if len(row) != output_tokens]:
             raise Crashed(f"a request ended after {short[0]} of {output_tokens} tokens")
-        return Pass(
-            kind=kind,
-            repeat=repeat,
-            started_at=started_at,
-            e2e_s=max(row[-1] for row in stamps.values()),
-            input_tokens=len(prompts[0]),
-            token_s=tuple(tuple(row) for row in stamps.values()),
-            step_s=tuple(steps),
+        return _Done(
+            started_at=started_at, places=places, stamps=stamps, tokens=tokens, steps=steps
         )
 
     def memory(self) -> Memory:
@@ -480,6 +549,53 @@ def _bind_threads(layout: Layout) -> None:
         )
 
 
-def _ours(request_id: str, known: dict[str, list[float]]) -> str:
-    """vLLM may append a suffix of its own to a request id."""
-    return request_id if request_id in known else request_id.rsplit("-", 1)[0]
+def _place(request_id: str, places: dict[str, int]) -> int:
+    """Position of a request among the prompts; vLLM may append a suffix to its id."""
+    place = places.get(request_id)
+    return places[request_id.rsplit("-", 1)[0]] if place is None else place
+
+
+def _trace(
+    accounts: Sequence[Account | None], done: _Done, top_k: int, lengths: Sequence[int] | None
+) -> Trace:
+    """What the ranks counted, put together: every pipeline stage has its own layers.
+
+    `lengths`: tokens of each request that have routes; null where none were asked for.
+
+    Raises:
+        Crashed: a rank gave up counting, or two do not tell of the same passes.
+    """
+    told = sorted((one for one in accounts if one is not None), key=lambda one: one.layers)
+    if failures := [one.failure for one in told if one.failure is not None]:
+        raise Crashed(f"the experts that ran could not be counted: {failures[0]}")
+    if not told or len({len(one.steps) for one in told}) != 1:
+        raise Crashed(f"ranks counted {[len(one.steps) for one in told]} passes")
+    layers = tuple(layer for one in told for layer in one.layers)
+    routes = [np.full((length, len(layers), top_k), -1, dtype=np.int16) for length in lengths or ()]
+    steps = []
+    for stages in zip(*(one.steps for one in told), strict=True):
+        seen = stages[0]
+        places = [_place(one, done.places) for one in seen.requests]
+        if lengths is not None:
+            rows = np.concatenate([one.routes for one in stages], axis=1)
+            ends = np.cumsum(seen.new)
+            for place, new, before, end in zip(places, seen.new, seen.context, ends, strict=True):
+                routes[place][before : before + new] = rows[end - new : end]
+        steps.append(
+            Step(
+                request=np.array(places, dtype=np.int64),
+                new=seen.new,
+                context=seen.context,
+                decoding=seen.decoding,
+                prefill=np.concatenate([one.prefill for one in stages]),
+                decode=np.concatenate([one.decode for one in stages]),
+                seconds=max(one.seconds for one in stages),
+            )
+        )
+    return Trace(
+        layers=layers,
+        top_k=top_k,
+        steps=tuple(steps),
+        tokens=tuple(tuple(row) for row in done.tokens),
+        routes=None if lengths is None else tuple(routes),
+    )

@@ -19,6 +19,7 @@ from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
 from workers import memory
+from workers.engines.vllm_probe import Account, Probe
 
 ROUTERS = ("CPURouter", "FusedTopKRouter")
 """Routers that pick the k largest of a softmax and keep nothing else that depends on k."""
@@ -41,6 +42,7 @@ class Report:
     device: torch.device
     idle_bytes: int
     """Of `LimitedCPUWorker`: resident size before the first weight."""
+    probe: Probe | None = None
 
     def report_memory(self) -> dict[str, int]:
         """Bytes of this rank: `weights`, `kv_cache` and `peak`."""
@@ -78,6 +80,30 @@ class Report:
                 setattr(holder, name, top_k)
         held = {getattr(holder, name) for layer in layers for holder, name in _holders(layer)}
         return None if held == {top_k} else f"read back {held} instead of {top_k}"
+
+    def start_probe(self, num_experts: int, top_k: int, routes: bool) -> str | None:
+        """Has every pass from now on counted; see `vllm_probe`.
+
+        Returns:
+            Why that cannot be done; then nothing has changed in this rank.
+        """
+        self.stop_probe()
+        built = Probe.build(self.model_runner, num_experts=num_experts, top_k=top_k, routes=routes)
+        if isinstance(built, str):
+            return built
+        self.probe = built
+        built.install()
+        return None
+
+    def read_probe(self) -> Account | None:
+        """What this rank saw; null where another one counts."""
+        return self.probe.account() if self.probe is not None else None
+
+    def stop_probe(self) -> None:
+        """Leaves no trace of the probe; may be called without one."""
+        if self.probe is not None:
+            self.probe.remove()
+            self.probe = None
 
 
 def _holders(layer: MoERunner) -> list[tuple[Any, str]]:
