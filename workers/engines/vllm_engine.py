@@ -206,10 +206,7 @@ class VllmEngine:
         temperature: float = 0.0,
     ) -> Pass:
         self._stage = "warmup" if kind == "warmup" else "run"
-        try:
-            done = self._send(prompts, output_tokens, temperature)
-        except Exception as error:
-            raise self._explain(error) from error
+        done = self._send(prompts, output_tokens, temperature)
         return Pass(
             kind=kind,
             repeat=repeat,
@@ -255,7 +252,7 @@ class VllmEngine:
         """Steps the engine from the first prompt to the last token of all.
 
         Raises:
-            Crashed: a request ended early.
+            TrialError: what became of it, or a request that ended early.
         """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -278,17 +275,20 @@ class VllmEngine:
         gc.collect()
         started_at = time.time()
         start = time.perf_counter()
-        for name, ids in zip(names, prompts, strict=True):
-            engine.add_request(name, {"prompt_token_ids": ids}, sampling)
-        while engine.has_unfinished_requests():
-            outputs = engine.step()
-            now = time.perf_counter() - start
-            steps.append(now)
-            for output in outputs:
-                new = output.outputs[0].token_ids
-                place = _place(output.request_id, places)
-                stamps[place].extend([now] * len(new))
-                tokens[place].extend(new)
+        try:
+            for name, ids in zip(names, prompts, strict=True):
+                engine.add_request(name, {"prompt_token_ids": ids}, sampling)
+            while engine.has_unfinished_requests():
+                outputs = engine.step()
+                now = time.perf_counter() - start
+                steps.append(now)
+                for output in outputs:
+                    new = output.outputs[0].token_ids
+                    place = _place(output.request_id, places)
+                    stamps[place].extend([now] * len(new))
+                    tokens[place].extend(new)
+        except Exception as error:
+            raise self._explain(error) from error
         if short := [len(row) for row in stamps if len(row) != output_tokens]:
             raise Crashed(f"a request ended after {short[0]} of {output_tokens} tokens")
         return _Done(

@@ -1,0 +1,282 @@
+"""What the probe counts is what transformers' own routers choose, token by token.
+
+Both get the same tiny checkpoint with random weights of ordinary size and the same token
+ids: the prompts, and what vLLM generated after them. In float32 the two implementations
+differ by about a millionth of a logit, far less than two experts ever lie apart here, so the
+choices are compared exactly. In bfloat16 a logit has 8 bits: experts tie, or lie so close
+that the order of additions decides, and a token that once chose another expert is another
+token to every later layer. There a difference is allowed where transformers' own logits lie
+within that rounding of each other, in the first layer at which the two part, and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from workers.contract.engine import EngineSettings
+from workers.contract.errors import Crashed, Unsupported
+from workers.contract.layout import Layout
+from workers.contract.model import Model
+from workers.contract.trace import Trace
+from workers.contract.trial import Trial
+from workers.contract.workload import Workload
+from workers.engines.base import Site
+from workers.engines.roofline_engine import RooflineEngine
+from workers.engines.vllm_engine import VllmEngine
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(240)]
+
+EXPERTS = 8
+TINY = {
+    "vocab_size": 256,
+    "hidden_size": 128,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": EXPERTS, "head_dim": 32},
+    "qwen2_moe": {
+        "num_experts": EXPERTS,
+        "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 96,
+        "mlp_only_layers": [1],
+    },
+    "qwen3_moe": {
+        "num_experts": EXPERTS,
+        "moe_intermediate_size": 64,
+        "norm_topk_prob": True,
+        "head_dim": 32,
+        "mlp_only_layers": [0],
+    },
+}
+MOE_LAYERS = {"mixtral": (0, 1, 2), "qwen2_moe": (0, 2), "qwen3_moe": (1, 2)}
+LARGEST = Workload(batch_size=5, input_tokens=40, output_tokens=8)
+OUTPUT = 6
+BUDGET = 32
+"""Most tokens of a pass where prompts are to be cut."""
+
+
+def _prompts(*lengths: int) -> list[list[int]]:
+    rng = np.random.default_rng(7)
+    return [rng.integers(1, TINY["vocab_size"], size).tolist() for size in lengths]
+
+
+MIXED = _prompts(37, 5, 20, 1, 11)
+
+
+def _checkpoint(family: str, folder: Path) -> Path:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(family, **TINY | FAMILIES[family])
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    for name, weight in model.named_parameters():
+        if name.endswith("gate.weight"):  # zeros where the family's own start has none
+            torch.nn.init.normal_(weight, std=0.2)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _checkpoint(family, tmp_path_factory.mktemp(family))
+
+
+def _trial(
+    checkpoint: Path, *, dtype: str = "float32", eager: bool = True, **changes: Any
+) -> Trial:
+    args = {"max_num_batched_tokens": BUDGET, "max_num_seqs": LARGEST.batch_size}
+    given = {
+        "model": Model(name=str(checkpoint), dtype=dtype),  # type: ignore[arg-type]
+        "workload": LARGEST,
+        "engine": EngineSettings(eager=eager, args=args),
+    }
+    return Trial(**given | changes)  # type: ignore[arg-type]
+
+
+def _engine(trial: Trial, folder: Path) -> VllmEngine:
+    return VllmEngine(trial, [LARGEST], Site(scratch=folder, device="cpu"))
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmEngine]:
+    built = _engine(_trial(checkpoint), tmp_path_factory.mktemp("scratch"))
+    yield built
+    built.close()
+
+
+@pytest.fixture(scope="module")
+def trace(engine: VllmEngine) -> Trace:
+    return engine.trace(MIXED, OUTPUT, routes=True)
+
+
+def _logits(checkpoint: Path, ids: Sequence[int], dtype: str = "float32") -> NDArray[np.float32]:
+    """Router logits by transformers, MoE layers × tokens × experts."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype)).eval()
+    with torch.no_grad():
+        told = model(torch.tensor([ids]), output_router_logits=True, use_cache=False)
+    rows = [one.float() for one in told.router_logits if one is not None]
+    return torch.stack(rows).numpy()
+
+
+def _chosen(logits: NDArray[np.float32], top_k: int) -> NDArray[np.int64]:
+    """The largest, as every one of these families takes them; sorted by number."""
+    return np.sort(np.argsort(-logits, axis=-1, kind="stable")[..., :top_k], axis=-1)
+
+
+def _tally(ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Layers × tokens × top-k to layers × experts."""
+    return np.stack([np.bincount(one.ravel(), minlength=EXPERTS) for one in ids])
+
+
+def _expected(checkpoint: Path, trace: Trace, top_k: int = 2) -> list[NDArray[np.int64]]:
+    """Per request, layers × tokens × top-k."""
+    rows = zip(MIXED, trace.tokens, strict=True)
+    return [_chosen(_logits(checkpoint, [*ids, *new[:-1]]), top_k) for ids, new in rows]
+
+
+def _check(trace: Trace, expected: list[NDArray[np.int64]]) -> None:
+    """Every pass against the expected choices of just the tokens that it held."""
+    done = [0] * len(MIXED)
+    for step in trace.steps:
+        prefill = np.zeros((len(trace.layers), EXPERTS), dtype=np.int64)
+        decode = np.zeros_like(prefill)
+        for place, new, context in zip(step.request, step.new, step.context, strict=True):
+            assert context == done[place], "a request's tokens come in order, each once"
+            counts = _tally(expected[place][:, context : context + new])
+            for token in range(context, context + new):
+                assert (token >= len(MIXED[place])) == (context >= len(MIXED[place]))
+            if context >= len(MIXED[place]):
+                decode += counts
+            else:
+                prefill += counts
+            done[place] += new
+        np.testing.assert_array_equal(step.prefill, prefill)
+        np.testing.assert_array_equal(step.decode, decode)
+    assert done == [len(ids) + OUTPUT - 1 for ids in MIXED]
+
+
+def test_every_pass_counts_what_transformers_routers_choose(
+    family: str, checkpoint: Path, trace: Trace
+) -> None:
+    assert trace.layers == MOE_LAYERS[family]
+    _check(trace, _expected(checkpoint, trace))
+
+
+def test_prompts_were_cut_and_mixed_with_decoding(trace: Trace) -> None:
+    """What the test above relies on for its meaning."""
+    assert max(step.new.sum() for step in trace.steps) <= BUDGET
+    assert any(0 < context < len(MIXED[0]) for step in trace.steps for context in step.context)
+    assert any(step.prefill.any() and step.decode.any() for step in trace.steps)
+    assert any(step.decoding.all() for step in trace.steps)
+    assert trace.prefill.sum() == sum(map(len, MIXED)) * len(trace.layers) * trace.top_k
+    assert trace.decode.sum() == len(MIXED) * (OUTPUT - 1) * len(trace.layers) * trace.top_k
+
+
+def test_counts_of_a_pass_are_its_tokens_times_top_k_in_every_layer(trace: Trace) -> None:
+    for step in trace.steps:
+        assert step.counts.shape == (len(trace.layers), EXPERTS)
+        assert set(step.prefill.sum(axis=1)) == {step.new[~step.decoding].sum() * trace.top_k}
+        assert set(step.decode.sum(axis=1)) == {step.new[step.decoding].sum() * trace.top_k}
+        most = np.minimum(EXPERTS, step.new.sum() * trace.top_k)
+        assert np.all((trace.top_k <= step.activated) & (step.activated <= most))
+        assert 0 < step.seconds < 60
+
+
+def test_routes_are_the_choices_behind_the_counts(checkpoint: Path, trace: Trace) -> None:
+    assert trace.routes is not None
+    for route, expected in zip(trace.routes, _expected(checkpoint, trace), strict=True):
+        assert route.dtype == np.int16
+        np.testing.assert_array_equal(np.sort(route, axis=-1).transpose(1, 0, 2), expected)
+    total = sum(_tally(route.transpose(1, 0, 2).astype(np.int64)) for route in trace.routes)
+    np.testing.assert_array_equal(total, trace.prefill + trace.decode)
+
+
+def _routers(engine: VllmEngine) -> list[Any]:
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+
+    worker = engine._llm.llm_engine.model_executor.driver_worker.worker
+    modules = worker.get_model().modules()
+    return [one.router for one in modules if isinstance(one, MoERunner)]
+
+
+def test_a_trace_is_what_generate_does_and_leaves_nothing_behind(
+    engine: VllmEngine, trace: Trace
+) -> None:
+    assert trace.routes is not None
+    worker = engine._llm.llm_engine.model_executor.driver_worker.worker
+    seen: list[bool] = []
+    step = engine._engine.step
+
+    def watched() -> Any:
+        seen.append(all(one.capture_fn is not None for one in _routers(engine)))
+        return step()
+
+    def bare() -> bool:
+        return (
+            all(one.capture_fn is None for one in _routers(engine))
+            and "execute_model" not in vars(worker.model_runner)
+            and worker.probe is None
+        )
+
+    engine._engine.step = watched
+    try:
+        again = engine.trace(MIXED, OUTPUT)
+        assert all(seen) and len(seen) == len(trace.steps)
+        assert bare()
+        seen.clear()
+        one = engine.generate(MIXED, OUTPUT, kind="timed", repeat=0)
+        assert not any(seen) and len(seen) == len(one.step_s) == len(trace.steps)
+    finally:
+        engine._engine.step = step
+    assert again.routes is None
+    assert again.tokens == trace.tokens
+    for left, right in zip(again.steps, trace.steps, strict=True):
+        np.testing.assert_array_equal(left.prefill, right.prefill)
+        np.testing.assert_array_equal(left.decode, right.decode)
+
+
+def test_a_layer_that_is_not_heard_ends_the_trace_and_not_the_engine(
+    engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    router = _routers(engine)[-1]
+    monkeypatch.setattr(router, "set_capture_fn", lambda function: None)
+    with pytest.raises(Crashed, match="1 of . MoE layers were not heard"):
+        engine.trace(MIXED, 2)
+    monkeypatch.undo()
+    assert all(one.capture_fn is None for one in _routers(engine))
+    assert engine.trace(MIXED, 2).decode.sum() > 0
+
+
+def test_it_follows_a_change_of_top_k(checkpoint: Path, engine: VllmEngine) -> None:
+    trial = _trial(checkpoint)
+    try:
+        assert engine.become(replace(trial, model=replace(trial.model, top_k=3)))
+        trace = engine.trace(MIXED, OUTPUT, routes=True)
+        assert trace.top_k == 3
+        assert trace.routes is not None and {one.shape[2] for one in trace.routes} == {3}
+        for step in trace.steps:
+            assert set(step.counts.sum(axis=1)) == {3 * step.new.sum()}
+    finally:
+        assert engine.become(trial)
