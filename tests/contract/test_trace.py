@@ -4,9 +4,10 @@ Both get the same tiny checkpoint with random weights of ordinary size and the s
 ids: the prompts, and what vLLM generated after them. In float32 the two implementations
 differ by about a millionth of a logit, far less than two experts ever lie apart here, so the
 choices are compared exactly. In bfloat16 a logit has 8 bits: experts tie, or lie so close
-that the order of additions decides, and a token that once chose another expert is another
-token to every later layer. There a difference is allowed where transformers' own logits lie
-within that rounding of each other, in the first layer at which the two part, and nowhere else.
+that the order of additions decides, and then the token is another one to the layers above,
+and so are those that attend to it. So a difference is allowed there where transformers' own
+logits are almost level, and where the request has parted in a lower layer; of the tokens and
+layers here 1 % differ.
 """
 
 from __future__ import annotations
@@ -128,12 +129,16 @@ def trace(engine: VllmEngine) -> Trace:
     return engine.trace(MIXED, OUTPUT, routes=True)
 
 
-def _logits(checkpoint: Path, ids: Sequence[int], dtype: str = "float32") -> NDArray[np.float32]:
+def _logits(
+    checkpoint: Path, ids: Sequence[int], *, dtype: str = "float32", top_k: int = 2
+) -> NDArray[np.float32]:
     """Router logits by transformers, MoE layers × tokens × experts."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype)).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        checkpoint, dtype=getattr(torch, dtype), num_experts_per_tok=top_k
+    ).eval()
     with torch.no_grad():
         told = model(torch.tensor([ids]), output_router_logits=True, use_cache=False)
     rows = [one.float() for one in told.router_logits if one is not None]
@@ -153,7 +158,9 @@ def _tally(ids: NDArray[np.int64]) -> NDArray[np.int64]:
 def _expected(checkpoint: Path, trace: Trace, top_k: int = 2) -> list[NDArray[np.int64]]:
     """Per request, layers × tokens × top-k."""
     rows = zip(MIXED, trace.tokens, strict=True)
-    return [_chosen(_logits(checkpoint, [*ids, *new[:-1]]), top_k) for ids, new in rows]
+    return [
+        _chosen(_logits(checkpoint, [*ids, *new[:-1]], top_k=top_k), top_k) for ids, new in rows
+    ]
 
 
 def _check(trace: Trace, expected: list[NDArray[np.int64]]) -> None:
@@ -165,8 +172,7 @@ def _check(trace: Trace, expected: list[NDArray[np.int64]]) -> None:
         for place, new, context in zip(step.request, step.new, step.context, strict=True):
             assert context == done[place], "a request's tokens come in order, each once"
             counts = _tally(expected[place][:, context : context + new])
-            for token in range(context, context + new):
-                assert (token >= len(MIXED[place])) == (context >= len(MIXED[place]))
+            assert context >= len(MIXED[place]) or context + new <= len(MIXED[place])
             if context >= len(MIXED[place]):
                 decode += counts
             else:
@@ -262,7 +268,7 @@ def test_a_layer_that_is_not_heard_ends_the_trace_and_not_the_engine(
 ) -> None:
     router = _routers(engine)[-1]
     monkeypatch.setattr(router, "set_capture_fn", lambda function: None)
-    with pytest.raises(Crashed, match="1 of . MoE layers were not heard"):
+    with pytest.raises(Crashed, match=r"1 of \d MoE layers were not heard"):
         engine.trace(MIXED, 2)
     monkeypatch.undo()
     assert all(one.capture_fn is None for one in _routers(engine))
@@ -276,7 +282,86 @@ def test_it_follows_a_change_of_top_k(checkpoint: Path, engine: VllmEngine) -> N
         trace = engine.trace(MIXED, OUTPUT, routes=True)
         assert trace.top_k == 3
         assert trace.routes is not None and {one.shape[2] for one in trace.routes} == {3}
-        for step in trace.steps:
-            assert set(step.counts.sum(axis=1)) == {3 * step.new.sum()}
+        _check(trace, _expected(checkpoint, trace, top_k=3))
     finally:
         assert engine.become(trial)
+
+
+def test_drafts_are_refused_before_anything_runs(
+    engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = engine._engine.vllm_config
+    monkeypatch.setattr(config, "speculative_config", object())
+    with pytest.raises(Unsupported, match="drafts"):
+        engine.trace(MIXED, OUTPUT)
+
+
+LEVEL = 8 * 2**-8
+"""Two logits nearer than this share of the largest may change places in bfloat16: eight of
+the last bit, where up to 3.5 were seen."""
+
+
+def test_in_bfloat16_only_experts_that_are_almost_level_change_places(
+    checkpoint: Path, engine: VllmEngine, tmp_path: Path
+) -> None:
+    engine.close()  # the last test that needs it
+    other = _engine(_trial(checkpoint, dtype="bfloat16"), tmp_path)
+    try:
+        trace = other.trace(MIXED, OUTPUT, routes=True)
+    finally:
+        other.close()
+    assert trace.routes is not None
+    differ, choices = 0, 0
+    for ids, new, route in zip(MIXED, trace.tokens, trace.routes, strict=True):
+        logits = _logits(checkpoint, [*ids, *new[:-1]], dtype="bfloat16")
+        took = np.sort(route.transpose(1, 0, 2).astype(np.int64), axis=-1)
+        parts = (took != _chosen(logits, 2)).any(axis=-1)
+        for layer, token in zip(*np.nonzero(parts), strict=True):
+            one = logits[layer, token]
+            behind = np.sort(one)[-2] - one[took[layer, token]].min()
+            assert behind <= LEVEL * np.abs(one).max() or parts[:layer, : token + 1].any()
+        differ += int(parts.sum())
+        choices += parts.size
+    assert differ <= 0.03 * choices
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layout", [Layout(tensor=2), Layout(pipeline=2)], ids=["tensor", "pipeline"]
+)
+def test_two_ranks_count_every_token_once(checkpoint: Path, layout: Layout, tmp_path: Path) -> None:
+    engine = _engine(_trial(checkpoint, layout=layout), tmp_path)
+    try:
+        trace = engine.trace(MIXED, OUTPUT, routes=True)
+        after = engine.generate(MIXED, OUTPUT, kind="timed", repeat=0)
+    finally:
+        engine.close()
+    assert len(after.token_s) == len(MIXED)
+    expected = _expected(checkpoint, trace)
+    _check(trace, expected)
+    assert trace.routes is not None
+    for route, choices in zip(trace.routes, expected, strict=True):
+        np.testing.assert_array_equal(np.sort(route, axis=-1).transpose(1, 0, 2), choices)
+
+
+@pytest.mark.slow
+def test_compiled_code_that_holds_its_routers_is_passed_by(tmp_path: Path) -> None:
+    checkpoint = _checkpoint("mixtral", tmp_path / "mixtral")
+    engine = _engine(_trial(checkpoint, eager=False), tmp_path)
+    try:
+        worker = engine._llm.llm_engine.model_executor.driver_worker.worker
+        compiled = worker.get_model().model
+        assert compiled.do_not_compile is False
+        trace = engine.trace(MIXED, OUTPUT)
+        assert compiled.do_not_compile is False
+    finally:
+        engine.close()
+    _check(trace, _expected(checkpoint, trace))
+
+
+def test_the_roofline_has_no_routing_to_trace(tmp_path: Path) -> None:
+    model = Model(name="mixtral-8x7b", weights="dummy", scale=0.0625, num_layers=2)
+    trial = Trial(model=model, workload=LARGEST, engine=EngineSettings(kind="roofline"))
+    engine = RooflineEngine(trial, [LARGEST], Site(scratch=tmp_path, device="cpu"))
+    with pytest.raises(Unsupported, match="routes no tokens"):
+        engine.trace(MIXED, OUTPUT)
