@@ -5,9 +5,9 @@ ids: the prompts, and what vLLM generated after them. In float32 the two impleme
 differ by about a millionth of a logit, far less than two experts ever lie apart here, so the
 choices are compared exactly. In bfloat16 a logit has 8 bits: experts tie, or lie so close
 that the order of additions decides, and then the token is another one to the layers above,
-and so are those that attend to it. So a difference is allowed there where transformers' own
-logits are almost level, and where the request has parted in a lower layer; of the tokens and
-layers here 1 % differ.
+and so are those that attend to it. So a difference is allowed there between experts that are
+level within what bfloat16 costs transformers itself, and where the request has parted in a
+lower layer; of the tokens and layers here about 1 % differ.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from workers.contract.trial import Trial
 from workers.contract.workload import Workload
 from workers.engines.base import Site
 from workers.engines.roofline_engine import RooflineEngine
-from workers.engines.vllm_engine import VllmEngine
+from workers.engines.vllm_engine import VllmEngine, _Done, _trace
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(240)]
 
@@ -296,11 +296,6 @@ def test_drafts_are_refused_before_anything_runs(
         engine.trace(MIXED, OUTPUT)
 
 
-LEVEL = 8 * 2**-8
-"""Two logits nearer than this share of the largest may change places in bfloat16: eight of
-the last bit, where up to 3.5 were seen."""
-
-
 def test_in_bfloat16_only_experts_that_are_almost_level_change_places(
     checkpoint: Path, engine: VllmEngine, tmp_path: Path
 ) -> None:
@@ -313,24 +308,24 @@ def test_in_bfloat16_only_experts_that_are_almost_level_change_places(
     assert trace.routes is not None
     differ, choices = 0, 0
     for ids, new, route in zip(MIXED, trace.tokens, trace.routes, strict=True):
-        logits = _logits(checkpoint, [*ids, *new[:-1]], dtype="bfloat16")
+        told = [*ids, *new[:-1]]
+        logits = _logits(checkpoint, told, dtype="bfloat16")
+        error = np.abs(logits - _logits(checkpoint, told))
+        level = 4 * np.median(error, axis=(1, 2)) / 0.6745  # of a normal error, 4 deviations
         took = np.sort(route.transpose(1, 0, 2).astype(np.int64), axis=-1)
         parts = (took != _chosen(logits, 2)).any(axis=-1)
         for layer, token in zip(*np.nonzero(parts), strict=True):
             one = logits[layer, token]
             behind = np.sort(one)[-2] - one[took[layer, token]].min()
-            assert behind <= LEVEL * np.abs(one).max() or parts[:layer, : token + 1].any()
+            assert behind <= level[layer] or parts[:layer, : token + 1].any()
         differ += int(parts.sum())
         choices += parts.size
     assert differ <= 0.03 * choices
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "layout", [Layout(tensor=2), Layout(pipeline=2)], ids=["tensor", "pipeline"]
-)
-def test_two_ranks_count_every_token_once(checkpoint: Path, layout: Layout, tmp_path: Path) -> None:
-    engine = _engine(_trial(checkpoint, layout=layout), tmp_path)
+def test_two_tensor_ranks_count_every_token_once(checkpoint: Path, tmp_path: Path) -> None:
+    engine = _engine(_trial(checkpoint, layout=Layout(tensor=2)), tmp_path)
     try:
         trace = engine.trace(MIXED, OUTPUT, routes=True)
         after = engine.generate(MIXED, OUTPUT, kind="timed", repeat=0)
@@ -357,6 +352,49 @@ def test_compiled_code_that_holds_its_routers_is_passed_by(tmp_path: Path) -> No
     finally:
         engine.close()
     _check(trace, _expected(checkpoint, trace))
+
+
+def test_two_stages_are_put_together_by_their_layers() -> None:
+    """On a CPU vLLM's own pipeline dies in its first pass, probe or none, so by hand."""
+    from workers.engines.vllm_probe import Account, Seen
+
+    rng = np.random.default_rng(0)
+
+    def stage(layers: tuple[int, ...], seconds: float) -> Account:
+        routes = rng.integers(0, EXPERTS, (4, len(layers), 2)).astype(np.int16)
+        one = Seen(
+            requests=("8-aa", "7-bb"),
+            new=np.array([1, 3]),
+            context=np.array([5, 0]),
+            decoding=np.array([True, False]),
+            prefill=_tally(routes[1:].transpose(1, 0, 2).astype(np.int64)),
+            decode=_tally(routes[:1].transpose(1, 0, 2).astype(np.int64)),
+            routes=routes,
+            seconds=seconds,
+        )
+        return Account(layers=layers, steps=(one,), failure=None)
+
+    late, early = stage((4,), 0.5), stage((1, 2), 0.25)
+    done = _Done(
+        started_at=0.0, places={"7": 0, "8": 1}, stamps=[[], []], tokens=[[1], [2, 3]], steps=[]
+    )
+    trace = _trace([late, None, early], done, top_k=2, lengths=[3, 6])
+    assert (trace.layers, trace.tokens) == ((1, 2, 4), ((1,), (2, 3)))
+    (step,) = trace.steps
+    assert step.request.tolist() == [1, 0]
+    assert step.seconds == 0.5
+    np.testing.assert_array_equal(step.prefill[:2], early.steps[0].prefill)
+    np.testing.assert_array_equal(step.decode[2:], late.steps[0].decode)
+    assert trace.routes is not None
+    first, second = trace.routes
+    assert early.steps[0].routes is not None and late.steps[0].routes is not None
+    np.testing.assert_array_equal(first[:, :2], early.steps[0].routes[1:])
+    np.testing.assert_array_equal(second[5, 2:], late.steps[0].routes[0])
+    assert (second[:5] == -1).all()
+    with pytest.raises(Crashed, match="passes"):
+        _trace([late, replace(early, steps=())], done, top_k=2, lengths=None)
+    with pytest.raises(Crashed, match="silence"):
+        _trace([late, replace(early, failure="silence")], done, top_k=2, lengths=None)
 
 
 def test_the_roofline_has_no_routing_to_trace(tmp_path: Path) -> None:
