@@ -5,8 +5,7 @@
 One engine, the same prompts twice, once bare and once with the probe in place, in turns of
 alternating order; so each pair differs by the probe and by what the machine did meanwhile.
 Printed are the medians, and of the paired ratios the median with the 95 % interval of a
-bootstrap over pairs. The bare pass comes after a probe has been taken out as often as not,
-so a probe that left something behind would show in the ratio of bare passes by order.
+bootstrap over pairs.
 """
 
 from __future__ import annotations
