@@ -237,7 +237,11 @@ class VllmEngine:
             done = self._send(prompts, output_tokens, temperature)
             accounts = self._llm.collective_rpc("read_probe")
             lengths = [len(ids) + output_tokens - 1 for ids in prompts]
-            return _trace(accounts, done, runs.top_k, lengths if routes else None)
+            trace = _trace(accounts, done, runs.top_k, lengths if routes else None)
+            where = tuple(i for i, layer in enumerate(runs.layers) if layer.experts)
+            if trace.layers != where:  # a layer of a kind of its own would go unseen
+                raise Unsupported(f"vLLM routes in layers {trace.layers}, not in {where}")
+            return trace
         except TrialError:
             raise
         except Exception as error:
