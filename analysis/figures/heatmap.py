@@ -115,10 +115,12 @@ def _phase(phase: str, cells: pl.DataFrame) -> str:
     tokens = used.group_by("layer").agg(pl.col("tokens").sum()).get_column("tokens").max()
     assert isinstance(tokens, int)
     facts = [
-        f"expert {top['expert']} of layer {top['layer']} takes {top['share']:.1%} of tokens, "
-        f"{top['times_even']:.1f} times its even share",
-        f"{hot} of {len(used)} experts take at least {_HOT:g} times it",
-        f"{unused} none",
+        f"expert {top['expert']} of layer {top['layer']} takes {100 * top['share']:.1f} % of "
+        f"tokens, {top['times_even']:.1f} times its even share",
+        f"{hot:,} of {len(used):,} take at least {_HOT:g} times it"
+        if hot
+        else f"none takes {_HOT:g} times it",
+        f"{unused:,} never ran" if unused else "all ran",
     ]
     return f"in {phase} ({tokens // top['top_k']:,} tokens) {enumeration(facts)}"
 

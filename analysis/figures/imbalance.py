@@ -164,7 +164,7 @@ def prepare_cost(records: pl.LazyFrame, activations: pl.LazyFrame) -> pl.DataFra
     shown = ["series", "routing", "phase", "layers", *figures, "ranks", *ends]
     conditions = [name for name in (*CONDITIONS, *OPTIONAL) if name not in shown]
     return one.select(*shown, *conditions, "devices_label", "memory_limit_gib", "trial_id").sort(
-        "series", "max_over_mean"
+        "batch_size", "series", "max_over_mean"
     )
 
 
@@ -208,7 +208,7 @@ def insight_cost(frame: pl.DataFrame) -> str:
         apart = _apart(first, last)
         sentences.append(
             f"{name}, from {words}, to {_routing(last)} ({last['max_over_mean']:.2f} times): "
-            f"{last['throughput_tok_s']:,.0f}, {change:+.1%}{apart}."
+            f"{last['throughput_tok_s']:,.0f}, {100 * change:+.1f} %{apart}."
         )
     phases = frame.get_column("phase").unique().sort().to_list()
     sentences.append(f"Imbalance is the mean over MoE layers, counted in {enumeration(phases)}.")
@@ -222,7 +222,7 @@ def _apart(first: dict[str, Any], last: dict[str, Any]) -> str:
         return ""
     low, high, other_low, other_high = ends
     apart = other_high < low or other_low > high
-    return f", {'more' if apart else 'not more'} than the confidence intervals"
+    return f", {'more' if apart else 'no more'} than the confidence intervals"
 
 
 def _chart_cost(frame: pl.DataFrame) -> alt.TopLevelMixin:
@@ -250,7 +250,7 @@ def _chart_cost(frame: pl.DataFrame) -> alt.TopLevelMixin:
         ),
         y=Axis(
             title=f"{'Predicted throughput' if predicted else 'Throughput'} (tokens/s)",
-            form=",~g",
+            form=",~f",
         ),
     )
 

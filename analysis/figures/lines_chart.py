@@ -122,7 +122,8 @@ def _panel(
     ]
     if "label" in frame.columns:
         layers.append(
-            base.mark_text(align="left", dx=7, dy=-7, color=INK, fontSize=11.5, tooltip=None)
+            # Slanted, so that names of neighbouring points pass each other.
+            base.mark_text(align="left", angle=325, dx=7, dy=-4, fontSize=11, tooltip=None)
             .encode(text="label:N", color=alt.value(INK))
             .transform_filter("isValid(datum.label)")
         )
@@ -139,7 +140,8 @@ def _x(frame: pl.DataFrame, axis: Axis) -> alt.X:
         )
         return alt.X("x:Q", title=axis.title, scale=scale, axis=_ticks(values, grid=False))
     low = values[0] if axis.low is None else min(values[0], axis.low)
-    margin = 0.06 * max(values[-1] - low, abs(values[-1]), 1e-9)
+    share = 0.16 if "label" in frame.columns else 0.06  # room for the names
+    margin = share * max(values[-1] - low, abs(values[-1]) / 4, 1e-9)
     start = low - margin if axis.low is None or axis.whole else low
     scale = alt.Scale(domain=[start, values[-1] + margin], nice=False, zero=False)
     if axis.whole:
@@ -155,6 +157,7 @@ def _ticks(values: list[float], *, grid: bool) -> alt.Axis:
 def _y(rows: pl.DataFrame, axis: Axis, name: str | None) -> alt.Y:
     values = rows.get_column("y").drop_nulls().to_list() or [1.0]
     high = max([*values, *([axis.top] if axis.top is not None else [])])
+    high *= 1.15 if "label" in rows.columns else 1  # room for the names
     low = min(values) if axis.low is None else min(axis.low, *values)
     room = 0.06 * (high - low or abs(high) or 1.0)
     ends = [low if axis.low is not None else low - room, high + room]

@@ -16,6 +16,7 @@ import polars as pl
 from analysis.conditions import CONDITIONS, constant, refuse_mixed, refuse_repeated
 from analysis.errors import SelectionError
 from analysis.figures.figure import Pivot, RecordsFigure
+from analysis.insights import percent
 from analysis.keys import enumeration
 from analysis.traces import OPTIONAL, VARIED, series, under_title, with_optional
 
@@ -95,18 +96,17 @@ def insight(frame: pl.DataFrame) -> str:
         ends = one.rows(named=True)
         ends = [ends[0], ends[-1]] if len(ends) > 1 else ends
         words = [
-            f"{row['s_mbu']:.1%} by S-MBU and {row['mbu']:.1%} by MBU at batch "
-            f"{row['batch_size']}, which counts {_more(row['overstated'])}"
+            f"{100 * row['s_mbu']:.1f} % of the peak by S-MBU and {100 * row['mbu']:.1f} % by MBU, "
+            f"{_more(row['overstated'])}, at batch {row['batch_size']}"
             for row in ends
         ]
-        sentences.append(f"{name} reads {enumeration(words)}.")
-    above = frame.filter(pl.col("mbu") > 1)
-    if len(above):
-        batches = above.get_column("batch_size").unique().sort().to_list()
-        sentences.append(
-            f"MBU exceeds the peak at batch {enumeration([str(one) for one in batches])}: "
-            "more than the device can deliver."
-        )
+        sentences.append(f"{name} reaches {'; '.join(words)}.")
+        above = one.filter(pl.col("mbu") > 1).get_column("batch_size").to_list()
+        if above:
+            sentences.append(
+                f"Its MBU at batch {enumeration([str(batch) for batch in above])} is more than the "
+                "device can deliver."
+            )
     sentences.append(f"{enumeration(_behind(frame))}.")
     return " ".join(sentences)
 
@@ -114,7 +114,7 @@ def insight(frame: pl.DataFrame) -> str:
 def _more(overstated: float) -> str:
     if abs(overstated) < 0.005:
         return "the same"
-    return f"{abs(overstated):.0%} {'more' if overstated > 0 else 'less'}"
+    return f"{percent(overstated)} {'more' if overstated > 0 else 'less'}"
 
 
 def _behind(frame: pl.DataFrame) -> list[str]:

@@ -115,14 +115,14 @@ def insight(frame: pl.DataFrame) -> str:
     for (name,), one in frame.group_by("series", maintain_order=True):
         gap = one.with_columns(gap=pl.col("share_uniform") - pl.col("share"))
         first, widest = one.row(0, named=True), gap.sort("gap").row(-1, named=True)
-        words = f"{name} activates {first['share']:.1%} of its parameters at batch "
+        words = f"{name} activates {100 * first['share']:.1f} % of its parameters at batch "
         words += f"{first['batch_size']}"
         if len(one) > 1:
             last = one.row(-1, named=True)
-            words += f" and {last['share']:.1%} at batch {last['batch_size']}"
+            words += f" and {100 * last['share']:.1f} % at batch {last['batch_size']}"
         words += (
             f"; furthest below uniform routing it is at batch {widest['batch_size']} "
-            f"({widest['share']:.1%} against {widest['share_uniform']:.1%})."
+            f"({100 * widest['share']:.1f} % against {100 * widest['share_uniform']:.1f} %)."
             if widest["gap"] > 0
             else "; nowhere below uniform routing."
         )
