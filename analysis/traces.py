@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import polars as pl
 
-from analysis.conditions import constant, refuse_mixed, refuse_repeated
+from analysis.conditions import CONDITIONS, constant, refuse_mixed, refuse_repeated
 from analysis.errors import SelectionError
 from analysis.subtitle import subtitle
 from workers.moe.balance import MEASURES, balance, rank_loads
@@ -50,6 +50,9 @@ VARIED: tuple[str, ...] = (*_WORDS, *_FOLLOWS)
 
 OPTIONAL: dict[str, pl.DataType] = {"dataset": pl.String(), "routing": pl.String()}
 """Columns that records of older versions do not have."""
+
+SHOWN: tuple[str, ...] = tuple(dict.fromkeys((*CONDITIONS, *OPTIONAL)))
+"""Conditions that a prepared frame keeps."""
 
 
 def series(frame: pl.DataFrame, *, without: Sequence[str] = ()) -> pl.Expr:

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 
-from analysis.conditions import CONDITIONS
 from analysis.figures.figure import Pivot, TracedFigure
 from analysis.keys import enumeration
-from analysis.traces import OPTIONAL, PHASES, counts, shares
+from analysis.traces import PHASES, SHOWN, counts, shares
 
 if TYPE_CHECKING:
     import altair as alt
@@ -35,7 +34,6 @@ def prepare(records: pl.LazyFrame, activations: pl.LazyFrame) -> pl.DataFrame:
         SelectionError: see `analysis.traces.counts`.
     """
     frame = shares(counts(records, activations))
-    conditions = [*CONDITIONS, *OPTIONAL]
     return frame.select(
         "series",
         "phase",
@@ -44,7 +42,7 @@ def prepare(records: pl.LazyFrame, activations: pl.LazyFrame) -> pl.DataFrame:
         "tokens",
         "share",
         "times_even",
-        *conditions,
+        *SHOWN,
         "devices_label",
         "memory_limit_gib",
         "trial_id",

@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
-from analysis.conditions import CONDITIONS
 from analysis.errors import SelectionError
 from analysis.figures.figure import Pivot, TracedFigure
 from analysis.keys import enumeration
-from analysis.traces import OPTIONAL, PHASES, balances, counts, series, under_title
+from analysis.traces import PHASES, SHOWN, balances, counts, series, under_title
 from workers.moe.balance import MEASURES
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ def prepare(records: pl.LazyFrame, activations: pl.LazyFrame) -> pl.DataFrame:
 def _chosen(frame: pl.DataFrame, *more: str) -> pl.DataFrame:
     figures = ("tokens", *MEASURES, "ranks", "rank_max_over_mean")
     shown = ["series", "phase", "layer", *figures, *more]
-    conditions = [one for one in (*CONDITIONS, *OPTIONAL) if one not in shown]
+    conditions = [one for one in SHOWN if one not in shown]
     return frame.select(*shown, *conditions, "devices_label", "memory_limit_gib", "trial_id")
 
 
@@ -162,7 +161,7 @@ def prepare_cost(records: pl.LazyFrame, activations: pl.LazyFrame) -> pl.DataFra
     )
     ends = [f"throughput_tok_s{end}" for end in ("", "_ci_low", "_ci_high")]
     shown = ["series", "routing", "phase", "layers", *figures, "ranks", *ends]
-    conditions = [name for name in (*CONDITIONS, *OPTIONAL) if name not in shown]
+    conditions = [one for one in SHOWN if one not in shown]
     return one.select(*shown, *conditions, "devices_label", "memory_limit_gib", "trial_id").sort(
         "batch_size", "series", "max_over_mean"
     )

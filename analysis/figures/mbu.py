@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 
-from analysis.conditions import CONDITIONS, constant, refuse_mixed, refuse_repeated
+from analysis.conditions import constant, refuse_mixed, refuse_repeated
 from analysis.errors import SelectionError
 from analysis.figures.figure import Pivot, RecordsFigure
 from analysis.insights import percent
 from analysis.keys import enumeration
-from analysis.traces import OPTIONAL, VARIED, series, under_title, with_optional
+from analysis.traces import SHOWN, VARIED, series, under_title, with_optional
 
 if TYPE_CHECKING:
     import altair as alt
@@ -58,7 +58,7 @@ def prepare(records: pl.LazyFrame) -> pl.DataFrame:
         "memory_limit_gib",
         "trial_id",
     ]
-    conditions = [one for one in (*CONDITIONS, *OPTIONAL) if one != "batch_size"]
+    conditions = [one for one in SHOWN if one != "batch_size"]
     overstated = pl.col("mbu") / pl.col("s_mbu") - 1
     return (
         frame.with_columns(series=series(frame))

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 import polars as pl
 
-from analysis.conditions import CONDITIONS, refuse_mixed, refuse_repeated
+from analysis.conditions import refuse_mixed, refuse_repeated
 from analysis.errors import SelectionError
 from analysis.figures.figure import Pivot, RecordsFigure
 from analysis.keys import enumeration
-from analysis.traces import OPTIONAL, VARIED, series, under_title, with_optional
+from analysis.traces import SHOWN, VARIED, series, under_title, with_optional
 from workers.moe.accounting import distinct_experts
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def prepare(records: pl.LazyFrame) -> pl.DataFrame:
         unused = (pl.col("num_experts") - pl.col(experts)) * each
         return 1 - unused / pl.col("params_total")
 
-    conditions = [one for one in (*CONDITIONS, *OPTIONAL) if one != "batch_size"]
+    conditions = [one for one in SHOWN if one != "batch_size"]
     return (
         frame.with_columns(
             series=series(frame),

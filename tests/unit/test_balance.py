@@ -7,7 +7,7 @@ from random import Random
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workers.moe.balance import MEASURES, balance, dense_counts, expert_ranks, rank_loads
@@ -21,6 +21,7 @@ def figures(counts: list[int]) -> list[float]:
     return [float(getattr(found, name)) for name in MEASURES]
 
 
+@settings(deadline=None)
 @given(SOME)
 def test_every_figure_stays_within_its_bounds(counts: list[int]) -> None:
     e = len(counts)
@@ -32,6 +33,7 @@ def test_every_figure_stays_within_its_bounds(counts: list[int]) -> None:
     assert -near <= gini <= (e - 1) / e + near
 
 
+@settings(deadline=None)
 @given(st.integers(1, 300), st.integers(1, 10**9))
 def test_even_and_all_in_one_are_the_ends(experts: int, tokens: int) -> None:
     assert figures([tokens] * experts) == pytest.approx([1, 0, 1, 0], abs=1e-9)
@@ -40,6 +42,7 @@ def test_even_and_all_in_one_are_the_ends(experts: int, tokens: int) -> None:
     assert figures(alone) == pytest.approx(ends, abs=1e-9)
 
 
+@settings(deadline=None)
 @given(SOME, st.integers(1, 1000), st.randoms(use_true_random=False))
 def test_order_and_length_of_the_trace_do_not_matter(
     counts: list[int], factor: int, random: Random
@@ -51,6 +54,7 @@ def test_order_and_length_of_the_trace_do_not_matter(
     assert figures([factor * count for count in counts]) == want
 
 
+@settings(deadline=None)
 @given(SOME)
 def test_gini_is_the_mean_difference_of_all_pairs(counts: list[int]) -> None:
     pairs = sum(abs(one - other) for one in counts for other in counts)
@@ -87,6 +91,7 @@ def test_experts_are_dealt_as_vllm_deals_them() -> None:
         expert_ranks(4, 2, "snake")  # type: ignore[arg-type]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 64), st.integers(1, 16), st.sampled_from(["linear", "round_robin"]))
 def test_ranks_hold_every_expert_once_and_differ_by_one_at_most(
     experts: int, ranks: int, placement: str

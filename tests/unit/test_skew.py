@@ -7,7 +7,7 @@ from math import comb
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from workers.moe.accounting import distinct_experts
@@ -66,6 +66,7 @@ def test_probabilities_are_what_they_are_called() -> None:
         Skew(kind="uniform", exponent=1)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.floats(1e-4, 1), min_size=2, max_size=6),
     st.integers(1, 6),
@@ -88,6 +89,7 @@ def test_chances_add_up_and_fall_with_the_rank(experts: int, top_k: int, exponen
     assert found.chances.max() <= 1
 
 
+@settings(deadline=None)
 @given(st.integers(1, 80), st.integers(1, 10), st.integers(0, 200))
 def test_uniform_is_the_closed_form(e: int, k: int, n: int) -> None:
     k = min(e, k)
@@ -108,6 +110,7 @@ def test_the_curve_is_that_of_a_simulation(skew: Skew, top_k: int) -> None:
         assert abs(np.mean(counts) - expected) <= 4 * error + 1e-6
 
 
+@settings(deadline=None)
 @given(st.floats(0, 3), st.integers(1, 8))
 def test_skew_touches_no_more_than_uniform_and_no_less_than_one_token(a: float, k: int) -> None:
     sizes = [1, 2, 8, 64, 512]
