@@ -5,11 +5,14 @@ bound for models that nobody ran here. This one has both for trials that were pr
 follows from the record alone: what is not a routed expert is always used, so with d of E
 experts per layer it is (always + d·expert)/total, and total and active parameters give both
 parts. All parameters count, embedding and head included.
+
+Where the sweep chose the routing (zipf:A, all-to-one), its expectation is known too
+(`workers.moe.skew`) and stands beside the trace: it says whether the engine routed as asked.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
@@ -19,20 +22,22 @@ from analysis.figures.figure import Pivot, RecordsFigure
 from analysis.keys import enumeration
 from analysis.traces import SHOWN, VARIED, series, under_title, with_optional
 from workers.moe.accounting import distinct_experts
+from workers.moe.skew import curve, parse
 
 if TYPE_CHECKING:
     import altair as alt
 
 _TITLE = "Parameters that a decode pass activates, as traced"
-_TRACED, _UNIFORM = "traced", "uniform bound"
+_TRACED, _UNIFORM, _ASKED = "traced", "uniform bound", "expected of its routing"
 
 
 def prepare(records: pl.LazyFrame) -> pl.DataFrame:
     """A row per series and batch.
 
     `experts` (distinct per MoE layer and decode pass, as traced), `experts_uniform` (the
-    expectation of that batch), `share` and `share_uniform` (of all parameters, 0 to 1), and the
-    conditions.
+    expectation of that batch), `experts_asked` (the expectation of the routing that the sweep
+    chose; null for the model's own), `share`, `share_uniform` and `share_asked` (of all
+    parameters, 0 to 1), and the conditions.
 
     Raises:
         SelectionError: no record was traced, conditions differ, or several share a point.
@@ -65,15 +70,24 @@ def prepare(records: pl.LazyFrame) -> pl.DataFrame:
             series=series(frame),
             experts=pl.col("activated_experts_decode"),
             experts_uniform=uniform,
+            experts_asked=pl.Series(
+                [_asked(row) for row in frame.iter_rows(named=True)], dtype=pl.Float64
+            ),
         )
-        .with_columns(share=share("experts"), share_uniform=share("experts_uniform"))
+        .with_columns(
+            share=share("experts"),
+            share_uniform=share("experts_uniform"),
+            share_asked=share("experts_asked"),
+        )
         .select(
             "series",
             "batch_size",
             "experts",
             "experts_uniform",
+            "experts_asked",
             "share",
             "share_uniform",
+            "share_asked",
             "params_total",
             "params_active",
             *conditions,
@@ -83,6 +97,17 @@ def prepare(records: pl.LazyFrame) -> pl.DataFrame:
         )
         .sort("series", "batch_size")
     )
+
+
+def _asked(row: dict[str, Any]) -> float | None:
+    """Experts of a batch by the law that the sweep chose; null where it chose none we know."""
+    if row["routing"] is None:
+        return None
+    try:
+        skew = parse(row["routing"])
+    except ValueError:
+        return None
+    return float(curve(skew, row["num_experts"], row["top_k"], row["batch_size"]))
 
 
 def pivots(frame: pl.DataFrame) -> list[Pivot]:
@@ -96,7 +121,9 @@ def pivots(frame: pl.DataFrame) -> list[Pivot]:
                 ("share_uniform", "share, uniform bound", "{:.2%}"),
                 ("experts", "experts per layer, traced", "{:.2f}"),
                 ("experts_uniform", "experts per layer, uniform", "{:.2f}"),
+                ("experts_asked", "experts per layer, of its routing", "{:.2f}"),
             )
+            if one.get_column(column).count()
         ]
         tables.append(
             Pivot(
@@ -127,6 +154,14 @@ def insight(frame: pl.DataFrame) -> str:
             else "; nowhere below uniform routing."
         )
         sentences.append(words)
+    asked = frame.drop_nulls("experts_asked")
+    if len(asked):
+        off = (pl.col("experts") / pl.col("experts_asked") - 1).abs()
+        far = asked.with_columns(off=off).sort("off").row(-1, named=True)
+        sentences.append(
+            f"Routing that the sweep chose activates what its law expects, to within "
+            f"{100 * far['off']:.1f} % ({far['series']}, batch {far['batch_size']})."
+        )
     above = frame.filter(pl.col("experts") > pl.col("experts_uniform") * 1.001)
     if len(above):
         places = [
@@ -144,8 +179,18 @@ def _chart(frame: pl.DataFrame) -> alt.TopLevelMixin:
     from analysis.figures.lines_chart import Axis, draw  # altair is slow to import
 
     long = (
-        frame.select(line="series", x="batch_size", **{_TRACED: "share", _UNIFORM: "share_uniform"})
-        .unpivot([_TRACED, _UNIFORM], index=["line", "x"], variable_name="dash", value_name="y")
+        frame.select(
+            line="series",
+            x="batch_size",
+            **{_TRACED: "share", _UNIFORM: "share_uniform", _ASKED: "share_asked"},
+        )
+        .unpivot(
+            [_TRACED, _UNIFORM, _ASKED],
+            index=["line", "x"],
+            variable_name="dash",
+            value_name="y",
+        )
+        .drop_nulls("y")
         .with_columns(panel=pl.lit(""))
     )
     return draw(

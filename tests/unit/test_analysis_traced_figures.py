@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -20,8 +20,9 @@ from analysis.figures.registry import find
 from analysis.figures.write import write as write_figure
 from analysis.traces import balances, counts, shares
 from tests.unit.test_analysis_dataset import failure, record, write
+from workers.contract.record import RECORDS, rows
 from workers.moe.accounting import distinct_experts
-from workers.moe.skew import draw, parse
+from workers.moe.skew import curve, draw, parse
 
 TRACED = ("activation-heatmap", "imbalance", "routing-cost")
 EXPERTS, TOP_K, LAYERS, TOKENS = 8, 2, (1, 2, 3), 400
@@ -233,19 +234,21 @@ def test_what_imbalance_costs(tmp_path: Path) -> None:
 
 
 def write_with_routing(folder: Path, values: dict[str, float]) -> None:
-    """Records with a `routing` column, as a later version of the schema may have it."""
-    from workers.contract.record import RECORDS, rows
+    """A record per routing with its throughput, and what its probe counted."""
+    points = [record(name, throughput_tok_s=value) for name, value in values.items()]
+    with_routing(folder, points, [*values])
+    counted = [row for name in values for row in probed(name, routed(name))]
+    write(folder, counted, table="activations")
 
-    routings = list(values)
-    batch = rows(RECORDS, [record(name, throughput_tok_s=values[name]) for name in routings])
-    frame = pl.DataFrame(pl.from_arrow(batch))
-    if "routing" in frame.columns:
-        frame = frame.drop("routing")
+
+def with_routing(
+    folder: Path, points: list[dict[str, Any]], routings: Sequence[str | None]
+) -> None:
+    """Records with a `routing` column, which older versions of the schema do not have."""
+    frame = pl.DataFrame(pl.from_arrow(rows(RECORDS, points)))
     (folder / "records").mkdir()
     frame = frame.with_columns(routing=pl.Series(routings, dtype=pl.String))
     frame.write_ipc(folder / "records" / "0.arrow")
-    counted = [row for name in routings for row in probed(name, routed(name))]
-    write(folder, counted, table="activations")
 
 
 def test_one_routing_is_no_comparison(tmp_path: Path) -> None:
@@ -267,6 +270,31 @@ def test_the_traced_share_lies_beside_its_bound(dataset: Path) -> None:
     assert sentence.startswith("even-moe activates 22.5 % of its parameters at batch 1 and ")
     assert "furthest below uniform routing" in sentence
     assert figure.pivots(frame)[0].rows[3][1] == "2.00"
+
+
+def test_a_routing_that_was_asked_for_has_its_own_expectation(tmp_path: Path) -> None:
+    skew = parse("zipf:1.5")
+    told = {"activation_source": "traced", "params_total": 4000, "params_active": 1000}
+    points = []
+    for batch in (2, 8):
+        expected = float(curve(skew, EXPERTS, TOP_K, batch))
+        points.append(
+            record(f"z{batch}", batch_size=batch, activated_experts_decode=1.02 * expected, **told)
+        )
+        points.append(record(f"o{batch}", batch_size=batch, activated_experts_decode=2.5, **told))
+    with_routing(tmp_path, points, ["zipf:1.5", None, "zipf:1.5", None])
+    figure, frame = drawn("sparsity-traced", tmp_path)
+    by_routing = frame.filter(pl.col("routing") == "zipf:1.5")
+    ratio = by_routing.get_column("experts") / by_routing.get_column("experts_asked")
+    assert ratio.to_list() == pytest.approx([1.02, 1.02])
+    own = frame.filter(pl.col("routing").is_null())
+    assert own.get_column("experts_asked").null_count() == 2
+    assert (by_routing.get_column("share_asked") < by_routing.get_column("share_uniform")).all()
+    assert "what its law expects, to within 2.0 % (mixtral-8x7b, zipf:1.5 routing" in (
+        figure.insight(frame)
+    )
+    page = " ".join(texts(figure, frame, tmp_path))
+    assert "expected of its routing" in page and "own router" in page
 
 
 def test_mbu_stands_beside_s_mbu_with_what_it_overstates(dataset: Path) -> None:
