@@ -15,6 +15,8 @@ import polars as pl
 from analysis.figures.style import INK, LETTERS, PALETTE, caption, styled
 
 _WIDTH, _HEIGHT = 400, 220
+_ALONE = 640, 300
+"""Width and height of a panel, and of the only one."""
 _SHAPES = ["circle", "square", "diamond", "triangle-up", "triangle-down", "cross"]
 _DASHES = [[1, 0], [5, 4], [2, 2]]
 _MOST_TICKS = 14
@@ -48,18 +50,21 @@ def draw(
     shared: bool = True,
     lines: str | None = None,
     dashes: str | None = None,
+    marked: str | None = None,
 ) -> alt.VConcatChart:
     """The chart of a long frame; `shared` gives all panels one y axis.
 
-    `lines` and `dashes` are the titles of the legends; a null one has none.
+    `lines` and `dashes` are the titles of the legends; a null one has none. Only lines of the
+    dash `marked` have points; where it is null, all have.
     """
     panels = frame.get_column("panel").unique(maintain_order=True).to_list()
     columns = 1 if len(panels) == 1 else 2
-    charts = [_panel(frame, name, x, y, shared, lines, dashes, len(panels) > 1) for name in panels]
+    several = len(panels) > 1
+    charts = [_panel(frame, name, x, y, shared, lines, dashes, several, marked) for name in panels]
     rows = [
         alt.hconcat(*charts[at : at + columns], spacing=28) for at in range(0, len(charts), columns)
     ]
-    body = alt.vconcat(*rows, title=caption(notes, LETTERS * columns), spacing=18)
+    body = alt.vconcat(*rows, title=caption(notes, LETTERS * 2 if several else 100), spacing=18)
     head = alt.TitleParams(title, subtitle=list(subtitle))
     return styled(alt.vconcat(body, title=head, description=f"{title}. {notes[0]}"))
 
@@ -73,6 +78,7 @@ def _panel(
     lines: str | None,
     dashes: str | None,
     titled: bool,
+    marked: str | None,
 ) -> alt.LayerChart:
     rows = frame.filter(pl.col("panel") == name)
     names = frame.get_column("line").unique(maintain_order=True).to_list()
@@ -82,7 +88,9 @@ def _panel(
         title=lines,
         sort=names,
         scale=alt.Scale(domain=names, range=[PALETTE[n % len(PALETTE)] for n in range(len(names))]),
-        legend=alt.Legend(columns=2 if max(map(len, names)) > 20 else 4, labelLimit=0)
+        legend=alt.Legend(
+            columns=1 if max(map(len, names)) > 20 and len(kinds) > 1 else 3, labelLimit=0
+        )
         if len(names) > 1
         else None,
     )
@@ -91,7 +99,9 @@ def _panel(
         title=lines,
         sort=names,
         scale=alt.Scale(domain=names, range=[_SHAPES[n % len(_SHAPES)] for n in range(len(names))]),
-        legend=alt.Legend(columns=2 if max(map(len, names)) > 20 else 4, labelLimit=0)
+        legend=alt.Legend(
+            columns=1 if max(map(len, names)) > 20 and len(kinds) > 1 else 3, labelLimit=0
+        )
         if len(names) > 1
         else None,
     )
@@ -117,6 +127,9 @@ def _panel(
     layers = [
         base.mark_line(strokeWidth=1.8, tooltip=None).encode(strokeDash=dash),
         base.transform_filter("isValid(datum.y)")
+        .transform_filter(
+            alt.FieldOneOfPredicate(field="dash", oneOf=[marked] if marked else kinds)
+        )
         .mark_point(filled=True, size=48, opacity=1)
         .encode(shape=shape),
     ]
@@ -128,7 +141,8 @@ def _panel(
             .transform_filter("isValid(datum.label)")
         )
     head = alt.TitleParams(str(name), fontSize=13, offset=6) if titled and shared else None
-    chart = alt.LayerChart(layer=layers, width=_WIDTH, height=_HEIGHT)
+    width, height = (_WIDTH, _HEIGHT) if titled else _ALONE
+    chart = alt.LayerChart(layer=layers, width=width, height=height)
     return chart.properties(title=head) if head is not None else chart
 
 

@@ -201,6 +201,7 @@ def _chart(frame: pl.DataFrame) -> alt.TopLevelMixin:
         x=Axis(title="Batch size (sequences decoded together)", doublings=True),
         y=Axis(title="Share of parameters activated", form=".0%", top=1.0),
         dashes="Experts",
+        marked=_TRACED,
     )
 
 
