@@ -218,7 +218,8 @@ def _frame(
     every: bool = False,
 ) -> pl.DataFrame:
     """What `chosen` draws: from datasets or from the catalogues, never from both."""
-    from analysis.figures.figure import CatalogueFigure, RecordsFigure
+    from analysis import load
+    from analysis.figures.figure import CatalogueFigure, RecordsFigure, TracedFigure
 
     if isinstance(chosen, CatalogueFigure):
         if datasets or only:
@@ -227,11 +228,14 @@ def _frame(
                 f"figure {chosen.name!r} comes from the catalogues: it takes no {given}"
             )
         return chosen.frame(options)
-    assert isinstance(chosen, RecordsFigure)
+    assert isinstance(chosen, RecordsFigure | TracedFigure)
     if not datasets:
         raise OptionError(f"figure {chosen.name!r} is drawn from records: name a DATASET")
     options.over(Options(), takes=(), what=f"figure {chosen.name!r}")
-    return chosen.prepare(_records(datasets, only, every=every))
+    records = _records(datasets, only, every=every)
+    if isinstance(chosen, TracedFigure):
+        return chosen.prepare(records, load.activations(*datasets))
+    return chosen.prepare(records)
 
 
 def _records(

@@ -4,8 +4,8 @@
 a function of the prepared frame alone. So the CSV beside a picture holds exactly what the
 picture shows, and a sentence can be checked against it.
 
-The question goes to datasets (`RecordsFigure`) or to the catalogues of models and devices
-(`CatalogueFigure`); what comes after `prepare` does not know which.
+The question goes to datasets (`RecordsFigure`, `TracedFigure`) or to the catalogues of models
+and devices (`CatalogueFigure`); what comes after `prepare` does not know which.
 """
 
 from __future__ import annotations
@@ -59,6 +59,15 @@ class RecordsFigure(Figure):
     prepare: Callable[[pl.LazyFrame], pl.DataFrame]
     """From records as `load` gives them to exactly what is drawn, one row per point.
     Raises SelectionError where the records do not make one figure."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TracedFigure(Figure):
+    """A figure of which experts ran: records, and the counts of their probes."""
+
+    prepare: Callable[[pl.LazyFrame, pl.LazyFrame], pl.DataFrame]
+    """From records and activations as `load` gives them to exactly what is drawn.
+    Raises SelectionError where no record has counts, or they do not make one figure."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

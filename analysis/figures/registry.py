@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from analysis.errors import SelectionError, unknown
 from analysis.figures.figure import Figure
+from analysis.figures.heatmap import HEATMAP
+from analysis.figures.imbalance import IMBALANCE, ROUTING_COST
 from analysis.figures.layers import LAYERS
+from analysis.figures.mbu import S_MBU_BATCH
 from analysis.figures.power import POWER
 from analysis.figures.scaling import scaling
 from analysis.figures.sparsity import SPARSITY
+from analysis.figures.sparsity_traced import SPARSITY_TRACED
 from analysis.insights import absent, memory_boundary, overall, per_panel
 from analysis.keys import FFN_DIM, NUM_EXPERTS, TOP_K, Axes
 
@@ -39,6 +43,11 @@ FIGURES: tuple[Figure, ...] = (
     LAYERS,
     POWER,
     SPARSITY,
+    SPARSITY_TRACED,
+    S_MBU_BATCH,
+    HEATMAP,
+    IMBALANCE,
+    ROUTING_COST,
 )
 
 

@@ -140,7 +140,10 @@ def test_a_run_that_has_only_begun_is_no_mistake(tmp_path: Path) -> None:
         (["figure", "fig7", "{}", "-o", "{}/no/x.svg"], "there is no folder"),
         (["figure", "fig7", "{}", "-o", "{}/x.svg", "--only", "top_k=x"], "is a number"),
         (["table", "{}", "--only", "topk=1"], "did you mean 'top_k'?"),
-        (["table", "{}", "--figure", "radar"], "no figure 'radar'; known: bandwidth-power"),
+        (
+            ["table", "{}", "--figure", "radar"],
+            "no figure 'radar'; known: activation-heatmap, bandwidth-power",
+        ),
     ],
 )
 def test_mistakes_end_with_two_and_one_line(

@@ -19,7 +19,7 @@ from analysis.figures.registry import FIGURES, find
 from analysis.figures.write import write as write_figure
 from tests.unit.test_analysis_dataset import failure, grid, record, write
 
-NAMES = [figure.name for figure in FIGURES if isinstance(figure, RecordsFigure)]
+NAMES = ["hparam-ffn", "hparam-experts", "hparam-topk"]
 
 
 @pytest.fixture
