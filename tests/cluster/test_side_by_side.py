@@ -39,6 +39,7 @@ def address() -> Iterator[str]:
         fake.shutdown()
 
 
+@pytest.mark.slow
 @pytest.mark.engine
 def test_engines_that_share_cores_run_one_at_a_time(address: str, tmp_path: Path) -> None:
     from orchestrator.request import Request
