@@ -429,6 +429,7 @@ class _Run:
                 self._run_id,
                 records=[one.record for one in finished],
                 samples=[one.samples for one in finished if one.samples is not None],
+                activations=[one.activations for one in finished if one.activations is not None],
             )
             self._made.update(one.outcome for one in finished)
 

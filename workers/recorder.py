@@ -12,6 +12,7 @@ import json
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from workers import usage
@@ -20,7 +21,8 @@ from workers.contract.errors import OutOfMemory, TrialError
 from workers.contract.job import Job, Ticket
 from workers.contract.measurement import Measurement, Memory
 from workers.contract.outcome import Outcome
-from workers.contract.record import RECORDS, SAMPLES, SCHEMA_VERSION, rows
+from workers.contract.probed import PHASES, Probed
+from workers.contract.record import ACTIVATIONS, RECORDS, SAMPLES, SCHEMA_VERSION, rows
 from workers.hardware.device import Device
 from workers.hardware.host import Host
 from workers.metrics import figures
@@ -38,6 +40,7 @@ def ok(
     architecture: Architecture,
     target: Device | None,
     measured: bool = True,
+    probed: Probed | None = None,
     **columns: Any,
 ) -> pa.RecordBatch:
     """The row of a trial that was measured, or predicted by an engine that only predicts.
@@ -45,6 +48,7 @@ def ok(
     Args:
         target: what one device can do, for utilisations; null where that is not known.
         measured: false where the passes were predicted.
+        probed: which experts ran in its timed passes, where that was asked for.
         columns: further columns of the row.
     """
     derived = figures(measurement, output_tokens=ticket.trial.workload.output_tokens)
@@ -59,7 +63,7 @@ def ok(
             "started_at": datetime.fromtimestamp(started, UTC),
             **_memory(measurement.memory),
             **derived,
-            **usage.columns(ticket.trial, architecture, measurement.of("timed"), target),
+            **usage.columns(ticket.trial, architecture, measurement.of("timed"), target, probed),
             **columns,
         },
     )
@@ -101,15 +105,16 @@ def skipped(job: Job, ticket: Ticket, witness: str, **columns: Any) -> pa.Record
     )
 
 
-def samples(job: Job, ticket: Ticket, measurement: Measurement) -> pa.RecordBatch:
-    """Every pass as observed, one row each."""
+def samples(
+    job: Job, ticket: Ticket, measurement: Measurement, probed: Probed | None = None
+) -> pa.RecordBatch:
+    """Every pass as observed, one row each; after them those whose experts were counted."""
+    whose = {"run_id": job.run_id, "trial_id": ticket.trial_id, "attempt": ticket.attempt}
     return rows(
         SAMPLES,
-        (
+        [
             {
-                "run_id": job.run_id,
-                "trial_id": ticket.trial_id,
-                "attempt": ticket.attempt,
+                **whose,
                 "kind": one.kind,
                 "repeat": one.repeat,
                 "started_at": datetime.fromtimestamp(one.started_at, UTC),
@@ -121,8 +126,51 @@ def samples(job: Job, ticket: Ticket, measurement: Measurement) -> pa.RecordBatc
                 "step_s": one.step_s,
             }
             for one in measurement.passes
-        ),
+        ]
+        + [
+            {
+                **whose,
+                "kind": "probe",
+                "repeat": repeat,
+                "batch_size": len(trace.tokens),
+                "input_tokens": ticket.trial.workload.input_tokens,
+                "output_tokens": sum(len(row) for row in trace.tokens),
+                "pass_s": [step.seconds for step in trace.steps],
+                "pass_new": [step.new for step in trace.steps],
+                "pass_context": [step.context for step in trace.steps],
+                "pass_decoding": [step.decoding for step in trace.steps],
+                "pass_experts": [step.activated for step in trace.steps],
+            }
+            for repeat, trace in (probed.traces if probed is not None else {}).items()
+        ],
     )
+
+
+def activations(job: Job, ticket: Ticket, probed: Probed) -> pa.RecordBatch | None:
+    """Tokens by phase, layer and expert, over all passes that were counted; null without one.
+
+    A phase without tokens has no rows; of one that has, every expert of every MoE layer.
+    """
+    found = []
+    for phase in PHASES:
+        total = probed.counts(phase)
+        if total is None or not total.any():
+            continue
+        layers, experts = np.indices(total.shape)
+        found.append(
+            pa.RecordBatch.from_pydict(
+                {
+                    "run_id": [job.run_id] * total.size,
+                    "trial_id": [ticket.trial_id] * total.size,
+                    "phase": [phase] * total.size,
+                    "layer": np.array(probed.layers)[layers.ravel()],
+                    "expert": experts.ravel(),
+                    "tokens": total.ravel(),
+                },
+                schema=ACTIVATIONS,
+            )
+        )
+    return pa.concat_batches(found) if found else None
 
 
 def where(host: Host, stand_in: StandIn | None = None) -> dict[str, Any]:
@@ -186,6 +234,7 @@ def _row(
         "output_tokens": trial.workload.output_tokens,
         "temperature": trial.workload.temperature,
         "seed": trial.workload.seed,
+        "dataset": trial.workload.dataset,
         "memory_limit_gib": trial.engine.memory_limit_gib,
         **ticket.predicted,
         **_structure(ticket, architecture),

@@ -5,7 +5,9 @@ that no later pass pays again. A warm-up is one pass in full, which begins as a 
 token does. Then the group's workloads take turns, one repeat each, so that a machine that
 grows slower over the minutes touches all of them alike instead of whichever came last. Every
 repeat is a pair: the batch with one token per request (the paper's TTFT), then the batch in
-full. Timed passes carry no probe.
+full. Timed passes carry no probe: where `measure.activation` asks which experts ran, timed
+passes are replayed when all turns are over, with the same prompts, until the distribution over
+experts has settled or none is left to replay.
 
 Records come when a round of turns is the last one, so a group of hours would have none for
 hours, and who kills its driver would lose them all. Workloads that are predicted to take longer
@@ -35,7 +37,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Generator, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -45,11 +47,13 @@ from pathlib import Path
 from typing import Any
 
 from workers import memory, recorder
-from workers.contract.errors import OutOfMemory, TimedOut, TrialError, Unsupported
+from workers.contract.errors import Infeasible, OutOfMemory, TimedOut, TrialError, Unsupported
 from workers.contract.job import Job, Ticket
-from workers.contract.measurement import Measurement, Pass, PassKind
+from workers.contract.measurement import Measurement, Memory, Pass, PassKind
 from workers.contract.message import Finished, Message, Progress, Stage
 from workers.contract.model import Model
+from workers.contract.probed import PHASES, Probed
+from workers.contract.trace import Trace
 from workers.contract.workload import Workload
 from workers.engines.base import Engine, Site, engine_class
 from workers.folders import within
@@ -57,8 +61,10 @@ from workers.hardware.device import Device, device
 from workers.hardware.hand import in_hand
 from workers.hardware.host import Host, describe
 from workers.metrics import interval
+from workers.moe.activation import Settling
 from workers.moe.architecture import UnknownModel, resolve, run_dtype
 from workers.prompts import random_ids
+from workers.texts import text_ids
 
 BLOCK_S = 600.0
 """Predicted time of workloads that take turns with one another, seconds."""
@@ -213,6 +219,7 @@ class _Run:
             for _ in range(one.ticket.trial.measure.warmup):
                 self._pass(engine, one, tokens, "warmup")
         waiting = list(trials)
+        to_probe: list[tuple[_Trial, Memory]] = []
         while waiting:
             for one in list(waiting):
                 yield self._progress("run", one)
@@ -220,18 +227,62 @@ class _Run:
                 self._pass(engine, one, one.ticket.trial.workload.output_tokens, "timed")
                 if one.enough():
                     waiting.remove(one)
-                    yield self._ok(engine, one)
-                    one.passes.clear()  # they are in its rows
+                    with _blaming(one):
+                        used = engine.memory()
+                    if one.ticket.trial.measure.activation:
+                        to_probe.append((one, used))
+                    else:
+                        yield self._ok(engine, one, used)
                 elif one.busy_s() > one.ticket.trial.measure.timeout_s:
                     raise _Failure(one, _late(one))
+        for one, used in to_probe:
+            probed = yield from self._probe(engine, one)
+            yield self._ok(engine, one, used, probed)
+
+    def _probe(self, engine: Engine, trial: _Trial) -> Generator[Message, None, Probed]:
+        """Replays timed passes, in their order, with every choice of experts counted."""
+        asked = trial.ticket.trial
+        traces: dict[int, Trace] = {}
+        phases = {name: Settling(engine.loaded.architecture.top_k) for name in PHASES}
+        for index, one in enumerate(trial.passes):
+            if one.kind != "timed":
+                continue
+            yield self._progress("run", trial, f"probe {len(traces) + 1}")
+            try:
+                with _blaming(trial):
+                    traces[one.repeat] = trace = engine.trace(
+                        self._prompts(engine, trial, index),
+                        asked.workload.output_tokens,
+                        temperature=asked.workload.temperature,
+                    )
+            except _Failure as failure:
+                if isinstance(failure.error, Unsupported):  # what was timed stands
+                    return Probed(reason=f"which experts ran is not known: {failure.error}")
+                raise
+            for step in trace.steps:
+                phases["prefill"].add(step.prefill)
+                phases["decode"].add(step.decode)
+            if all(phase.settled or phase.counts is None for phase in phases.values()):
+                return Probed(traces=traces, settled=True)
+        return Probed(traces=traces)
+
+    def _prompts(self, engine: Engine, trial: _Trial, index: int) -> list[list[int]]:
+        """Of the pass at that place among the trial's passes."""
+        workload = trial.ticket.trial.workload
+        vocab_size = engine.loaded.architecture.vocab_size
+        tokenizer = engine.tokenizer() if workload.dataset is not None else None
+        if tokenizer is None:
+            return random_ids(workload, vocab_size=vocab_size, index=index)
+        ids = text_ids(workload, tokenizer, index=index)
+        if (largest := max(map(max, ids))) >= vocab_size:
+            raise Infeasible(
+                f"the tokenizer says {largest} where the model knows {vocab_size} tokens"
+            )
+        return ids
 
     def _pass(self, engine: Engine, trial: _Trial, output_tokens: int, kind: PassKind) -> None:
-        prompts = random_ids(
-            trial.ticket.trial.workload,
-            vocab_size=engine.loaded.architecture.vocab_size,
-            index=trial.next_index(),
-        )
         with _blaming(trial):
+            prompts = self._prompts(engine, trial, trial.next_index())
             one = engine.generate(
                 prompts,
                 output_tokens,
@@ -242,7 +293,9 @@ class _Run:
         trial.passes.append(one)
         self.busy_s += one.e2e_s
 
-    def _progress(self, stage: Stage, trial: _Trial | None = None) -> Progress:
+    def _progress(
+        self, stage: Stage, trial: _Trial | None = None, detail: str | None = None
+    ) -> Progress:
         """Sent before what it announces: a death is then laid at the right door."""
         busy, self.busy_s = self.busy_s, 0.0
         if trial is None:
@@ -250,14 +303,18 @@ class _Run:
         return Progress(
             stage=stage,
             trial_id=trial.ticket.trial_id,
-            detail=f"repeat {trial.count('timed') + 1}" if stage == "run" else "",
+            detail=detail or (f"repeat {trial.count('timed') + 1}" if stage == "run" else ""),
             busy_s=busy,
         )
 
-    def _ok(self, engine: Engine, trial: _Trial) -> Finished:
-        with _blaming(trial):
-            used = engine.memory()
+    def _ok(
+        self, engine: Engine, trial: _Trial, used: Memory, probed: Probed | None = None
+    ) -> Finished:
         measurement = Measurement(passes=tuple(trial.passes), memory=used)
+        trial.passes.clear()  # they are in its rows
+        columns = dict(self.columns)
+        if probed is not None and probed.reason is not None:
+            columns["outcome_reason"] = probed.reason
         record = recorder.ok(
             self.job,
             trial.ticket,
@@ -265,13 +322,15 @@ class _Run:
             engine.loaded.architecture,
             self.target,
             self.measured,
-            **self.columns,
+            probed,
+            **columns,
         )
         return Finished(
             trial_id=trial.ticket.trial_id,
             outcome="ok",
             record=record,
-            samples=recorder.samples(self.job, trial.ticket, measurement),
+            samples=recorder.samples(self.job, trial.ticket, measurement, probed),
+            activations=recorder.activations(self.job, trial.ticket, probed) if probed else None,
             throughput_tok_s=record.column("throughput_tok_s")[0].as_py(),
         )
 

@@ -7,28 +7,40 @@ that no phase is charged with the other's time. What a pass had to read and comp
 from `workers.moe.accounting`; sums over all timed passes are divided, never ratios averaged
 (MoE-CAP Eq 6).
 
-Timed passes carry no probe, so the experts that ran are not known here: unless a trace is
-given, the expectation under uniform routing stands in, and the record says so.
+Timed passes carry no probe. Where a probe has replayed some of them, the experts that ran are
+known pass by pass, and those of timed passes that it did not replay are taken to be as many
+as in the mean of those that it did. Without a probe the expectation under uniform routing
+stands in, and the record says so.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
+
 from workers.contract.measurement import Pass
+from workers.contract.probed import Probed
+from workers.contract.trace import Step, Trace
 from workers.contract.trial import Trial
 from workers.hardware.device import CPU, Device
 from workers.moe.accounting import Slice, prefill
 from workers.moe.precision import precision
+from workers.moe.sheets import spread
 from workers.moe.structure import Architecture
 from workers.moe.utilisation import Observed, Peaks, decode_utilisation, utilisation
 
 
 def columns(
-    trial: Trial, a: Architecture, timed: Sequence[Pass], device: Device | None
+    trial: Trial,
+    a: Architecture,
+    timed: Sequence[Pass],
+    device: Device | None,
+    probed: Probed | None = None,
 ) -> dict[str, Any]:
     """Peaks and utilisations as columns of a record; null where there is no telling.
 
@@ -40,7 +52,20 @@ def columns(
         a: structure that ran.
         timed: its timed passes.
         device: what one device can do; null where that is not known.
+        probed: which experts ran in some of the timed passes.
     """
+    traces = probed.traces if probed is not None else {}
+    told = _activation(probed) if probed is not None and traces else {}
+    return told | _utilisations(trial, a, timed, device, traces)
+
+
+def _utilisations(
+    trial: Trial,
+    a: Architecture,
+    timed: Sequence[Pass],
+    device: Device | None,
+    traces: Mapping[int, Trace],
+) -> dict[str, Any]:
     if device is None:
         return {}
     layout = trial.layout
@@ -74,9 +99,13 @@ def columns(
     else:
         passes = [observed for one in timed for observed in decodes(one)]
         used = utilisation(a, stored, layout, peaks, passes)
-    first = utilisation(
-        a, stored, layout, peaks, [observed for one in timed for observed in prefills(one)]
-    )
+    prompts = [observed for one in timed for observed in prefills(one)]
+    traced = _traced(a, timed, traces, decodes, _decode_steps)
+    uniform = used
+    if traced is not None:
+        used = utilisation(a, stored, layout, peaks, traced)
+        prompts = _traced(a, timed, traces, prefills, _prefill_steps) or prompts
+    first = utilisation(a, stored, layout, peaks, prompts)
     found |= {
         "mbu": used.mbu,
         "mfu": used.mfu,
@@ -88,7 +117,61 @@ def columns(
     }
     if used.s_mbu is not None or first.s_mbu is not None:
         found["activation_source"] = "uniform" if a.moe else "dense"
+    if traced is not None:
+        found |= {"activation_source": "traced", "s_mbu_uniform": uniform.s_mbu}
     return found
+
+
+def _activation(probed: Probed) -> dict[str, Any]:
+    """How many experts ran, in the mean over passes of a phase and over MoE layers."""
+    traces = probed.traces.values()
+    found: dict[str, Any] = {
+        "traced_passes": len(traces),
+        "activation_settled": probed.settled,
+    }
+    for phase, steps_of in (("decode", _decode_steps), ("prefill", _prefill_steps)):
+        seen = [step.activated for trace in traces for step in steps_of(trace)]
+        if seen:
+            found[f"activated_experts_{phase}"] = float(np.mean(seen))
+    return found
+
+
+def _traced(
+    a: Architecture,
+    timed: Sequence[Pass],
+    traces: Mapping[int, Trace],
+    observed: Callable[[Pass], list[Observed]],
+    steps_of: Callable[[Trace], list[Step]],
+) -> list[Observed] | None:
+    """Passes of a phase with the experts that ran in them; null where none can be told.
+
+    A timed pass takes those of its own trace, forward pass by forward pass, if both made as
+    many; the mean otherwise.
+    """
+    seen = [step.activated for trace in traces.values() for step in steps_of(trace)]
+    if not seen:
+        return None
+    mean = spread(a, np.mean(seen, axis=0))
+    found = []
+    for one in timed:
+        passes = observed(one)
+        steps = steps_of(traces[one.repeat]) if one.repeat in traces else []
+        own = [spread(a, step.activated) for step in steps]
+        if len(own) != len(passes):
+            own = [mean] * len(passes)
+        found += [replace(this, activated=ran) for this, ran in zip(passes, own, strict=True)]
+    return found
+
+
+def _prefill_steps(trace: Trace) -> list[Step]:
+    """Forward passes in which no request decoded."""
+    return [step for step in trace.steps if not step.decoding.any()]
+
+
+def _decode_steps(trace: Trace) -> list[Step]:
+    """Those after the last that fed a prompt."""
+    prompts = [index for index, step in enumerate(trace.steps) if not step.decoding.all()]
+    return list(trace.steps[prompts[-1] + 1 :]) if prompts else list(trace.steps)
 
 
 def prefills(one: Pass) -> list[Observed]:

@@ -144,7 +144,7 @@ def test_a_cache_too_small_for_one_request_is_out_of_memory(
     ("change", "words"),
     [
         ({"engine": EngineSettings(routing="uniform")}, "engine.routing"),
-        ({"workload": Workload(dataset="mmlu")}, "workload.dataset"),
+        ({"workload": Workload(arrivals="poisson")}, "workload.arrivals"),
     ],
 )
 def test_what_it_cannot_do_is_refused_before_anything_is_built(

@@ -44,12 +44,17 @@ class Finished:
     """One row of `records`."""
     samples: pa.RecordBatch | None = None
     """Rows of `samples`."""
+    activations: pa.RecordBatch | None = None
+    """Rows of `activations`."""
     throughput_tok_s: float | None = None
     """Headline for the live table."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        rows = _packed(self.record), None if self.samples is None else _packed(self.samples)
-        return _finished, (self.trial_id, self.outcome, *rows, self.throughput_tok_s)
+        rows = [
+            None if one is None else _packed(one)
+            for one in (self.record, self.samples, self.activations)
+        ]
+        return _finished, (self.trial_id, self.outcome, self.throughput_tok_s, *rows)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,14 +98,16 @@ def _unpacked(packed: bytes) -> pa.RecordBatch:
 def _finished(
     trial_id: str,
     outcome: Outcome,
+    throughput_tok_s: float | None,
     record: bytes,
     samples: bytes | None,
-    throughput_tok_s: float | None,
+    activations: bytes | None,
 ) -> Finished:
     return Finished(
         trial_id=trial_id,
         outcome=outcome,
         record=_unpacked(record),
         samples=None if samples is None else _unpacked(samples),
+        activations=None if activations is None else _unpacked(activations),
         throughput_tok_s=throughput_tok_s,
     )

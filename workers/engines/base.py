@@ -21,6 +21,7 @@ from workers.contract.trace import Trace
 from workers.contract.trial import Trial
 from workers.contract.workload import Workload
 from workers.moe.structure import Architecture
+from workers.texts import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,6 +136,13 @@ class Engine(Protocol):
         Raises:
             Unsupported: this engine, or the way it was built, has no routing to look at.
             EngineError: out of memory (stage `run`), or the engine's death.
+        """
+
+    def tokenizer(self) -> Tokenizer | None:
+        """That of the model, for prompts of text; null where prompts are only counted.
+
+        Raises:
+            Infeasible: the model comes without one.
         """
 
     def memory(self) -> Memory:

@@ -81,7 +81,6 @@ class RooflineEngine:
     def refuses(cls, trial: Trial) -> str | None:
         asked = {
             "workload.arrivals": trial.workload.arrivals,
-            "workload.dataset": trial.workload.dataset,
             "model.prune": trial.model.prune,
             "engine.routing": trial.engine.routing,
             "engine.speculative": trial.engine.speculative,
@@ -147,6 +146,9 @@ class RooflineEngine:
         """Refuses: an expectation under uniform routing is no count, and records already say
         where they use it."""
         raise Unsupported("engine roofline routes no tokens, so there is nothing to trace")
+
+    def tokenizer(self) -> None:
+        """Prompts are only counted."""
 
     def memory(self) -> Memory:
         one = self._largest

@@ -51,6 +51,7 @@ from workers.moe.accounting import kv_cache_bytes
 from workers.moe.architecture import bend, catalogue, configuration, resolve
 from workers.moe.families import read
 from workers.moe.precision import precision
+from workers.texts import Tokenizer
 
 if TYPE_CHECKING:
     from workers.engines.vllm_probe import Account
@@ -100,6 +101,7 @@ class VllmEngine:
         self._output = _Output()
         self._llm: Any = None
         self._engine: Any = None
+        self._tokenizer: Tokenizer | None = None
         self._trial = trial
         self.prepare()
         from vllm import LLM
@@ -146,10 +148,8 @@ class VllmEngine:
     def refuses(cls, trial: Trial) -> str | None:
         asked = {
             "workload.arrivals": trial.workload.arrivals,
-            "workload.dataset": trial.workload.dataset,
             "model.prune": trial.model.prune,
             "engine.routing": trial.engine.routing,
-            "measure.activation": trial.measure.activation,
             "measure.accuracy": trial.measure.accuracy,
             "measure.energy": trial.measure.energy,
             "layout.data above 1": trial.layout.data > 1,
@@ -298,6 +298,24 @@ class VllmEngine:
         return _Done(
             started_at=started_at, places=places, stamps=stamps, tokens=tokens, steps=steps
         )
+
+    def tokenizer(self) -> Tokenizer:
+        if self._tokenizer is None:
+            from transformers import AutoTokenizer
+
+            model = self._trial.model
+            try:
+                self._tokenizer = AutoTokenizer.from_pretrained(
+                    _source(model)[0],
+                    revision=model.revision,
+                    trust_remote_code=model.trust_remote_code,
+                )
+            except (OSError, ValueError, ImportError) as error:
+                reason = next(iter(str(error).splitlines()), type(error).__name__)
+                raise Infeasible(
+                    f"workload.dataset needs the tokenizer of {model.name}: {reason[:200]}"
+                ) from error
+        return self._tokenizer
 
     def memory(self) -> Memory:
         try:
