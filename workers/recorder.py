@@ -227,6 +227,7 @@ def _row(
         "pipeline_parallel": trial.layout.pipeline,
         "data_parallel": trial.layout.data,
         "expert_parallel": trial.layout.expert,
+        "routing": trial.engine.routing,
         "moe_backend": trial.engine.moe_backend,
         "eager": trial.engine.eager,
         "batch_size": trial.workload.batch_size,

@@ -44,6 +44,9 @@ def columns(
 ) -> dict[str, Any]:
     """Peaks and utilisations as columns of a record; null where there is no telling.
 
+    Those that need the experts that ran are null where a sweep forces another routing than
+    uniform and nothing counted them.
+
     Null, too, with speculative decoding (a pass then feeds drafts, and a second model reads
     its own weights) and for encoder-decoders.
 
@@ -115,6 +118,10 @@ def _utilisations(
         "prefill_s_mbu": first.s_mbu,
         "prefill_s_mfu": first.s_mfu,
     }
+    if traced is None and a.moe and trial.engine.routing not in (None, "uniform"):
+        for name in ("s_mbu", "s_mbu_paper", "prefill_s_mbu"):
+            found[name] = None
+        return found
     if used.s_mbu is not None or first.s_mbu is not None:
         found["activation_source"] = "uniform" if a.moe else "dense"
     if traced is not None:

@@ -16,6 +16,7 @@ import pytest
 from workers import memory
 from workers.contract.engine import EngineKind, EngineSettings
 from workers.contract.errors import OutOfMemory, TrialError, Unsupported
+from workers.contract.measure import Measure
 from workers.contract.model import Model
 from workers.contract.trial import Trial
 from workers.contract.workload import Workload
@@ -143,7 +144,7 @@ def test_a_cache_too_small_for_one_request_is_out_of_memory(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"engine": EngineSettings(routing="uniform")}, "engine.routing"),
+        ({"measure": Measure(energy=True)}, "measure.energy"),
         ({"workload": Workload(arrivals="poisson")}, "workload.arrivals"),
     ],
 )

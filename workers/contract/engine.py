@@ -38,7 +38,7 @@ class EngineSettings:
     speculative: Speculative | None = None
     """Speculative decoding."""
     routing: str | None = None
-    """Forced routing distribution; null keeps the model's own router."""
+    """`uniform`, `zipf:EXPONENT` or `all-to-one`; null keeps the model's own router."""
     eager: bool = False
     """Skip graph capture and compilation."""
     args: dict[str, Any] = field(default_factory=dict)

@@ -82,6 +82,7 @@ _RECORD: tuple[tuple[str, pa.DataType, str], ...] = (
     ("pipeline_parallel", _INT, "Pipeline-parallel degree."),
     ("data_parallel", _INT, "Data-parallel degree."),
     ("expert_parallel", _BOOL, "Experts spread over devices."),
+    ("routing", _STR, "Routing that was forced on the model; null: its own router's."),
     ("moe_backend", _STR, "Kernel of the MoE layers, where the sweep chose one."),
     ("eager", _BOOL, "No graph capture, no compilation."),
     # workload

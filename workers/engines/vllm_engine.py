@@ -51,6 +51,7 @@ from workers.moe.accounting import kv_cache_bytes
 from workers.moe.architecture import bend, catalogue, configuration, resolve
 from workers.moe.families import read
 from workers.moe.precision import precision
+from workers.moe.skew import parse
 from workers.texts import Tokenizer
 
 if TYPE_CHECKING:
@@ -149,7 +150,6 @@ class VllmEngine:
         asked = {
             "workload.arrivals": trial.workload.arrivals,
             "model.prune": trial.model.prune,
-            "engine.routing": trial.engine.routing,
             "measure.accuracy": trial.measure.accuracy,
             "measure.energy": trial.measure.energy,
             "layout.data above 1": trial.layout.data > 1,
@@ -157,6 +157,11 @@ class VllmEngine:
         for key, value in asked.items():
             if value:
                 return f"engine vllm does not carry {key} in this version"
+        if trial.engine.routing is not None:
+            try:
+                parse(trial.engine.routing)
+            except ValueError as error:
+                return f"engine.routing: {error}"
         model = trial.model
         if model.weights == "checkpoint" and (model.ffn_dim or model.num_experts):
             return (
@@ -337,7 +342,10 @@ class VllmEngine:
         memory.trim()
 
     def _build(self, llm: Any, trial: Trial, workloads: Sequence[Workload]) -> Loaded:
+        from workers.engines import vllm_routing
+
         args = self._arguments(trial, workloads)
+        vllm_routing.force(trial.engine.routing)
         self._llm = llm(**args)
         self._engine = self._llm.llm_engine
         config = self._engine.vllm_config.model_config.hf_config.to_dict()

@@ -19,10 +19,14 @@ from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
 from workers import memory
+from workers.engines import vllm_routing
 from workers.engines.vllm_probe import Account, Probe
 
-ROUTERS = ("CPURouter", "FusedTopKRouter")
-"""Routers that pick the k largest of a softmax and keep nothing else that depends on k."""
+vllm_routing.take_over()
+
+ROUTERS = ("CPURouter", "FusedTopKRouter", "RoutingSimulatorRouter")
+"""Routers that pick the k largest of a softmax, or of what a sweep forces, and keep nothing else
+that depends on k."""
 EXPERTS = (
     "X86CPUUnquantizedExperts",
     "ArmCPUUnquantizedExperts",
