@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -45,6 +46,7 @@ def test_a_sweep_ends_every_point_in_one_record_and_leaves_nothing(tmp_path: Pat
 
     ok = frame.filter(pl.col("outcome") == "ok")
     assert ok["measured"].all()
+    assert set(ok["threads"]) == {len(os.sched_getaffinity(0))}  # as torch counts them there
     assert set(ok["ffn_dim"]) == {224} and set(ok["hidden_size"]) == {256}
     for row in ok.iter_rows(named=True):
         tokens = row["batch_size"] * (16 + 8)

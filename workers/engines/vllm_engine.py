@@ -353,7 +353,7 @@ class VllmEngine:
             version=host.engine_version() or "unknown",
             args=_told(args, trial.model.name),
             architecture=read(config),
-            threads=max(1, host.cores() // trial.layout.devices) if self._on_cpu else None,
+            threads=min(self._llm.collective_rpc("report_threads")) if self._on_cpu else None,
         )
 
     def _explain(self, error: BaseException) -> TrialError:
@@ -567,12 +567,16 @@ def _speculative(model: str, tokens: int) -> dict[str, Any]:
 def _bind_threads(layout: Layout) -> None:
     """Gives each CPU rank an equal share of the cores this process may use.
 
-    `OMP_NUM_THREADS` must be set too: without it vLLM computes on one thread.
+    `OMP_NUM_THREADS` is for ranks that are processes of their own. Here it comes too late: torch
+    was imported before the fork, by a process that Ray or the nursery had told one thread.
     """
+    import torch
+
     cores = sorted(os.sched_getaffinity(0))
     share = max(1, len(cores) // layout.devices)
     parts = [cores[i * share : (i + 1) * share] for i in range(layout.devices)]
     os.environ["OMP_NUM_THREADS"] = str(share)
+    torch.set_num_threads(share)
     if all(parts):
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(
             ",".join(str(core) for core in part) for part in parts

@@ -63,6 +63,10 @@ class Report:
             ),
         }
 
+    def report_threads(self) -> int:
+        """Threads that this rank's kernels compute on."""
+        return torch.get_num_threads()
+
     def set_top_k(self, top_k: int) -> str | None:
         """Routes every token to `top_k` experts of each MoE layer from the next pass on.
 
