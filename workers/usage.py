@@ -158,12 +158,12 @@ def _traced(
     seen = [step.activated for trace in traces.values() for step in steps_of(trace)]
     if not seen:
         return None
-    mean = spread(a, np.mean(seen, axis=0))
+    mean = spread(a, np.mean(seen, axis=0).tolist())
     found = []
     for one in timed:
         passes = observed(one)
         steps = steps_of(traces[one.repeat]) if one.repeat in traces else []
-        own = [spread(a, step.activated) for step in steps]
+        own = [spread(a, step.activated.tolist()) for step in steps]
         if len(own) != len(passes):
             own = [mean] * len(passes)
         found += [replace(this, activated=ran) for this, ran in zip(passes, own, strict=True)]

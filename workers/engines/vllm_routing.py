@@ -49,7 +49,7 @@ class Forced(RoutingStrategy):
         noise = torch.empty_like(router_logits, dtype=torch.float32).exponential_().log_()
         ids = torch.topk(scores - noise, top_k, dim=-1).indices
         weights = torch.full((tokens, top_k), 1 / top_k, device=ids.device)
-        return weights, ids.to(indices_type or torch.long)
+        return weights, ids.to(indices_type or torch.int32)
 
     def _of(self, experts: int, device: torch.device) -> torch.Tensor:
         """log p of each expert. Made by the first pass, which no graph captures."""
