@@ -197,7 +197,7 @@ def test_a_fork_server_that_was_killed_is_replaced(tmp_path: Path) -> None:
     assert done.stdout.split() == ["1", "1", "1"], done.stderr
 
 
-QUICK = ("files-spoiled", "second-driver")
+QUICK = ("second-driver",)
 """Faults of the default suite; the others take minutes."""
 
 

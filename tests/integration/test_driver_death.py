@@ -28,7 +28,7 @@ def _running(processes: list[psutil.Process]) -> list[psutil.Process]:
     return [one for one in processes if one.is_running() and one.status() != "zombie"]
 
 
-@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("tensor", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_killed_driver_takes_its_engine_along(tmp_path: Path, tensor: int) -> None:
     """In the middle of a pass that would last for minutes. Ray's services die with the driver,
     so nobody is left who would end the engine but itself."""

@@ -148,7 +148,7 @@ def _logged(folder: Path, words: str) -> bool:
     return any(words in one.read_text() for one in logs if one.name != "driver.log")
 
 
-@pytest.mark.parametrize("whose", ["host", "engine"])
+@pytest.mark.parametrize("whose", [pytest.param("host", marks=pytest.mark.slow), "engine"])
 def test_a_killed_engine_ends_its_trial_and_no_other(tmp_path: Path, whose: str) -> None:
     path = sweep_file(
         tmp_path,
