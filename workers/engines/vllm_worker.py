@@ -22,7 +22,7 @@ from workers import memory
 from workers.engines import vllm_routing
 from workers.engines.vllm_probe import Account, Probe
 
-vllm_routing.take_over()
+vllm_routing.take_over()  # vLLM imports this in every rank, before it builds a model there
 
 ROUTERS = ("CPURouter", "FusedTopKRouter", "RoutingSimulatorRouter")
 """Routers that pick the k largest of a softmax, or of what a sweep forces, and keep nothing else
