@@ -42,6 +42,10 @@ HEAD_LOOK_S = 2.0
 HEAD_S = 30.0
 """Time in which no knock was answered, after which the head is gone, seconds: long enough for a
 head or a link that comes back. Ray waits for a minute, then ends the driver without a word."""
+TRIES = "RAY_gcs_server_port_wait_time_s"
+"""Ray's own variable: how often it tries to join a head (`Node._init_gcs_client`)."""
+GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
+"""How a client opens HTTP/2: the preface and empty settings."""
 STUCK_S = 10.0
 """Time for the driver to hear of it, seconds. By then it waits for the head within Ray, where
 nothing can reach it."""
@@ -100,16 +104,21 @@ class _Head:
     """Whether the head of a cluster answers, found out beside whatever waits for it.
 
     It is only watched if it can be reached from here to begin with: a client of Ray's may be
-    let in through another door.
+    let in through another door. An answer is what a gRPC server says to a greeting, since the
+    kernel still accepts connections for a process that is stopped or hangs; only behind TLS,
+    where nobody answers that greeting, the open door has to do.
     """
 
     def __init__(self, address: str) -> None:
         self.address = address
+        self._call = _greet
         self.last_words: Callable[[], None] | None = None
         """Ends the process, because nobody else can any more."""
         self._silent_since: float | None = None
         self._heard = threading.Event()
-        if self._answers():
+        if not self._answers():
+            self._call = _knock
+        if self._call is _greet or self._answers():
             threading.Thread(target=self._watch, daemon=True).start()
 
     @property
@@ -129,7 +138,7 @@ class _Head:
 
     def _answers(self) -> bool:
         try:
-            _knock(self.address, HEAD_LOOK_S)
+            self._call(self.address, HEAD_LOOK_S)
         except OSError:
             return False
         return True
@@ -416,21 +425,43 @@ def _join(address: str) -> ModuleType:
     _knock(address)
     package = Path(next(iter(workers.__path__)))
     ray = _import_ray()
-    ray.init(
-        address=address,
-        log_to_driver=False,
-        logging_level="ERROR",
-        configure_logging=False,
-        runtime_env={"py_modules": [str(package)]},
-    )
+    # A head that goes between knock and greeting: each try waits for it for 40 s, and Ray makes 20.
+    unset = TRIES not in os.environ
+    os.environ.setdefault(TRIES, "1")
+    try:
+        ray.init(
+            address=address,
+            log_to_driver=False,
+            logging_level="ERROR",
+            configure_logging=False,
+            runtime_env={"py_modules": [str(package)]},
+        )
+    finally:
+        if unset:
+            del os.environ[TRIES]
     return ray
 
 
 def _knock(address: str, patience_s: float = KNOCK_S) -> None:
     """Raises OSError if nothing listens at `host:port`; Ray itself would try for minutes."""
+    if where := _socket_address(address):
+        socket.create_connection(where, timeout=patience_s).close()
+
+
+def _greet(address: str, patience_s: float) -> None:
+    """Raises OSError unless the gRPC server at `host:port` returns a greeting: each side of an
+    HTTP/2 connection opens with its settings (RFC 9113, 3.4)."""
+    if where := _socket_address(address):
+        with socket.create_connection(where, timeout=patience_s) as line:
+            line.sendall(GREETING)
+            if not line.recv(1):
+                raise ConnectionError(f"{address} hung up")
+
+
+def _socket_address(address: str) -> tuple[str, int] | None:
     host, _, port = address.rpartition(":")
-    if host and port.isdecimal() and "/" not in host:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=patience_s).close()
+    known = host and port.isdecimal() and "/" not in host
+    return (host.strip("[]"), int(port)) if known else None
 
 
 def _running() -> str | None:

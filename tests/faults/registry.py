@@ -616,13 +616,22 @@ def head(scene: Scene) -> Iterator[None]:
         scene.nodes.kill()
 
 
+BLOWS = (
+    ("", psutil.Process.kill, "all its processes killed"),
+    ("gcs_server", psutil.Process.kill, "its GCS killed"),
+    ("gcs_server", psutil.Process.suspend, "its GCS stopped"),
+)
+
+
 def lost_head(scene: Scene) -> None:
     scene.committed()
     scene.sleep(0.0, 1.5)
-    everything = scene.seed % 2 == 0
-    scene.notes.append("all its processes" if everything else "its GCS")
+    word, blow, what = BLOWS[scene.seed % len(BLOWS)]
+    scene.notes.append(what)
     began = time.monotonic()
-    scene.nodes.kill("" if everything else "gcs_server")
+    for process in scene.nodes.processes(word):
+        with suppress(psutil.NoSuchProcess):
+            blow(process)
     status = scene.end(200)
     scene.notes.append(f"the driver ended with {status} after {time.monotonic() - began:.0f} s")
     scene.notes.append(f"it said last: {scene.said().strip().splitlines()[-1:]}")
@@ -931,7 +940,7 @@ FAULTS = {
         ),
         Fault(
             name="head-lost",
-            what="the cluster's head dies (its GCS, or all of it) and is started again",
+            what="the cluster's head dies or hangs (its GCS, or all of it) and is started again",
             sweep=LONG,
             arguments=H100,
             prepare=head,
