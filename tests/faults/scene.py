@@ -398,8 +398,12 @@ def _play(scene: Scene, began: float) -> Row:
     for _ in range(MOST_RESUMES):
         scene.start()
         status.append(scene.end())
-        if status[-1] in (0, 1):
+        missing = plan(scene) - set(scene._read()[0]["trial_id"])
+        if status[-1] in (0, 1) and not missing:
             break
+        if status[-1] in (0, 1):
+            words = _tail(scene.said())
+            scene.wrong.append(f"status {status[-1]}, {len(missing)} without a record: {words}")
     if status[-1] not in (0, 1):
         scene.wrong.append(f"resumed with status {status[-1]}: {_tail(scene.said())}")
     left = [one for one in scene.left(traces, 3.0) if not _agent(one, left_first, ended)]
