@@ -23,6 +23,7 @@ import psutil
 
 from orchestrator.errors import ClusterError, HeadLost
 from orchestrator.events import Need, Node
+from orchestrator.signals import deaf
 from workers.folders import Folder
 from workers.hardware.device import CPU
 from workers.hardware.host import Host, describe
@@ -287,18 +288,20 @@ class Cluster:
 
     def close(self) -> None:
         """Leaves the cluster; ends it and removes its session if it is ours. One whose head is
-        gone cannot be left: Ray ends with this process, which `os._exit` has to end."""
+        gone cannot be left: Ray ends with this process, which `os._exit` has to end. Ctrl-C does
+        not cut it short: it would leave the session's folder, and Ray to the interpreter's end."""
         import ray
 
-        if self._head is not None and self._own is not None:
-            self._head.leave()
-        if not self.lost:
-            ray.shutdown()
-        if self._head is not None:
-            self._head.leave()
-        if self._own is not None:
-            self._own.end()
-            self._own = None
+        with deaf():
+            if self._head is not None and self._own is not None:
+                self._head.leave()
+            if not self.lost:
+                ray.shutdown()
+            if self._head is not None:
+                self._head.leave()
+            if self._own is not None:
+                self._own.end()
+                self._own = None
 
     def __enter__(self) -> Cluster:
         return self

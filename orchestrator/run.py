@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import os
 import secrets
-import signal
 import sys
 import time
 from collections import Counter
@@ -25,7 +24,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import polars as pl
@@ -38,6 +36,7 @@ from orchestrator.errors import ClusterError, HeadLost
 from orchestrator.plan import Group, Plan, Planned
 from orchestrator.progress import Tracker
 from orchestrator.request import Request, local_profile, prepare
+from orchestrator.signals import deaf, interruptible
 from orchestrator.store import RESUME, Dataset, Guard, StoreError, settled
 from orchestrator.streams import diverted
 from orchestrator.sweep import Sweep
@@ -105,7 +104,7 @@ def execute(request: Request) -> Summary:
         Dataset.open(request.out, sweep.name) as dataset,
         _scrubbed(dataset.logs, sweep),
         diverted(dataset.logs / "driver.log") as terminal,
-        _interruptible(),
+        interruptible(),
     ):
         from orchestrator.cluster import Cluster
         from workers.forks import preloads
@@ -116,7 +115,7 @@ def execute(request: Request) -> Summary:
             if request.profile is None and found != profile:
                 sweep, planned = prepare(request, found)
             display = choose(plain=request.plain, json=request.json, console=Console(file=terminal))
-            with display, _interruptible():  # again: Ray sets a handler of its own
+            with display, interruptible():  # again: Ray sets a handler of its own
                 run = _Run(request, sweep, planned, dataset, cluster, display)
                 cluster.or_else(lambda: _end_stuck(run, errors))
                 return run.execute()
@@ -231,7 +230,7 @@ class _Run:
         except HeadLost as error:
             raise HeadLost(f"{error}; {self.safe()}") from error
         finally:
-            with _deaf():
+            with deaf():
                 if not self._cluster.lost:
                     self._pool.close_all()
                     if self._cluster.autoscaling:
@@ -650,20 +649,6 @@ def _kind(host: Host) -> str:
 
 
 @contextmanager
-def _interruptible() -> Iterator[None]:
-    """Ctrl-C and SIGTERM end a run the same way: what finished is kept."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
 def _scrubbed(logs: Path, sweep: Sweep) -> Iterator[None]:
     """Takes secrets out of the logs, in the end and, where a driver died, in the beginning.
 
@@ -676,13 +661,3 @@ def _scrubbed(logs: Path, sweep: Sweep) -> Iterator[None]:
     finally:
         for path in scrub(logs, known):
             print(f"secrets may be left in {path}: it cannot be written to", file=sys.stderr)
-
-
-@contextmanager
-def _deaf() -> Iterator[None]:
-    """A second Ctrl-C does not cut the cleaning up short."""
-    before: Any = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
