@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -43,6 +44,10 @@ HEAD_LOOK_S = 2.0
 HEAD_S = 30.0
 """Time in which no knock was answered, after which the head is gone, seconds: long enough for a
 head or a link that comes back. Ray waits for a minute, then ends the driver without a word."""
+STARTS = 3
+"""Times that a cluster of our own is begun, where its services do not come up in time."""
+KILLED_S = 5.0
+"""Wait for a process that was killed, seconds."""
 TRIES = "RAY_gcs_server_port_wait_time_s"
 """Ray's own variable: how often it tries to join a head (`Node._init_gcs_client`)."""
 GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
@@ -93,6 +98,15 @@ class _Session:
     @property
     def folder(self) -> Path:
         return self.held.path
+
+    def abandon(self) -> None:
+        """Ends it with what Ray has started of it: that names the folder on its command line."""
+        for process in psutil.Process().children(recursive=True):
+            with suppress(psutil.Error):
+                if any(str(self.folder) in word for word in process.cmdline()):
+                    process.kill()
+                    process.wait(KILLED_S)
+        self.end()
 
     def end(self) -> None:
         """Removes the folder, and the shared memory that is named after files in it."""
@@ -192,12 +206,9 @@ class Cluster:
             if wanted and wanted != "local":
                 ray = _join(wanted)
             else:
-                own = _Session.begin(preloads)
-                ray = _start(own.folder)
-        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-            if own is not None:
-                own.end()
-            place = wanted or "this machine"
+                own, ray = _begin(preloads)
+        except (ConnectionError, RuntimeError, ValueError, OSError, NotStarted) as error:
+            place = wanted if wanted and wanted != "local" else "this machine"
             raise ClusterError(f"no Ray cluster at {place}: {_first_line(error)}") from error
         cluster = cls(nodes=(), hosts={}, driver_node=None, _own=own)
         try:
@@ -392,6 +403,30 @@ def _import_ray() -> ModuleType:
     import ray
 
     return ray
+
+
+class NotStarted(Exception):
+    """Ray's services did not come up in the time that Ray gives them."""
+
+
+def _begin(preloads: Sequence[str]) -> tuple[_Session, ModuleType]:
+    """A cluster of our own. Ray gives its services 30 s, which a crowded machine exceeds while it
+    reads their modules for the first time; then everything is put away and begun anew.
+
+    Raises:
+        NotStarted: not at the last try either.
+    """
+    for left in reversed(range(STARTS)):
+        own = _Session.begin(preloads)
+        try:
+            return own, _start(own.folder)
+        except BaseException as error:
+            own.abandon()
+            if type(error) is not Exception:  # Ray has no class for this one
+                raise
+            if not left:
+                raise NotStarted(f"{_first_line(error)} Tried {STARTS} times") from error
+    raise AssertionError
 
 
 def _start(session: Path) -> ModuleType:
