@@ -85,7 +85,7 @@ def _checkpoint(family: str, folder: Path) -> Path:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(family, **TINY | FAMILIES[family])
+    config = AutoConfig.for_model(family, **TINY | (FAMILIES | OTHERS)[family])
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     for name, weight in model.named_parameters():
@@ -434,20 +434,77 @@ def test_in_bfloat16_only_experts_that_are_almost_level_change_places(
     assert differ <= 0.03 * choices
 
 
-@pytest.mark.slow
-def test_two_tensor_ranks_count_every_token_once(checkpoint: Path, tmp_path: Path) -> None:
-    engine = _engine(_trial(checkpoint, layout=Layout(tensor=2)), tmp_path)
+@pytest.mark.parametrize(
+    "family",  # one by default, with a dense layer and a shared expert; the order is FAMILIES'
+    [
+        pytest.param(name, marks=[] if name == "qwen2_moe" else pytest.mark.slow)
+        for name in FAMILIES
+    ],
+    indirect=True,
+)
+def test_two_tensor_ranks_count_what_one_counts(
+    checkpoint: Path, engine: VllmEngine, uneven: Trace, tmp_path: Path
+) -> None:
+    engine.close()
+    ranks = _engine(_trial(checkpoint, layout=Layout(tensor=2)), tmp_path)
     try:
-        trace = engine.trace(MIXED, OUTPUT, routes=True)
-        after = engine.generate(MIXED, OUTPUT, kind="timed", repeat=0)
+        trace = ranks.trace(MIXED, UNEVEN, routes=True)
+        after = ranks.generate(MIXED, OUTPUT, kind="timed", repeat=0)
     finally:
-        engine.close()
+        ranks.close()
     assert len(after.token_s) == len(MIXED)
     expected = _expected(checkpoint, trace)
     _check(trace, expected)
     assert trace.routes is not None
     for route, choices in zip(trace.routes, expected, strict=True):
         np.testing.assert_array_equal(np.sort(route, axis=-1).transpose(1, 0, 2), choices)
+    assert (trace.layers, trace.tokens) == (uneven.layers, uneven.tokens)
+    for two, one in zip(trace.steps, uneven.steps, strict=True):
+        np.testing.assert_array_equal(two.prefill, one.prefill)
+        np.testing.assert_array_equal(two.decode, one.decode)
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "olmoe": {"num_experts": EXPERTS},
+    "deepseek_v2": {
+        "n_routed_experts": EXPERTS,
+        "n_shared_experts": 1,
+        "moe_intermediate_size": 64,
+        "first_k_dense_replace": 1,
+        "num_key_value_heads": 4,
+        "q_lora_rank": None,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "topk_method": "greedy",
+        "n_group": 1,
+        "topk_group": 1,
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", OTHERS)
+def test_other_families_against_hooks_in_transformers(family: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from workers.engines import transformers_probe
+
+    folder = _checkpoint(family, tmp_path / family)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
+    told = transformers_probe.trace(model, MIXED, UNEVEN, routes=True)
+    engine = _engine(_trial(folder), tmp_path)
+    try:
+        trace = engine.trace(MIXED, UNEVEN, routes=True)
+    finally:
+        engine.close()
+    assert (told.layers, told.tokens) == (trace.layers, trace.tokens)
+    np.testing.assert_array_equal(told.prefill, trace.prefill)
+    np.testing.assert_array_equal(told.decode, trace.decode)
+    assert told.routes is not None and trace.routes is not None
+    for left, right in zip(told.routes, trace.routes, strict=True):
+        np.testing.assert_array_equal(np.sort(left, axis=-1), np.sort(right, axis=-1))
 
 
 @pytest.mark.slow
