@@ -12,6 +12,7 @@ page, and at most a page too large for each stretch otherwise.
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+_LIBC = ctypes.CDLL(None, use_errno=True)
 _CLEAR, _MAPS = Path("/proc/self/clear_refs"), Path("/proc/self/smaps")
 
 
@@ -34,8 +36,17 @@ class Touched:
             tensor.data = moved
 
     def clear(self) -> None:
-        """Nothing has been read from now on."""
+        """Nothing has been read from now on; nobody may read meanwhile.
+
+        Clearing a mark leaves the translations that cores have kept, through which a page would
+        be read without a mark. Taking the right to read away, for a moment, drops them.
+        """
         _CLEAR.write_text("1")
+        for place, name in self._places.items():
+            for rights in (0, mmap.PROT_READ | mmap.PROT_WRITE):
+                size = ctypes.c_size_t(self._sizes[name])
+                if _LIBC.mprotect(ctypes.c_void_p(place), size, rights):
+                    raise OSError(ctypes.get_errno(), f"mprotect of {name}")
 
     def bytes(self) -> dict[str, int]:
         """Of every tensor, what has been read since the last `clear`."""

@@ -43,6 +43,27 @@ BATCHES = (1, 2, 4, 16)
 OUTPUT = 5
 
 
+def test_the_marks_of_pages_are_exact() -> None:
+    """What the next test relies on: 40 times some slices of a tensor, and no page more or less."""
+    import torch
+
+    from tests.bench.touched import Touched, works
+
+    if not works():  # of a kernel that marks nothing, nothing is claimed
+        return
+    rng = np.random.default_rng(0)
+    weight = torch.nn.Parameter(torch.randn(8, 256, 256), requires_grad=False)
+    before = weight.detach().clone()
+    watch = Touched({"weight": weight})
+    assert torch.equal(weight, before)
+    for _ in range(40):
+        chosen = rng.choice(8, size=rng.integers(1, 9), replace=False)
+        watch.clear()
+        for one in chosen.tolist():
+            torch.nn.functional.linear(torch.ones(2, 256), weight[one])
+        assert watch.bytes() == {"weight": len(chosen) * weight[0].nbytes}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_bytes_of_a_layer_are_those_that_are_read(family: str, tmp_path: Path) -> None:
     import torch
