@@ -237,23 +237,25 @@ def points(
     return found
 
 
-def table(found: Sequence[Point]) -> str:
-    """For people; MB of 10⁶ bytes."""
-    lines = [
+def header() -> str:
+    """Over the lines of a table; MB of 10⁶ bytes."""
+    return (
         f"{'layer':>5} {'batch':>5} {'passes':>6} {'experts':>7} {'Eq 4':>9} {'every':>9} "
         f"{'counted':>9} {'read':>9} {'Eq 4 err':>9} {'every err':>9} "
         f"{'all exp.':>9} {'over':>7} {'uniform':>9} {'over':>7}"
-    ]
-    for one in sorted(found, key=lambda point: (point.layer, point.batch)):
-        read = "-" if one.read is None else f"{one.read / 1e6:.3f}"
-        lines.append(
-            f"{one.layer:>5} {one.batch:>5} {one.passes:>6} {one.experts:>7.2f} "
-            f"{one.eq4 / 1e6:>9.3f} {one.accounted / 1e6:>9.3f} {one.counted / 1e6:>9.3f} "
-            f"{read:>9} {one.error('eq4'):>9.3%} {one.error('accounted'):>9.3%} "
-            f"{one.all_experts / 1e6:>9.3f} {one.error('all_experts'):>7.1%} "
-            f"{one.uniform / 1e6:>9.3f} {one.error('uniform'):>7.1%}"
-        )
-    return "\n".join(lines)
+    )
+
+
+def line(one: Point) -> str:
+    """For people, under `header`."""
+    read = "-" if one.read is None else f"{one.read / 1e6:.3f}"
+    return (
+        f"{one.layer:>5} {one.batch:>5} {one.passes:>6} {one.experts:>7.2f} "
+        f"{one.eq4 / 1e6:>9.3f} {one.accounted / 1e6:>9.3f} {one.counted / 1e6:>9.3f} "
+        f"{read:>9} {one.error('eq4'):>9.3%} {one.error('accounted'):>9.3%} "
+        f"{one.all_experts / 1e6:>9.3f} {one.error('all_experts'):>7.1%} "
+        f"{one.uniform / 1e6:>9.3f} {one.error('uniform'):>7.1%}"
+    )
 
 
 def main() -> None:
@@ -276,6 +278,7 @@ def main() -> None:
             dataset=None if options.dataset == "random" else options.dataset,
         )
 
+    print({name: str(value) for name, value in vars(options).items()}, header(), sep="\n")
     found: list[Point] = []
     with built(Model(name=options.model), workload(max(options.batches))) as engine:
         a = engine.loaded.architecture
@@ -286,9 +289,9 @@ def main() -> None:
                 prompts = random_ids(workload(batch), vocab_size=a.vocab_size, index=0)
             else:
                 prompts = text_ids(workload(batch), engine.tokenizer(), index=0)
-            found += points(engine, ear, prompts, options.output_tokens)
-    print({name: str(value) for name, value in vars(options).items()})
-    print(table(found))
+            of_batch = points(engine, ear, prompts, options.output_tokens)
+            print(*map(line, of_batch), sep="\n", flush=True)
+            found += of_batch
     worst = {name: max(abs(one.error(name)) for one in found) for name in ("eq4", "accounted")}
     print(f"largest error: Eq 4 {worst['eq4']:.3%}, every weight {worst['accounted']:.3%}")
     if options.json:
