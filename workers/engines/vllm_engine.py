@@ -586,7 +586,6 @@ def _bind_threads(layout: Layout) -> None:
     import torch
 
     cores = _cores()
-    os.sched_setaffinity(0, cores)
     share = max(1, len(cores) // layout.devices)
     parts = [cores[i * share : (i + 1) * share] for i in range(layout.devices)]
     os.environ["OMP_NUM_THREADS"] = str(share)
