@@ -413,7 +413,6 @@ def test_in_bfloat16_only_experts_that_are_almost_level_change_places(
 ) -> None:
     engine.close()  # the last test that needs it
     other = _engine(_trial(checkpoint, dtype="bfloat16"), tmp_path)
-    assert other.loaded.threads == engine.loaded.threads, "not bound to what the last one left"
     try:
         trace = other.trace(MIXED, OUTPUT, routes=True)
     finally:

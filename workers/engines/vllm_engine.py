@@ -26,7 +26,6 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from importlib import import_module
 from itertools import count
 from pathlib import Path
@@ -570,13 +569,6 @@ def _speculative(model: str, tokens: int) -> dict[str, Any]:
     return config | ({"method": "ngram"} if model == "ngram" else {"model": model})
 
 
-@cache
-def _cores() -> tuple[int, ...]:
-    """Those that this process may use, asked before the first engine: vLLM binds the thread that
-    builds one to a core of it, so that the next would find that one alone."""
-    return tuple(sorted(os.sched_getaffinity(0)))
-
-
 def _bind_threads(layout: Layout) -> None:
     """Gives each CPU rank an equal share of the cores this process may use.
 
@@ -585,7 +577,7 @@ def _bind_threads(layout: Layout) -> None:
     """
     import torch
 
-    cores = _cores()
+    cores = sorted(os.sched_getaffinity(0))
     share = max(1, len(cores) // layout.devices)
     parts = [cores[i * share : (i + 1) * share] for i in range(layout.devices)]
     os.environ["OMP_NUM_THREADS"] = str(share)
