@@ -4,8 +4,9 @@
 a function of the prepared frame alone. So the CSV beside a picture holds exactly what the
 picture shows, and a sentence can be checked against it.
 
-The question goes to datasets (`RecordsFigure`, `TracedFigure`) or to the catalogues of models
-and devices (`CatalogueFigure`); what comes after `prepare` does not know which.
+The question goes to datasets (`RecordsFigure`, `TracedFigure`, `SampledFigure`) or to the
+catalogues of models and devices (`CatalogueFigure`); what comes after `prepare` does not know
+which.
 """
 
 from __future__ import annotations
@@ -68,6 +69,15 @@ class TracedFigure(Figure):
     prepare: Callable[[pl.LazyFrame, pl.LazyFrame], pl.DataFrame]
     """From records and activations as `load` gives them to exactly what is drawn.
     Raises SelectionError where no record has counts, or they do not make one figure."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SampledFigure(Figure):
+    """A figure of single passes: records, and what was observed pass by pass."""
+
+    prepare: Callable[[pl.LazyFrame, pl.LazyFrame], pl.DataFrame]
+    """From records and samples as `load` gives them to exactly what is drawn.
+    Raises SelectionError where no sample has what is asked, or they make no one figure."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,6 +6,7 @@ from analysis.errors import SelectionError, unknown
 from analysis.figures.figure import Figure
 from analysis.figures.heatmap import HEATMAP
 from analysis.figures.imbalance import IMBALANCE, ROUTING_COST
+from analysis.figures.layer_bytes import LAYER_BYTES
 from analysis.figures.layers import LAYERS
 from analysis.figures.mbu import S_MBU_BATCH
 from analysis.figures.power import POWER
@@ -45,6 +46,7 @@ FIGURES: tuple[Figure, ...] = (
     SPARSITY,
     SPARSITY_TRACED,
     S_MBU_BATCH,
+    LAYER_BYTES,
     HEATMAP,
     IMBALANCE,
     ROUTING_COST,

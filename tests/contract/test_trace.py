@@ -31,6 +31,8 @@ from workers.contract.workload import Workload
 from workers.engines.base import Site
 from workers.engines.roofline_engine import RooflineEngine
 from workers.engines.vllm_engine import VllmEngine, _Done, _trace
+from workers.moe.precision import Precision
+from workers.moe.utilisation import Peaks, traced_utilisation
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(240)]
 
@@ -62,9 +64,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "mlp_only_layers": [0],
     },
 }
+OLMOE: dict[str, Any] = {"num_experts": EXPERTS}
 MOE_LAYERS = {"mixtral": (0, 1, 2), "qwen2_moe": (0, 2), "qwen3_moe": (1, 2)}
 LARGEST = Workload(batch_size=5, input_tokens=40, output_tokens=8)
 OUTPUT = 6
+UNEVEN = (8, 3, 1, 8, 5)
+"""Output tokens of requests that end at different times."""
 BUDGET = 32
 """Most tokens of a pass where prompts are to be cut."""
 
@@ -81,7 +86,7 @@ def _checkpoint(family: str, folder: Path) -> Path:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(family, **TINY | FAMILIES[family])
+    config = AutoConfig.for_model(family, **TINY | FAMILIES.get(family, OLMOE))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     for name, weight in model.named_parameters():
@@ -127,6 +132,11 @@ def engine(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 @pytest.fixture(scope="module")
 def trace(engine: VllmEngine) -> Trace:
     return engine.trace(MIXED, OUTPUT, routes=True)
+
+
+@pytest.fixture(scope="module")
+def uneven(engine: VllmEngine) -> Trace:
+    return engine.trace(MIXED, UNEVEN, routes=True)
 
 
 def _logits(
@@ -180,7 +190,8 @@ def _check(trace: Trace, expected: list[NDArray[np.int64]]) -> None:
             done[place] += new
         np.testing.assert_array_equal(step.prefill, prefill)
         np.testing.assert_array_equal(step.decode, decode)
-    assert done == [len(ids) + OUTPUT - 1 for ids in MIXED]
+    rows = zip(MIXED, trace.tokens, strict=True)
+    assert done == [len(ids) + len(new) - 1 for ids, new in rows]
 
 
 def test_every_pass_counts_what_transformers_routers_choose(
@@ -217,6 +228,107 @@ def test_routes_are_the_choices_behind_the_counts(checkpoint: Path, trace: Trace
         np.testing.assert_array_equal(np.sort(route, axis=-1).transpose(1, 0, 2), expected)
     total = sum(_tally(route.transpose(1, 0, 2).astype(np.int64)) for route in trace.routes)
     np.testing.assert_array_equal(total, trace.prefill + trace.decode)
+
+
+def test_requests_of_mixed_lengths_end_at_different_times(checkpoint: Path, uneven: Trace) -> None:
+    assert tuple(len(row) for row in uneven.tokens) == UNEVEN
+    _check(uneven, _expected(checkpoint, uneven))
+    ends = {
+        place: number for number, step in enumerate(uneven.steps) for place in step.request.tolist()
+    }
+    assert len(set(ends.values())) >= 4
+    assert uneven.routes is not None
+    lengths = [len(ids) + new - 1 for ids, new in zip(MIXED, UNEVEN, strict=True)]
+    assert [len(one) for one in uneven.routes] == lengths
+    assert all((one >= 0).all() for one in uneven.routes)
+    assert any(step.prefill.any() and step.decode.any() for step in uneven.steps)
+
+
+def test_lengths_that_are_none_are_refused(engine: VllmEngine) -> None:
+    for asked in ([3, 3], [3, 3, 0, 3, 3]):
+        with pytest.raises(ValueError, match="one each, at least 1"):
+            engine.trace(MIXED, asked)
+
+
+LAYER_SIZES: dict[str, dict[str, int]] = {  # parameters, written out from the widths above
+    "mixtral": {
+        "attention": 128 * 128 + 2 * (64 * 128) + 128 * 128,
+        "expert": 3 * 96 * 128,
+        "shared": 0,
+        "dense": 0,
+    },
+    "qwen2_moe": {
+        "attention": 128 * 128 + 128 + 2 * (64 * 128 + 64) + 128 * 128,
+        "expert": 3 * 64 * 128,
+        "shared": 3 * 96 * 128 + 128,
+        "dense": 3 * 96 * 128,
+    },
+    "qwen3_moe": {
+        "attention": 128 * 128 + 2 * (64 * 128) + 128 * 128 + 2 * 32,
+        "expert": 3 * 64 * 128,
+        "shared": 0,
+        "dense": 3 * 96 * 128,
+    },
+}
+
+
+def test_utilisation_of_mixed_passes_is_eq_6_by_hand(
+    family: str, checkpoint: Path, engine: VllmEngine, uneven: Trace
+) -> None:
+    """MoE-CAP Eq 6: sums over the passes of what they needed, over the sum of their times.
+
+    The experts are those of transformers' router logits, not the trace's own.
+    """
+    size, moe = LAYER_SIZES[family], len(MOE_LAYERS[family])
+    expected = _expected(checkpoint, uneven)
+    seconds = needed = flops = 0.0
+    for step in uneven.steps:
+        tokens = pairs = cached = 0
+        ran: list[set[int]] = [set() for _ in range(moe)]
+        for place, new, context in zip(step.request, step.new, step.context, strict=True):
+            tokens += new
+            cached += context + new
+            pairs += sum(context + 1 + place for place in range(new))
+            for layer in range(moe):
+                ran[layer] |= set(expected[place][layer, context : context + new].ravel().tolist())
+        weights = 3 * size["attention"] + (3 - moe) * size["dense"] + moe * size["shared"]
+        weights += sum(len(one) for one in ran) * size["expert"]
+        cache = 3 * 2 * (2 * 32) * cached  # layers, keys and values, heads of 32
+        needed += 4 * (weights + cache)  # float32
+        vectors = {"mixtral": 0, "qwen2_moe": 256, "qwen3_moe": 64}[family]  # no multiplication
+        each = 3 * (size["attention"] - vectors) + (3 - moe) * size["dense"]
+        each += moe * (EXPERTS * 128 + 2 * size["expert"] + size["shared"])
+        flops += 2 * each * tokens + 3 * 4 * (4 * 32) * pairs
+        seconds += step.seconds
+    peaks = Peaks(bandwidth_gb_s=20.0, tflops=0.5)
+    stored = Precision(dtype="float32", kv_dtype="float32")
+    a = engine.loaded.architecture
+    got = traced_utilisation(a, stored, Layout(), peaks, uneven)
+    assert got.s_mbu_paper == pytest.approx(needed / seconds / 20e9, rel=1e-12)
+    assert got.s_mfu == pytest.approx(flops / seconds / 0.5e12, rel=1e-12)
+    assert got.s_mbu is not None and got.s_mbu_paper is not None and got.mbu is not None
+    assert got.s_mbu_paper < got.s_mbu < got.mbu
+    half = traced_utilisation(
+        a, stored, Layout(), peaks, uneven, seconds=[2 * step.seconds for step in uneven.steps]
+    )
+    assert half.s_mbu_paper == pytest.approx(got.s_mbu_paper / 2)
+
+
+def test_hooks_in_transformers_hear_the_same(checkpoint: Path, uneven: Trace) -> None:
+    """Two probes of two implementations, in other passes, on the same ids."""
+    from transformers import AutoModelForCausalLM
+
+    from workers.engines import transformers_probe
+
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="float32").eval()
+    told = transformers_probe.trace(model, MIXED, UNEVEN, routes=True)
+    assert told.tokens == uneven.tokens
+    assert (told.layers, told.top_k) == (uneven.layers, uneven.top_k)
+    np.testing.assert_array_equal(told.prefill, uneven.prefill)
+    np.testing.assert_array_equal(told.decode, uneven.decode)
+    assert told.routes is not None and uneven.routes is not None
+    for left, right in zip(told.routes, uneven.routes, strict=True):
+        np.testing.assert_array_equal(np.sort(left, axis=-1), np.sort(right, axis=-1))
 
 
 def _routers(engine: VllmEngine) -> list[Any]:
@@ -323,20 +435,57 @@ def test_in_bfloat16_only_experts_that_are_almost_level_change_places(
     assert differ <= 0.03 * choices
 
 
-@pytest.mark.slow
-def test_two_tensor_ranks_count_every_token_once(checkpoint: Path, tmp_path: Path) -> None:
-    engine = _engine(_trial(checkpoint, layout=Layout(tensor=2)), tmp_path)
+@pytest.mark.parametrize(
+    "family",  # one by default, with a dense layer and a shared expert; the order is FAMILIES'
+    [
+        pytest.param(name, marks=[] if name == "qwen2_moe" else pytest.mark.slow)
+        for name in FAMILIES
+    ],
+    indirect=True,
+)
+def test_two_tensor_ranks_count_what_one_counts(
+    checkpoint: Path, engine: VllmEngine, uneven: Trace, tmp_path: Path
+) -> None:
+    engine.close()
+    ranks = _engine(_trial(checkpoint, layout=Layout(tensor=2)), tmp_path)
     try:
-        trace = engine.trace(MIXED, OUTPUT, routes=True)
-        after = engine.generate(MIXED, OUTPUT, kind="timed", repeat=0)
+        trace = ranks.trace(MIXED, UNEVEN, routes=True)
+        after = ranks.generate(MIXED, OUTPUT, kind="timed", repeat=0)
     finally:
-        engine.close()
+        ranks.close()
     assert len(after.token_s) == len(MIXED)
     expected = _expected(checkpoint, trace)
     _check(trace, expected)
     assert trace.routes is not None
     for route, choices in zip(trace.routes, expected, strict=True):
         np.testing.assert_array_equal(np.sort(route, axis=-1).transpose(1, 0, 2), choices)
+    assert (trace.layers, trace.tokens) == (uneven.layers, uneven.tokens)
+    for two, one in zip(trace.steps, uneven.steps, strict=True):
+        np.testing.assert_array_equal(two.prefill, one.prefill)
+        np.testing.assert_array_equal(two.decode, one.decode)
+
+
+@pytest.mark.slow
+def test_olmoe_against_hooks_in_transformers(tmp_path: Path) -> None:
+    """DeepSeek-V2 is not here: on CPUs with AMX vLLM 0.32 does not load MLA in float32."""
+    from transformers import AutoModelForCausalLM
+
+    from workers.engines import transformers_probe
+
+    folder = _checkpoint("olmoe", tmp_path / "olmoe")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
+    told = transformers_probe.trace(model, MIXED, UNEVEN, routes=True)
+    engine = _engine(_trial(folder), tmp_path)
+    try:
+        trace = engine.trace(MIXED, UNEVEN, routes=True)
+    finally:
+        engine.close()
+    assert (told.layers, told.tokens) == (trace.layers, trace.tokens)
+    np.testing.assert_array_equal(told.prefill, trace.prefill)
+    np.testing.assert_array_equal(told.decode, trace.decode)
+    assert told.routes is not None and trace.routes is not None
+    for left, right in zip(told.routes, trace.routes, strict=True):
+        np.testing.assert_array_equal(np.sort(left, axis=-1), np.sort(right, axis=-1))
 
 
 @pytest.mark.slow

@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import astuple
 from functools import cache
 
+import numpy as np
 import pytest
 
 from workers.contract.layout import Layout
 from workers.contract.model import Model
+from workers.contract.trace import Step, Trace
 from workers.moe.accounting import decode, forward, prefill
 from workers.moe.architecture import resolve
+from workers.moe.families import read
 from workers.moe.precision import Precision
 from workers.moe.structure import Architecture
 from workers.moe.utilisation import (
@@ -20,6 +23,7 @@ from workers.moe.utilisation import (
     decode_utilisation,
     practical_bandwidth_gb_s,
     practical_tflops,
+    traced_utilisation,
     utilisation,
 )
 
@@ -81,6 +85,84 @@ def test_a_mixed_pass_charges_its_latency_once() -> None:
     total = forward(mixtral(), BF16, mixed.slices).total
     assert got.s_mbu == pytest.approx(total.read_bytes / (0.02 * 3350e9))
     assert got.s_mfu == pytest.approx(total.flops_paper / (0.02 * 989e12))
+
+
+SMALL = {
+    "model_type": "mixtral",
+    "vocab_size": 64,
+    "hidden_size": 8,
+    "intermediate_size": 4,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "tie_word_embeddings": False,
+}
+"""In 16 bits: attention 384 bytes (64 + 32 + 32 + 64 numbers), an expert 192 (3 × 32), router 64,
+norms 48, head 1024, an embedding row 16, the cache of a token 16."""
+
+
+def _step(
+    request: list[int],
+    new: list[int],
+    context: list[int],
+    prefill: list[int],
+    decode: list[int],
+    seconds: float,
+) -> Step:
+    return Step(
+        request=np.array(request),
+        new=np.array(new),
+        context=np.array(context),
+        decoding=np.array([n == 1 and c > 0 for n, c in zip(new, context, strict=True)]),
+        prefill=np.array([prefill]),
+        decode=np.array([decode]),
+        seconds=seconds,
+    )
+
+
+def test_passes_that_mix_prefill_and_decode_by_hand() -> None:
+    """Eq 6 of a run of three passes, the second one mixed, in numbers that can be read.
+
+    An expert that both phases of a pass chose is read once, so the mixed pass reads 3 and
+    not 4. The peaks are 10,000 bytes and 10,000 FLOPs a second.
+    """
+    trace = Trace(
+        layers=(0,),
+        top_k=2,
+        steps=(
+            _step([0], [3], [0], [3, 2, 1, 0], [0, 0, 0, 0], 0.5),  # 3 experts
+            _step([0, 1], [1, 2], [3, 0], [2, 0, 0, 2], [1, 1, 0, 0], 0.3),  # 0, 1 and 3
+            _step([1], [1], [2], [0, 0, 0, 0], [0, 0, 1, 1], 0.2),  # 2 experts
+        ),
+        tokens=((1, 2), (3, 4)),
+    )
+    a = read(SMALL)
+    peaks = Peaks(bandwidth_gb_s=1e-5, tflops=1e-8)
+    got = traced_utilisation(a, BF16, ONE, peaks, trace)
+    first = 384 + 3 * 192 + 16 * 3
+    mixed = 384 + 3 * 192 + 16 * (4 + 2)
+    last = 384 + 2 * 192 + 16 * 3
+    assert (first, mixed, last) == (1008, 1056, 816)
+    assert got.s_mbu_paper == pytest.approx(0.2880)  # 2880 bytes in 1.0 s
+    assert got.s_mbu == pytest.approx((2880 + 3 * (64 + 48 + 1024) + 7 * 16) / 10_000)
+    assert got.s_mbu == pytest.approx(0.64)
+    # 7 tokens × (384 attention + 64 router + 384 experts), 6 + (4 + 3) + 3 pairs × 32
+    assert got.s_mfu == pytest.approx(0.6336)
+    assert got.mbu == pytest.approx((3 * 3312 + 16 * 12) / 10_000)
+    means = [first / 0.5, mixed / 0.3, last / 0.2]
+    assert got.s_mbu_paper != pytest.approx(sum(means) / 3 / 10_000, rel=0.05)
+
+
+def test_a_trace_has_a_time_per_pass_and_one_replica() -> None:
+    step = _step([0], [1], [0], [1, 1, 0, 0], [0, 0, 0, 0], 0.5)
+    trace = Trace(layers=(0,), top_k=2, steps=(step,), tokens=((1,),))
+    with pytest.raises(ValueError, match="2 times for 1 passes"):
+        traced_utilisation(read(SMALL), BF16, ONE, H100, trace, seconds=[1.0, 1.0])
+    with pytest.raises(ValueError, match="one replica"):
+        traced_utilisation(read(SMALL), BF16, Layout(data=2), H100, trace)
 
 
 def test_experts_are_those_that_were_traced() -> None:

@@ -8,6 +8,7 @@ diluted by them. Rows are counted once: not per rank, and not the padding of a p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,6 +77,21 @@ class Trace:
     def decode(self) -> Counts:
         """Sum over passes."""
         return _total([one.decode for one in self.steps])
+
+
+def per_request(output_tokens: int | Sequence[int], requests: int) -> list[int]:
+    """Tokens to generate for each request: one number for all, or a number of each.
+
+    Raises:
+        ValueError: not a number per request, or one below 1.
+    """
+    if isinstance(output_tokens, int):
+        output_tokens = [output_tokens] * requests
+    if len(output_tokens) != requests or min(output_tokens, default=1) < 1:
+        raise ValueError(
+            f"output_tokens {list(output_tokens)} of {requests} prompts: one each, at least 1"
+        )
+    return list(output_tokens)
 
 
 def _total(counts: list[Counts]) -> Counts:

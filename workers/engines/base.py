@@ -117,7 +117,7 @@ class Engine(Protocol):
     def trace(
         self,
         prompts: Sequence[Sequence[int]],
-        output_tokens: int,
+        output_tokens: int | Sequence[int],
         *,
         routes: bool = False,
         temperature: float = 0.0,
@@ -129,11 +129,14 @@ class Engine(Protocol):
 
         Args:
             prompts: token ids, batch × input tokens; lengths may differ.
-            output_tokens: tokens to generate per prompt; end-of-sequence is ignored.
+            output_tokens: tokens to generate, of all prompts or of each; end-of-sequence is
+                ignored. Where they differ, requests end at different times, as they do in
+                serving.
             routes: also tell the experts of every single token.
             temperature: of sampling; 0 is greedy.
 
         Raises:
+            ValueError: not a number of output tokens per prompt.
             Unsupported: this engine, or the way it was built, has no routing to look at.
             EngineError: out of memory (stage `run`), or the engine's death.
         """

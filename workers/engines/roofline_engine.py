@@ -138,7 +138,7 @@ class RooflineEngine:
     def trace(
         self,
         prompts: Sequence[Sequence[int]],
-        output_tokens: int,
+        output_tokens: int | Sequence[int],
         *,
         routes: bool = False,
         temperature: float = 0.0,

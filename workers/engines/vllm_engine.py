@@ -40,7 +40,7 @@ from workers.contract.layout import Layout
 from workers.contract.measurement import Memory, Pass, PassKind
 from workers.contract.model import Model
 from workers.contract.outcome import OomStage
-from workers.contract.trace import Step, Trace
+from workers.contract.trace import Step, Trace, per_request
 from workers.contract.trial import Trial
 from workers.contract.workload import Workload
 from workers.engines.base import Loaded, Site
@@ -211,7 +211,7 @@ class VllmEngine:
         temperature: float = 0.0,
     ) -> Pass:
         self._stage = "warmup" if kind == "warmup" else "run"
-        done = self._send(prompts, output_tokens, temperature)
+        done = self._send(prompts, [output_tokens] * len(prompts), temperature)
         return Pass(
             kind=kind,
             repeat=repeat,
@@ -225,12 +225,13 @@ class VllmEngine:
     def trace(
         self,
         prompts: Sequence[Sequence[int]],
-        output_tokens: int,
+        output_tokens: int | Sequence[int],
         *,
         routes: bool = False,
         temperature: float = 0.0,
     ) -> Trace:
         self._stage = "run"
+        outputs = per_request(output_tokens, len(prompts))
         runs = self.loaded.architecture
         if runs.moe is None:
             raise Unsupported("a model without experts has no routing to trace")
@@ -239,9 +240,9 @@ class VllmEngine:
             answers = self._llm.collective_rpc("start_probe", args=asked)
             if reasons := [one for one in answers if one is not None]:
                 raise Unsupported(f"the experts that run cannot be counted: {reasons[0]}")
-            done = self._send(prompts, output_tokens, temperature)
+            done = self._send(prompts, outputs, temperature)
             accounts = self._llm.collective_rpc("read_probe")
-            lengths = [len(ids) + output_tokens - 1 for ids in prompts]
+            lengths = [len(ids) + new - 1 for ids, new in zip(prompts, outputs, strict=True)]
             trace = _trace(accounts, done, runs.top_k, lengths if routes else None)
             where = tuple(i for i, layer in enumerate(runs.layers) if layer.experts)
             if trace.layers != where:  # a layer of a kind of its own would go unseen
@@ -256,7 +257,7 @@ class VllmEngine:
                 self._llm.collective_rpc("stop_probe")
 
     def _send(
-        self, prompts: Sequence[Sequence[int]], output_tokens: int, temperature: float
+        self, prompts: Sequence[Sequence[int]], lengths: Sequence[int], temperature: float
     ) -> _Done:
         """Steps the engine from the first prompt to the last token of all.
 
@@ -266,13 +267,16 @@ class VllmEngine:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        sampling = SamplingParams(
-            temperature=temperature,
-            max_tokens=output_tokens,
-            ignore_eos=True,
-            detokenize=False,
-            output_kind=RequestOutputKind.DELTA,
-        )
+        sampling = {
+            length: SamplingParams(
+                temperature=temperature,
+                max_tokens=length,
+                ignore_eos=True,
+                detokenize=False,
+                output_kind=RequestOutputKind.DELTA,
+            )
+            for length in set(lengths)
+        }
         engine = self._engine
         names = [f"{next(self._ids)}" for _ in prompts]
         places = {name: place for place, name in enumerate(names)}
@@ -285,8 +289,8 @@ class VllmEngine:
         started_at = time.time()
         start = time.perf_counter()
         try:
-            for name, ids in zip(names, prompts, strict=True):
-                engine.add_request(name, {"prompt_token_ids": ids}, sampling)
+            for name, ids, length in zip(names, prompts, lengths, strict=True):
+                engine.add_request(name, {"prompt_token_ids": ids}, sampling[length])
             while engine.has_unfinished_requests():
                 outputs = engine.step()
                 now = time.perf_counter() - start
@@ -298,8 +302,9 @@ class VllmEngine:
                     tokens[place].extend(new)
         except Exception as error:
             raise self._explain(error) from error
-        if short := [len(row) for row in stamps if len(row) != output_tokens]:
-            raise Crashed(f"a request ended after {short[0]} of {output_tokens} tokens")
+        for row, length in zip(stamps, lengths, strict=True):
+            if len(row) != length:
+                raise Crashed(f"a request ended after {len(row)} of {length} tokens")
         return _Done(
             started_at=started_at, places=places, stamps=stamps, tokens=tokens, steps=steps
         )

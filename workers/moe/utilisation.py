@@ -3,16 +3,25 @@
 MoE-CAP's sparsity-aware metrics count what a pass needs instead of what the model has: only
 the experts that its tokens were routed to. Every figure here is a ratio of sums over
 passes (its Eq 6), never a mean of ratios, and is null where there was nothing to measure.
+
+With dynamic batching (its A.3) one pass feeds prompts and generated tokens together. Eq 6 sums
+over forward passes whatever they feed, and so does `traced_utilisation`: a mixed pass counts once,
+with its whole time, an expert that both kinds of tokens chose is read once, and every request
+reads the cache of its own length. Records keep prefill and decode apart instead and leave mixed
+passes out of both (`workers.usage`), since there is no telling which of the two took the time.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from workers.contract.layout import Layout
+from workers.contract.trace import Step, Trace
 from workers.moe.accounting import SINGLE, Cost, Slice, decode_total, forward, weight_bytes
 from workers.moe.precision import Precision
+from workers.moe.sheets import spread
 from workers.moe.structure import Architecture
 
 
@@ -78,6 +87,54 @@ def utilisation(
         seconds += one.latency_s
         count += 1
     return _shares(a, precision, layout, peaks, needed, read, tokens, count, seconds)
+
+
+def traced_utilisation(
+    a: Architecture,
+    precision: Precision,
+    layout: Layout,
+    peaks: Peaks,
+    trace: Trace,
+    *,
+    seconds: Sequence[float] | None = None,
+) -> Utilisation:
+    """Utilisation over every pass of a traced batch, mixed ones included (Eq 6 as printed).
+
+    Args:
+        a: structure that ran.
+        precision: how it is stored.
+        layout: devices that it ran on.
+        peaks: of one of them.
+        trace: of a batch whose prompts and outputs may be of any lengths.
+        seconds: of each pass, where they were timed without the probe; null takes the trace's
+            own, which have the probe's cost in them and leave sampling out.
+
+    Raises:
+        ValueError: several replicas, whose tokens no trace tells apart; or not a time per pass.
+        SheetError: a trace of another structure.
+    """
+    if layout.data > 1:
+        raise ValueError(f"a trace is of one replica, not of {layout.data}")
+    times = [step.seconds for step in trace.steps] if seconds is None else list(seconds)
+    if len(times) != len(trace.steps):
+        raise ValueError(f"{len(times)} times for {len(trace.steps)} passes")
+    passes = [
+        Observed(
+            slices=slices_of(step),
+            latency_s=time,
+            activated=spread(a, step.activated.tolist()),
+        )
+        for step, time in zip(trace.steps, times, strict=True)
+    ]
+    return utilisation(a, precision, layout, peaks, passes)
+
+
+def slices_of(step: Step) -> tuple[Slice, ...]:
+    """What a traced pass was fed: requests that stand at the same point together."""
+    alike = Counter(zip(step.new.tolist(), step.context.tolist(), strict=True))
+    return tuple(
+        Slice(sequences=count, new=new, context=context) for (new, context), count in alike.items()
+    )
 
 
 def decode_utilisation(
