@@ -219,7 +219,7 @@ def _frame(
 ) -> pl.DataFrame:
     """What `chosen` draws: from datasets or from the catalogues, never from both."""
     from analysis import load
-    from analysis.figures.figure import CatalogueFigure, RecordsFigure, TracedFigure
+    from analysis.figures.figure import CatalogueFigure, PassesFigure, RecordsFigure, TracedFigure
 
     if isinstance(chosen, CatalogueFigure):
         if datasets or only:
@@ -228,13 +228,15 @@ def _frame(
                 f"figure {chosen.name!r} comes from the catalogues: it takes no {given}"
             )
         return chosen.frame(options)
-    assert isinstance(chosen, RecordsFigure | TracedFigure)
+    assert isinstance(chosen, RecordsFigure | TracedFigure | PassesFigure)
     if not datasets:
         raise OptionError(f"figure {chosen.name!r} is drawn from records: name a DATASET")
     options.over(Options(), takes=(), what=f"figure {chosen.name!r}")
     records = _records(datasets, only, every=every)
     if isinstance(chosen, TracedFigure):
         return chosen.prepare(records, load.activations(*datasets))
+    if isinstance(chosen, PassesFigure):
+        return chosen.prepare(records, load.activations(*datasets), load.samples(*datasets))
     return chosen.prepare(records)
 
 

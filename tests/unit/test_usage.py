@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from workers.contract.engine import EngineSettings, Speculative
@@ -121,9 +122,8 @@ def test_untraced_passes_of_a_forced_routing_take_its_expectation() -> None:
     assert flat["s_mbu"] == pytest.approx(even["s_mbu"])
     assert flat["prefill_s_mbu"] == pytest.approx(even["prefill_s_mbu"])
     for name in ("s_mbu", "s_mbu_paper"):
-        values = [found[name] for found in (alone, steep, even)]
-        assert all(isinstance(value, float) for value in values)
-        assert values == sorted(values) and len(set(values)) == 3
+        values = np.array([found[name] for found in (alone, steep, even)], dtype=np.float64)
+        assert (np.diff(values) > 0).all()
     # Two experts of every layer, as one sequence alone reads; the rest is its larger cache.
     assert ARCHITECTURE is not None
     single = _columns(_pass((1.0, 2.0, 3.0)))
