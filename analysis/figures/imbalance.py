@@ -38,7 +38,7 @@ _WORDS = {
     "entropy": "Entropy (1 is even)",
     "gini": "Gini coefficient",
     **{
-        column: f"Fullest of {number} ranks over mean, if spread"
+        column: f"Fullest of {number} ranks over mean, computed"
         for column, number in zip(IF_SPREAD, SPREADS, strict=True)
     },
 }
@@ -106,7 +106,7 @@ def insight(frame: pl.DataFrame) -> str:
         return "No layer saw a token."
     if frame.get_column("pass_max_over_mean").count():
         sentences.append("A pass of few tokens is uneven under any router: one token has E/k.")
-    sentences.append("Ranks 'if spread' are computed from the counts, not measured.")
+    sentences.append("Ranks are computed as if experts were dealt to so many: not measured.")
     return " ".join(sentences)
 
 
@@ -285,7 +285,7 @@ def insight_cost(frame: pl.DataFrame) -> str:
 def _fewer(first: dict[str, Any], last: dict[str, Any]) -> str:
     """How many experts a decode pass read, where that is what may explain the change."""
     ran = [row["activated_experts_decode"] for row in (first, last)]
-    if None in ran:
+    if None in ran or abs(ran[1] - ran[0]) < 0.005:
         return ""
     return f", with {ran[1]:.2f} instead of {ran[0]:.2f} experts read per layer and decode pass"
 

@@ -166,16 +166,41 @@ def test_the_heat_map_names_the_busiest_expert(dataset: Path) -> None:
     ]
 
 
+def test_data_sets_of_one_model_are_set_against_each_other(tmp_path: Path) -> None:
+    few = {"num_experts": 4, "top_k": 2}
+    names = ("builtin:code", "builtin:prose", None)
+    write(tmp_path, [record(str(at), dataset=name, **few) for at, name in enumerate(names)])
+    loads = ([60, 40, 60, 40], [40, 60, 60, 40], [50, 50, 60, 40])
+    rows = [
+        row
+        for at, load in enumerate(loads)
+        for row in probed(str(at), [load, load, load, load].__getitem__)
+    ]
+    write(tmp_path, rows, table="activations")
+    figure, frame = drawn("fig15", tmp_path)
+    sentence = figure.insight(frame)
+    # Shares of choices: 0.3, 0.2 against 0.2, 0.3; prefill has 400 tokens here.
+    assert (
+        "mixtral-8x7b, prefill: choices on builtin:code and builtin:prose differ by a total "
+        "variation of 0.100 in the median layer (0.0" in sentence
+    )
+    assert "the furthest of 3 data sets" in sentence
+    assert "which 40.0 and 60.0 % of their tokens choose" in sentence  # expert 1
+    assert "takes 2 times it" not in sentence, "no more than E/k = 2 can be had"
+    assert "Most even" not in sentence, "all peak alike"
+
+
 def test_all_maps_share_one_scale_of_colour(dataset: Path) -> None:
     figure, frame = drawn("activation-heatmap", dataset)
     spec: dict[str, Any] = figure.chart(frame).to_dict()
     rows = spec["vconcat"][0]["vconcat"]
-    maps = [one for row in rows for one in row["hconcat"]]
+    blocks = [block for row in rows for block in row["hconcat"]]
+    maps = [one for block in blocks for one in block["hconcat"]]
     domains = [one["encoding"]["color"]["condition"]["scale"]["domain"] for one in maps]
     assert len(maps) == 4
     assert all(domain == domains[0] for domain in domains)
     assert domains[0][-1] == frame.get_column("times_even").max()
-    assert [one["title"]["text"] for one in rows[0]["hconcat"]] == ["prefill", "decode"]
+    assert [one["title"]["text"] for one in blocks[0]["hconcat"]] == ["prefill", "decode"]
 
 
 def test_imbalance_is_that_of_the_counts_and_leaves_dense_layers_out(dataset: Path) -> None:
