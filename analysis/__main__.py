@@ -221,6 +221,7 @@ def _frame(
     from analysis import load
     from analysis.figures.figure import (
         CatalogueFigure,
+        PassesFigure,
         RecordsFigure,
         SampledFigure,
         TracedFigure,
@@ -233,7 +234,7 @@ def _frame(
                 f"figure {chosen.name!r} comes from the catalogues: it takes no {given}"
             )
         return chosen.frame(options)
-    assert isinstance(chosen, RecordsFigure | TracedFigure | SampledFigure)
+    assert isinstance(chosen, RecordsFigure | TracedFigure | SampledFigure | PassesFigure)
     if not datasets:
         raise OptionError(f"figure {chosen.name!r} is drawn from records: name a DATASET")
     options.over(Options(), takes=(), what=f"figure {chosen.name!r}")
@@ -242,6 +243,8 @@ def _frame(
         return chosen.prepare(records, load.activations(*datasets))
     if isinstance(chosen, SampledFigure):
         return chosen.prepare(records, load.samples(*datasets))
+    if isinstance(chosen, PassesFigure):
+        return chosen.prepare(records, load.activations(*datasets), load.samples(*datasets))
     return chosen.prepare(records)
 
 

@@ -18,6 +18,11 @@ from workers.moe.balance import MEASURES, balance, rank_loads
 
 PHASES = ("prefill", "decode")
 
+SPREADS = (2, 4, 8)
+"""Numbers of ranks for which imbalance is computed whatever the layout was."""
+IF_SPREAD = tuple(f"if_ranks_{number}" for number in SPREADS)
+"""Their columns."""
+
 _WORDS = {
     "model": "{}",
     "revision": "{}",
@@ -126,9 +131,13 @@ def shares(frame: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def balances(frame: pl.DataFrame) -> pl.DataFrame:
+def balances(frame: pl.DataFrame, samples: pl.LazyFrame | None = None) -> pl.DataFrame:
     """From `counts`, a row per trial, phase and layer with the figures of
     `workers.moe.balance`; with experts spread over ranks, `rank_max_over_mean` beside them.
+
+    `if_ranks_N` for N in `SPREADS` is the fullest of N ranks over the mean, computed from the
+    counts as if experts were dealt to so many; null where there are fewer experts.
+    `pass_max_over_mean` is that of `pass_loads`, null without `samples`.
 
     `ranks` is null where experts are not spread. Layers without tokens have nulls.
     """
@@ -147,14 +156,65 @@ def balances(frame: pl.DataFrame) -> pl.DataFrame:
             | figures
             | {"tokens": int(tokens.sum()) // first["top_k"], "ranks": ranks}
             | {"rank_max_over_mean": over}
+            | {
+                f"if_ranks_{number}": balance(rank_loads(tokens, number)).rows()[0]["max_over_mean"]
+                if number <= len(tokens)
+                else None
+                for number in SPREADS
+            }
         )
     kinds = frame.schema
     schema: dict[str, pl.DataType] = {name: kinds[name] for name in keys}
-    schema |= dict.fromkeys((*MEASURES, "rank_max_over_mean"), pl.Float64())
+    schema |= dict.fromkeys((*MEASURES, "rank_max_over_mean", *IF_SPREAD), pl.Float64())
     schema |= {"tokens": pl.Int64(), "ranks": pl.Int64()}
     conditions = frame.drop("expert", "tokens").unique(keys, keep="first", maintain_order=True)
-    return conditions.join(
+    whole = conditions.join(
         pl.DataFrame(found, schema=schema), on=keys, how="left", maintain_order="left"
+    )
+    if samples is None:
+        return whole.with_columns(pass_max_over_mean=pl.lit(None, dtype=pl.Float64))
+    return whole.join(pass_loads(samples, frame), on=keys, how="left", maintain_order="left")
+
+
+def pass_loads(samples: pl.LazyFrame, trials: pl.DataFrame) -> pl.DataFrame:
+    """A row per trial, phase and MoE layer with `pass_max_over_mean`: the fullest expert of each
+    forward pass over the mean, ratio of sums over the passes of all replays.
+
+    Passes that hold prompts and decoding requests belong to neither phase. Trials whose samples
+    do not tell the fullest expert (older versions) have no rows.
+
+    Args:
+        samples: as `load.samples` gives them.
+        trials: rows of `counts`, which know the positions of the MoE layers.
+    """
+    keys = ["run_id", "trial_id"]
+    places = (
+        trials.select(*keys, "layer", "num_experts", "top_k")
+        .unique()
+        .with_columns(index=pl.col("layer").rank("ordinal").over(keys).cast(pl.Int64) - 1)
+    )
+    fullest = (
+        samples.filter(pl.col("kind") == "probe", pl.col("pass_busiest").is_not_null())
+        .select(*keys, "pass_new", "pass_decoding", "pass_busiest")
+        .join(places.lazy().select(keys).unique(), on=keys, how="semi")
+        .explode("pass_new", "pass_decoding", "pass_busiest")
+        .with_columns(
+            mean=pl.col("pass_new").list.sum(),
+            index=pl.int_ranges(pl.col("pass_busiest").list.len()),
+            phase=pl.when(pl.col("pass_decoding").list.all())
+            .then(pl.lit("decode"))
+            .when(pl.col("pass_decoding").list.any().not_())
+            .then(pl.lit("prefill")),
+        )
+        .drop_nulls("phase")
+        .explode("pass_busiest", "index")
+        .group_by(*keys, "phase", "index")
+        .agg(pl.col("pass_busiest", "mean").sum())
+        .collect()
+    )
+    even = pl.col("mean") * pl.col("top_k") / pl.col("num_experts")
+    return fullest.join(places, on=[*keys, "index"]).select(
+        *keys, "phase", "layer", pass_max_over_mean=pl.col("pass_busiest") / even
     )
 
 

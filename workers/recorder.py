@@ -140,6 +140,7 @@ def samples(
                 "pass_context": [step.context for step in trace.steps],
                 "pass_decoding": [step.decoding for step in trace.steps],
                 "pass_experts": [step.activated for step in trace.steps],
+                "pass_busiest": [step.busiest for step in trace.steps],
             }
             for repeat, trace in (probed.traces if probed is not None else {}).items()
         ],

@@ -9,8 +9,8 @@ from `workers.moe.accounting`; sums over all timed passes are divided, never rat
 
 Timed passes carry no probe. Where a probe has replayed some of them, the experts that ran are
 known pass by pass, and those of timed passes that it did not replay are taken to be as many
-as in the mean of those that it did. Without a probe the expectation under uniform routing
-stands in, and the record says so.
+as in the mean of those that it did. Without a probe the expectation stands in, under
+uniform routing or under the one that the sweep forced, and the record says which.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from workers.hardware.device import CPU, Device
 from workers.moe.accounting import Slice, prefill
 from workers.moe.precision import precision
 from workers.moe.sheets import spread
+from workers.moe.skew import expected_distinct, inclusion, parse, probabilities
 from workers.moe.structure import Architecture
 from workers.moe.utilisation import Observed, Peaks, decode_utilisation, utilisation
 
@@ -44,10 +45,7 @@ def columns(
 ) -> dict[str, Any]:
     """Peaks and utilisations as columns of a record; null where there is no telling.
 
-    Those that need the experts that ran are null where a sweep forces another routing than
-    uniform and nothing counted them.
-
-    Null, too, with speculative decoding (a pass then feeds drafts, and a second model reads
+    Null with speculative decoding (a pass then feeds drafts, and a second model reads
     its own weights) and for encoder-decoders.
 
     Args:
@@ -104,8 +102,13 @@ def _utilisations(
         used = utilisation(a, stored, layout, peaks, passes)
     prompts = [observed for one in timed for observed in prefills(one)]
     traced = _traced(a, timed, traces, decodes, _decode_steps)
-    uniform = used
-    if traced is not None:
+    uniform, expectation = used, "uniform"
+    if traced is None and a.moe and trial.engine.routing not in (None, "uniform"):
+        expectation = "routing"
+        passes = [observed for one in timed for observed in decodes(one)]
+        used = utilisation(a, stored, layout, peaks, _forced(trial, a, passes))
+        prompts = _forced(trial, a, prompts)
+    elif traced is not None:
         used = utilisation(a, stored, layout, peaks, traced)
         prompts = _traced(a, timed, traces, prefills, _prefill_steps) or prompts
     first = utilisation(a, stored, layout, peaks, prompts)
@@ -118,15 +121,27 @@ def _utilisations(
         "prefill_s_mbu": first.s_mbu,
         "prefill_s_mfu": first.s_mfu,
     }
-    if traced is None and a.moe and trial.engine.routing not in (None, "uniform"):
-        for name in ("s_mbu", "s_mbu_paper", "prefill_s_mbu"):
-            found[name] = None
-        return found
     if used.s_mbu is not None or first.s_mbu is not None:
-        found["activation_source"] = "uniform" if a.moe else "dense"
+        found["activation_source"] = expectation if a.moe else "dense"
     if traced is not None:
         found |= {"activation_source": "traced", "s_mbu_uniform": uniform.s_mbu}
     return found
+
+
+def _forced(trial: Trial, a: Architecture, passes: Sequence[Observed]) -> list[Observed]:
+    """Passes with the experts that the routing of the sweep is expected to touch."""
+    if not (a.num_experts and a.top_k and trial.engine.routing):
+        return list(passes)
+    skew, moe = parse(trial.engine.routing), sum(layer.experts is not None for layer in a.layers)
+    chances = inclusion(probabilities(skew, a.num_experts), a.top_k).chances
+    tokens = [
+        trial.layout.data * sum(one.sequences * one.new for one in this.slices) for this in passes
+    ]
+    numbers = expected_distinct(chances, tokens)
+    return [
+        replace(this, activated=spread(a, [float(number)] * moe))
+        for this, number in zip(passes, numbers, strict=True)
+    ]
 
 
 def _activation(probed: Probed) -> dict[str, Any]:

@@ -4,9 +4,9 @@
 a function of the prepared frame alone. So the CSV beside a picture holds exactly what the
 picture shows, and a sentence can be checked against it.
 
-The question goes to datasets (`RecordsFigure`, `TracedFigure`, `SampledFigure`) or to the
-catalogues of models and devices (`CatalogueFigure`); what comes after `prepare` does not know
-which.
+The question goes to datasets (`RecordsFigure`, `TracedFigure`, `SampledFigure`, `PassesFigure`)
+or to the catalogues of models and devices (`CatalogueFigure`); what comes after `prepare` does
+not know which.
 """
 
 from __future__ import annotations
@@ -78,6 +78,15 @@ class SampledFigure(Figure):
     prepare: Callable[[pl.LazyFrame, pl.LazyFrame], pl.DataFrame]
     """From records and samples as `load` gives them to exactly what is drawn.
     Raises SelectionError where no sample has what is asked, or they make no one figure."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PassesFigure(Figure):
+    """A traced figure that looks into single forward passes too."""
+
+    prepare: Callable[[pl.LazyFrame, pl.LazyFrame, pl.LazyFrame], pl.DataFrame]
+    """From records, activations and samples as `load` gives them to exactly what is drawn.
+    Raises SelectionError as a `TracedFigure`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,13 +8,16 @@ and decode stand apart: they see other tokens.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import polars as pl
 
 from analysis.figures.figure import Pivot, TracedFigure
 from analysis.keys import enumeration
-from analysis.traces import PHASES, SHOWN, counts, shares
+from analysis.traces import PHASES, SHOWN, VARIED, counts, shares
+from workers.moe.activation import chance, distance
 
 if TYPE_CHECKING:
     import altair as alt
@@ -88,19 +91,72 @@ def insight(frame: pl.DataFrame) -> str:
         if found := list(filter(None, words)):
             sentences.append(f"{name}: {'; '.join(found)}.")
     peaks = [
-        (str(name), float(peak))
+        (str(name), round(float(peak), 1))
         for name, peak in frame.drop_nulls("times_even")
         .group_by("series", maintain_order=True)
         .agg(pl.col("times_even").max())
         .iter_rows()
     ]
-    if len(peaks) > 1:
+    sentences += _data_sets(frame)
+    if len(peaks) > 1 and peaks[0][1] < peaks[-1][1]:
         peaks.sort(key=lambda one: one[1])
         sentences.append(
             f"Most even at its peak is {peaks[0][0]} ({peaks[0][1]:.1f} times an even share), "
             f"least {peaks[-1][0]} ({peaks[-1][1]:.1f} times)."
         )
     return " ".join(sentences)
+
+
+def _data_sets(frame: pl.DataFrame) -> list[str]:
+    """How far apart the choices on two data sets are, for each model with several.
+
+    Of the two furthest apart: the total-variation distance of their shares of choices in the
+    median layer, what chance alone would give independent tokens, and the expert that they
+    disagree on most. In prefill, whose tokens are those of the text, where it was counted.
+    """
+    others = [name for name in VARIED if name != "dataset"]
+    sentences = []
+    for _, one in frame.group_by(others, maintain_order=True):
+        phases = set(one.get_column("phase"))
+        phase = next((name for name in PHASES if name in phases), "")
+        cells = one.filter(pl.col("phase") == phase)
+        names = cells.get_column("dataset").unique(maintain_order=True).to_list()
+        if len(names) < 2:
+            continue
+        found = max(
+            (_apart(cells, first, second) for first, second in combinations(names, 2)),
+            key=lambda pair: pair[0],
+        )
+        distance, by_chance, first, second, row = found
+        sentences.append(
+            f"{cells.get_column('model')[0]}, {phase}: choices on {_data(first)} and "
+            f"{_data(second)} differ by a total variation of {distance:.3f} in the median layer "
+            f"({by_chance:.3f} by chance"
+            + (", the furthest of " + str(len(names)) + " data sets" if len(names) > 2 else "")
+            + f"), most in expert {row['expert']} of layer {row['layer']}, which "
+            f"{100 * row['share']:.1f} and {100 * row['share_right']:.1f} % of their tokens choose."
+        )
+    return sentences
+
+
+def _apart(
+    cells: pl.DataFrame, first: str | None, second: str | None
+) -> tuple[float, float, str | None, str | None, dict[str, Any]]:
+    """Distance in the median layer, that of chance, and the cell with the largest gap."""
+    one, other = (
+        cells.filter(pl.col("dataset").eq_missing(name)).sort("layer", "expert")
+        for name in (first, second)
+    )
+    layers, top_k = one.get_column("layer").n_unique(), int(one.get_column("top_k")[0])
+    counted = [each.get_column("tokens").to_numpy().reshape(layers, -1) for each in (one, other)]
+    gap = (pl.col("share") - pl.col("share_right")).abs()
+    widest = one.join(other, on=["layer", "expert"]).sort(gap, nulls_last=False).row(-1, named=True)
+    apart, noise = distance(*counted), chance(counted[0], counted[1], top_k)
+    return float(np.nanmedian(apart)), float(np.nanmedian(noise)), first, second, widest
+
+
+def _data(name: str | None) -> str:
+    return name or "random ids"
 
 
 def _phase(phase: str, cells: pl.DataFrame) -> str:
@@ -114,12 +170,15 @@ def _phase(phase: str, cells: pl.DataFrame) -> str:
     assert isinstance(tokens, int)
     facts = [
         f"expert {top['expert']} of layer {top['layer']} takes {100 * top['share']:.1f} % of "
-        f"tokens, {top['times_even']:.1f} times its even share",
-        f"{hot:,} of {len(used):,} take at least {_HOT:g} times it"
-        if hot
-        else f"none takes {_HOT:g} times it",
-        f"{unused:,} never ran" if unused else "all ran",
+        f"tokens, {top['times_even']:.1f} times its even share"
     ]
+    if top["num_experts"] > _HOT * top["top_k"]:  # with fewer, none can
+        facts.append(
+            f"{hot:,} of {len(used):,} take at least {_HOT:g} times it"
+            if hot
+            else f"none takes {_HOT:g} times it"
+        )
+    facts.append(f"{unused:,} never ran" if unused else "all ran")
     return f"in {phase} ({tokens // top['top_k']:,} tokens) {enumeration(facts)}"
 
 

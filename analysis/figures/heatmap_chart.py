@@ -12,7 +12,10 @@ import polars as pl
 from analysis.figures.style import LETTERS, caption, styled
 from analysis.traces import PHASES, under_title
 
-_WIDTH = 360
+_NARROWEST, _WIDEST, _COLUMN = 110, 360, 28
+"""Least and most pixels of a map across, and those of an expert."""
+_PAGE = 900
+"""Pixels across that models stand beside each other in."""
 _CELL, _LOWEST, _HIGHEST = 14, 60, 300
 """Pixels of a layer, and the least and most of a map."""
 _NONE = "#bbbbbb"
@@ -24,12 +27,18 @@ def draw(frame: pl.DataFrame, *, title: str, insight: str) -> alt.VConcatChart:
     highest = frame.get_column("times_even").max()
     top = max(highest, 2.0) if isinstance(highest, float) else 2.0
     phases = [phase for phase in PHASES if phase in set(frame.get_column("phase"))]
-    rows = []
+    blocks = []
     for (name,), one in frame.group_by("series", maintain_order=True):
         maps = [_map(one.filter(pl.col("phase") == phase), phase, top) for phase in phases]
         head = alt.TitleParams(str(name), fontSize=14, offset=6)
-        rows.append(alt.hconcat(*maps, title=head, spacing=28))
-    note = caption([insight, _explanation()], LETTERS * max(len(phases), 1))
+        blocks.append(alt.hconcat(*maps, title=head, spacing=28))
+    experts = frame.get_column("expert").max()
+    block = (_width(experts + 1 if isinstance(experts, int) else 1) + 70) * max(len(phases), 1)
+    across = max(1, _PAGE // block)
+    rows = [
+        alt.hconcat(*blocks[at : at + across], spacing=36) for at in range(0, len(blocks), across)
+    ]
+    note = caption([insight, _explanation()], max(LETTERS, min(across, len(blocks)) * block // 6))
     head = alt.TitleParams(title, subtitle=under_title(frame))
     body = alt.vconcat(*rows, title=note, spacing=20).resolve_scale(color="shared")
     return styled(alt.vconcat(body, title=head, description=f"{title}. {insight}"))
@@ -53,7 +62,7 @@ def _map(cells: pl.DataFrame, phase: str, top: float) -> alt.Chart:
     found: alt.Chart = (
         alt.Chart(
             alt.InlineData(values=drawn.to_dicts()),
-            width=_WIDTH,
+            width=_width(len(experts)),
             height=height,
             title=alt.TitleParams(phase, fontSize=12, fontWeight="normal", offset=4),
         )
@@ -76,6 +85,10 @@ def _map(cells: pl.DataFrame, phase: str, top: float) -> alt.Chart:
     return found
 
 
+def _width(experts: int) -> int:
+    return min(max(_COLUMN * experts, _NARROWEST), _WIDEST)
+
+
 def _axis(values: list[int], most: int) -> alt.Axis:
     """At most `most` labels, evenly apart."""
     step = next(n for n in (1, 2, 4, 5, 8, 10, 16, 20, 32, 64, 10**6) if len(values) / n <= most)
@@ -88,6 +101,6 @@ def _stops(top: float) -> list[float]:
 
 def _explanation() -> str:
     return (
-        "Colour: share of a layer's tokens that chose the expert, over the share k/E that all "
-        "experts would have alike; layers without experts are left out."
+        "Colour, one scale for all maps: share of a layer's tokens that chose the expert, over the "
+        "share k/E that all experts would have alike; layers without experts are left out."
     )

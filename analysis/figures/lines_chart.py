@@ -1,7 +1,8 @@
 """Lines of series in panels: colour and shape tell lines apart, dashes a second thing.
 
 For figures whose lines have names without an order. One long frame is drawn: `panel`, `line`,
-`dash`, `x`, `y`, and `label` where points have words beside them.
+`dash`, `x`, `y`, `low` and `high` where points have intervals, and `label` where they have words
+beside them.
 """
 
 from __future__ import annotations
@@ -133,6 +134,13 @@ def _panel(
         .mark_point(filled=True, size=48, opacity=1)
         .encode(shape=shape),
     ]
+    if {"low", "high"} <= set(frame.columns):
+        layers.insert(
+            0,
+            base.transform_filter("isValid(datum.low)")
+            .mark_rule(strokeWidth=1.2, opacity=0.7)
+            .encode(y=alt.Y("low:Q"), y2="high:Q"),
+        )
     if "label" in frame.columns:
         layers.append(
             # Slanted, so that names of neighbouring points pass each other.
@@ -169,7 +177,8 @@ def _ticks(values: list[float], *, grid: bool) -> alt.Axis:
 
 
 def _y(rows: pl.DataFrame, axis: Axis, name: str | None) -> alt.Y:
-    values = rows.get_column("y").drop_nulls().to_list() or [1.0]
+    columns = [name for name in ("y", "high") if name in rows.columns]
+    values = [v for name in columns for v in rows.get_column(name).drop_nulls()] or [1.0]
     high = max([*values, *([axis.top] if axis.top is not None else [])])
     high *= 1.15 if "label" in rows.columns else 1  # room for the names
     low = min(values) if axis.low is None else min(axis.low, *values)

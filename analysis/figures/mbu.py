@@ -31,6 +31,7 @@ LINES = {
 }
 _SOURCES = {
     "traced": "Experts as traced by a probe",
+    "routing": "Experts as expected of the routing that the sweep forced",
     "sheet": "Experts from activation sheets",
     "uniform": "Experts as under uniform routing, an upper bound for independent tokens",
     "dense": "No routed experts: all weights are always read",

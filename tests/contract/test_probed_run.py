@@ -93,6 +93,8 @@ def test_timed_passes_are_replayed_and_their_experts_written(checkpoint: Path) -
     assert timed["pass_experts"].null_count() == 3 and probes["token_s"].null_count() == 3
     for probe, pass_ in zip(probes.iter_rows(named=True), timed.iter_rows(named=True), strict=True):
         assert len(probe["pass_s"]) == len(pass_["step_s"]) == len(probe["pass_experts"])
+        for busiest, new in zip(probe["pass_busiest"], probe["pass_new"], strict=True):
+            assert all(TOP_K * sum(new) / EXPERTS <= most <= sum(new) for most in busiest)
         assert probe["pass_context"][-1] == [24 + 4] * 4 and probe["pass_new"][-1] == [1] * 4
         assert sum(map(sum, probe["pass_new"])) == 4 * (24 + 6 - 1)
 

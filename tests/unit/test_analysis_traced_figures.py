@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from analysis import load
 from analysis.__main__ import main
 from analysis.errors import SelectionError
-from analysis.figures.figure import Figure, RecordsFigure, TracedFigure
+from analysis.figures.figure import Figure, PassesFigure, RecordsFigure, TracedFigure
 from analysis.figures.registry import find
 from analysis.figures.write import write as write_figure
 from analysis.traces import balances, counts, shares
@@ -83,6 +83,8 @@ def dataset(tmp_path: Path) -> Path:
 
 def drawn(name: str, folder: Path) -> tuple[Figure, pl.DataFrame]:
     figure = find(name)
+    if isinstance(figure, PassesFigure):
+        return figure, figure.prepare(load(folder), load.activations(folder), load.samples(folder))
     if isinstance(figure, TracedFigure):
         return figure, figure.prepare(load(folder), load.activations(folder))
     assert isinstance(figure, RecordsFigure)
@@ -164,16 +166,41 @@ def test_the_heat_map_names_the_busiest_expert(dataset: Path) -> None:
     ]
 
 
+def test_data_sets_of_one_model_are_set_against_each_other(tmp_path: Path) -> None:
+    few = {"num_experts": 4, "top_k": 2}
+    names = ("builtin:code", "builtin:prose", None)
+    write(tmp_path, [record(str(at), dataset=name, **few) for at, name in enumerate(names)])
+    loads = ([60, 40, 60, 40], [40, 60, 60, 40], [50, 50, 60, 40])
+    rows = [
+        row
+        for at, load in enumerate(loads)
+        for row in probed(str(at), [load, load, load, load].__getitem__)
+    ]
+    write(tmp_path, rows, table="activations")
+    figure, frame = drawn("fig15", tmp_path)
+    sentence = figure.insight(frame)
+    # Shares of choices: 0.3, 0.2 against 0.2, 0.3; prefill has 400 tokens here.
+    assert (
+        "mixtral-8x7b, prefill: choices on builtin:code and builtin:prose differ by a total "
+        "variation of 0.100 in the median layer (0.0" in sentence
+    )
+    assert "the furthest of 3 data sets" in sentence
+    assert "which 40.0 and 60.0 % of their tokens choose" in sentence  # expert 1
+    assert "takes 2 times it" not in sentence, "no more than E/k = 2 can be had"
+    assert "Most even" not in sentence, "all peak alike"
+
+
 def test_all_maps_share_one_scale_of_colour(dataset: Path) -> None:
     figure, frame = drawn("activation-heatmap", dataset)
     spec: dict[str, Any] = figure.chart(frame).to_dict()
     rows = spec["vconcat"][0]["vconcat"]
-    maps = [one for row in rows for one in row["hconcat"]]
+    blocks = [block for row in rows for block in row["hconcat"]]
+    maps = [one for block in blocks for one in block["hconcat"]]
     domains = [one["encoding"]["color"]["condition"]["scale"]["domain"] for one in maps]
     assert len(maps) == 4
     assert all(domain == domains[0] for domain in domains)
     assert domains[0][-1] == frame.get_column("times_even").max()
-    assert [one["title"]["text"] for one in rows[0]["hconcat"]] == ["prefill", "decode"]
+    assert [one["title"]["text"] for one in blocks[0]["hconcat"]] == ["prefill", "decode"]
 
 
 def test_imbalance_is_that_of_the_counts_and_leaves_dense_layers_out(dataset: Path) -> None:
@@ -200,7 +227,36 @@ def test_ranks_are_counted_where_experts_are_spread(tmp_path: Path) -> None:
     assert set(frame.get_column("ranks")) == {2}
     assert set(frame.get_column("rank_max_over_mean")) == {2.0}
     assert "the fullest of 2 ranks 2.00 times" in figure.insight(frame)
-    assert len(figure.pivots(frame)[0].columns) == 5
+    assert len(figure.pivots(frame)[0].columns) == 4 + 3 + 1
+    assert set(frame.get_column("if_ranks_2")) == {2.0}
+    assert set(frame.get_column("if_ranks_8")) == {2.0}  # a rank for every expert
+
+
+def test_experts_that_take_turns_are_even_over_all_and_uneven_in_each_pass(tmp_path: Path) -> None:
+    write(tmp_path, [record("a", batch_size=4)])
+    write(tmp_path, probed("a", lambda _: [1] * EXPERTS), table="activations")
+    layers = len(LAYERS)
+    probe = {
+        "run_id": "r0",
+        "trial_id": "a",
+        "attempt": 1,
+        "kind": "probe",
+        "repeat": 0,
+        # A prefill of 4 × 8 tokens, one pass of both kinds, two decode passes of 4.
+        "pass_new": [[8] * 4, [1, 5], [1] * 4, [1] * 4],
+        "pass_decoding": [[False] * 4, [True, False], [True] * 4, [True] * 4],
+        "pass_busiest": [[8] * layers, [6] * layers, [4, 2, 1], [4, 4, 1]],
+    }
+    write(tmp_path, [probe], table="samples")
+    figure, frame = drawn("imbalance", tmp_path)
+    found = {phase: one for (phase,), one in frame.group_by("phase")}
+    assert set(found["prefill"].get_column("pass_max_over_mean")) == {1.0}  # 32·2/8 is 8
+    decode = found["decode"].sort("layer").get_column("pass_max_over_mean")
+    assert decode.to_list() == [4.0, 3.0, 1.0]
+    assert set(frame.get_column("max_over_mean")) == {1.0}
+    assert "2.67 times the mean in each pass and 1.00 times the mean over all" in (
+        figure.insight(frame)
+    )
 
 
 def test_a_layer_without_tokens_has_no_balance(tmp_path: Path) -> None:

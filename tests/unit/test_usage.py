@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from workers.contract.engine import EngineSettings, Speculative
@@ -108,6 +109,29 @@ def test_devices_share_the_work() -> None:
     assert four["s_mbu_paper"] == pytest.approx(alone["s_mbu_paper"] / 4)  # type: ignore[operator]
     assert isinstance(four["s_mbu"], float)
     assert four["s_mbu"] > alone["s_mbu"] / 4  # type: ignore[operator]  # router and norms on each
+
+
+def test_untraced_passes_of_a_forced_routing_take_its_expectation() -> None:
+    one = _pass(*[(1.0, 2.0, 3.0)] * 16)
+    even = _columns(one)
+    steep = _columns(one, trial=_routed("zipf:2"))
+    alone = _columns(one, trial=_routed("all-to-one"))
+    flat = _columns(one, trial=_routed("zipf:0"))
+    assert steep["activation_source"] == alone["activation_source"] == "routing"
+    assert even["activation_source"] == "uniform"
+    assert flat["s_mbu"] == pytest.approx(even["s_mbu"])
+    assert flat["prefill_s_mbu"] == pytest.approx(even["prefill_s_mbu"])
+    for name in ("s_mbu", "s_mbu_paper"):
+        values = np.array([found[name] for found in (alone, steep, even)], dtype=np.float64)
+        assert (np.diff(values) > 0).all()
+    # Two experts of every layer, as one sequence alone reads; the rest is its larger cache.
+    assert ARCHITECTURE is not None
+    single = _columns(_pass((1.0, 2.0, 3.0)))
+    assert alone["s_mbu"] == pytest.approx(single["s_mbu"], rel=0.001)
+
+
+def _routed(routing: str) -> Trial:
+    return replace(TRIAL, engine=EngineSettings(routing=routing))
 
 
 def test_null_where_there_is_no_telling() -> None:

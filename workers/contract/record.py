@@ -130,7 +130,12 @@ _RECORD: tuple[tuple[str, pa.DataType, str], ...] = (
     ("s_mfu", _FLOAT, "MoE-CAP Eq 5."),
     ("prefill_s_mbu", _FLOAT, "s_mbu of the prefill passes."),
     ("prefill_s_mfu", _FLOAT, "s_mfu of the prefill passes."),
-    ("activation_source", _STR, "Experts behind it: uniform (expectation) | traced | dense."),
+    (
+        "activation_source",
+        _STR,
+        "Experts behind it: uniform | routing (expectations, of the routing that was forced) | "
+        "traced | dense.",
+    ),
     ("s_mbu_uniform", _FLOAT, "s_mbu as uniform routing would have it, beside a traced one."),
     ("traced_passes", _INT, "Timed passes whose experts were counted, in passes of their own."),
     ("activation_settled", _BOOL, "Whether the counts had settled when counting ended."),
@@ -180,6 +185,11 @@ _SAMPLE: tuple[tuple[str, pa.DataType, str], ...] = (
         "pass_experts",
         pa.list_(pa.list_(pa.int16())),
         "Per forward pass and MoE layer, distinct experts.",
+    ),
+    (
+        "pass_busiest",
+        pa.list_(pa.list_(pa.int32())),
+        "Per forward pass and MoE layer, tokens of the expert with most.",
     ),
 )
 

@@ -51,6 +51,12 @@ class Step:
         distinct: Counts = np.count_nonzero(self.counts, axis=1)
         return distinct
 
+    @property
+    def busiest(self) -> Counts:
+        """Tokens of the expert with most, per MoE layer: what spread experts wait for."""
+        most: Counts = self.counts.max(axis=1)
+        return most
+
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Trace:
