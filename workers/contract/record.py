@@ -130,11 +130,21 @@ _RECORD: tuple[tuple[str, pa.DataType, str], ...] = (
     ("s_mfu", _FLOAT, "MoE-CAP Eq 5."),
     ("prefill_s_mbu", _FLOAT, "s_mbu of the prefill passes."),
     ("prefill_s_mfu", _FLOAT, "s_mfu of the prefill passes."),
-    ("activation_source", _STR, "Experts behind it: uniform (expectation) | traced | dense."),
-    ("s_mbu_uniform", _FLOAT, "s_mbu as uniform routing would have it, beside a traced one."),
+    (
+        "activation_source",
+        _STR,
+        "Experts behind it: uniform (expectation) | traced | sheet (of an earlier probe) | "
+        "sheet-interpolated (between two batches) | dense.",
+    ),
+    ("activation_sheet", _STR, "Probe or probes that the sheet is of: sweep, run and trial."),
+    ("s_mbu_uniform", _FLOAT, "s_mbu as uniform routing would have it, beside another one."),
     ("traced_passes", _INT, "Timed passes whose experts were counted, in passes of their own."),
     ("activation_settled", _BOOL, "Whether the counts had settled when counting ended."),
-    ("activated_experts_decode", _FLOAT, "Distinct experts per layer and decode pass, mean."),
+    (
+        "activated_experts_decode",
+        _FLOAT,
+        "Distinct experts per layer and decode pass, mean, by activation_source; null if uniform.",
+    ),
     ("activated_experts_prefill", _FLOAT, "The same for prefill passes."),
     # prediction
     ("predicted_device", _STR, "Class of device that the roofline's figures are for."),
