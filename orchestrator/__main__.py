@@ -46,6 +46,11 @@ def _outcomes(ctx: click.Context, param: click.Parameter, value: str) -> frozens
     show_default=True,
     help="Folder of datasets; this one is OUT/<name of the sweep>.",
 )
+@click.option(
+    "--sheets",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder of activation sheets, which probes fill.  [default: OUT/_activation-sheets]",
+)
 @click.option("--profile", help="Device class to plan for.  [default: what the cluster has]")
 @click.option(
     "--address",
@@ -89,6 +94,7 @@ def main(
     sweep: Path,
     overrides: tuple[str, ...],
     out: Path,
+    sheets: Path | None,
     profile: str | None,
     address: str | None,
     dry_run: bool,
@@ -116,6 +122,7 @@ def main(
         sweep=sweep,
         overrides=overrides,
         out=out,
+        sheets=sheets,
         profile=profile,
         address=address,
         fresh=fresh,
@@ -140,6 +147,7 @@ def _explained(request: Request, *, dry_run: bool) -> int:
         if dry_run:
             _, plan = prepare(request, request.profile or local_profile())
             _show_plan(plan, as_json=request.json)
+            _show_missing(request, plan)
             return 0
         return _run(request)
     except (SweepError, UnknownDevice) as error:
@@ -184,6 +192,19 @@ def _show_plan(plan: Plan, *, as_json: bool) -> None:
     if not console.is_terminal:
         console = Console(width=PIPE_WIDTH)
     console.print(preview(plan))
+
+
+def _show_missing(request: Request, plan: Plan) -> None:
+    """Says on standard error which trials will find no activation sheet."""
+    if not plan.asks_for_sheets:
+        return
+    from orchestrator.sheets import shelf
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    if (line := shelf(request, say).missing(plan.groups)) is not None:
+        say(line)
 
 
 @cache

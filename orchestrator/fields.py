@@ -298,17 +298,17 @@ def _fits(field: Field, value: object) -> bool:
 
 def _mismatch(field: Field, value: object) -> str:
     message = f"expected {field.expected}, but found {describe(value)}"
-    if field.kind == "choice" and isinstance(value, str):
-        return message + did_you_mean(value, field.choices)
-    if field.kind == "str" and isinstance(value, int | float):
-        return f"{message}; put it in quotes if it is a name"
     if isinstance(value, str) and (field.kind in ("int", "float", "bool") or field.switch):
         try:
             meant = scalar(value)
         except ValueError:
-            return message
-        if value and _fits(field, meant):
+            meant = None
+        if value and meant is not None and _fits(field, meant) and meant != value:
             return f"{message}; write it without quotes"
+    if field.kind == "choice" and isinstance(value, str):
+        return message + did_you_mean(value, field.choices)
+    if field.kind == "str" and isinstance(value, int | float):
+        return f"{message}; put it in quotes if it is a name"
     return message
 
 
