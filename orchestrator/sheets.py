@@ -20,10 +20,8 @@ from orchestrator.plan import Group, Planned
 from orchestrator.request import Request
 from workers.contract.message import Finished
 from workers.contract.trial import Trial
-from workers.moe.sheets import Sheet, SheetError, Sheets, from_rows, to_rows
+from workers.moe.sheets import FOLDER, Sheet, SheetError, Sheets, from_rows, to_rows
 
-FOLDER = "_activation-sheets"
-"""In `--out`."""
 _NAMED = 4
 """Subjects without a sheet that are listed; the rest is counted."""
 

@@ -38,6 +38,8 @@ from workers.contract.probed import PHASES, Phase
 from workers.moe.accounting import distinct_experts
 from workers.moe.structure import Architecture
 
+FOLDER = "_activation-sheets"
+"""Beside the datasets of sweeps, none of which begins with an underscore."""
 FORMAT = 1
 """Version of the files; another one is refused."""
 LARGEST_BYTES = 2**22
