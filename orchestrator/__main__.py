@@ -10,6 +10,7 @@ import json as jsonlib
 import os
 import re
 import sys
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -146,8 +147,7 @@ def _explained(request: Request, *, dry_run: bool) -> int:
     try:
         if dry_run:
             _, plan = prepare(request, request.profile or local_profile())
-            _show_plan(plan, as_json=request.json)
-            _show_missing(request, plan)
+            _show_plan(plan, _notes(request, plan), as_json=request.json)
             return 0
         return _run(request)
     except (SweepError, UnknownDevice) as error:
@@ -177,11 +177,12 @@ def _run(request: Request) -> int:
     return summary.status
 
 
-def _show_plan(plan: Plan, *, as_json: bool) -> None:
+def _show_plan(plan: Plan, notes: Sequence[str], *, as_json: bool) -> None:
     if as_json:
         import msgspec
 
-        text = msgspec.json.encode(plan.to_json()).decode()
+        told = plan.to_json() | ({"notes": notes} if notes else {})
+        text = msgspec.json.encode(told).decode()
         print(NOT_ASCII.sub(lambda found: _escaped(found[0]), text))
         return
     from rich.console import Console
@@ -191,20 +192,18 @@ def _show_plan(plan: Plan, *, as_json: bool) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=PIPE_WIDTH)
-    console.print(preview(plan))
+    console.print(preview(plan, notes))
 
 
-def _show_missing(request: Request, plan: Plan) -> None:
-    """Says on standard error which trials will find no activation sheet."""
+def _notes(request: Request, plan: Plan) -> list[str]:
+    """Which trials will find no activation sheet, and what is none."""
     if not plan.asks_for_sheets:
-        return
+        return []
     from orchestrator.sheets import shelf
 
-    def say(line: str) -> None:
-        print(line, file=sys.stderr)
-
-    if (line := shelf(request, say).missing(plan.groups)) is not None:
-        say(line)
+    said: list[str] = []
+    missing = shelf(request, said.append).missing(plan.groups)
+    return [*said, *filter(None, [missing])]
 
 
 @cache

@@ -99,14 +99,17 @@ def test_dry_run_tells_who_will_find_no_activation_sheet(tmp_path: Path) -> None
     path = tmp_path / "s.yaml"
     path.write_text(GOOD + "  measure.activation: [false, sheet]\n")
     done = _run(path, "--dry-run", "--json", "--profile", "h100", "--sheets", tmp_path / "x")
-    assert done.returncode == 0 and json.loads(done.stdout)["trials"] == 4
-    assert done.stderr == (
+    assert (done.returncode, done.stderr) == (0, "")
+    note = (
         "2 of 2 trials that ask for an activation sheet have none in "
         f"{tmp_path / 'x'}, and no trial of this sweep probes it: mixtral-8x7b, random ids, "
-        "128/128 tokens, batch 1. Their s_mbu will be null\n"
+        "128/128 tokens, batch 1. Their s_mbu will be null"
     )
+    assert json.loads(done.stdout)["notes"] == [note]
+    shown = _run(path, "--dry-run", "--profile", "h100", "--sheets", tmp_path / "x")
+    assert note in " ".join(shown.stdout.split()) and shown.stderr == ""
     path.write_text(GOOD + "  measure.activation: [true, sheet]\n")
-    assert _run(path, "--dry-run", "--json", "--profile", "h100").stderr == ""
+    assert "notes" not in json.loads(_run(path, "--dry-run", "--json").stdout)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["{sweep}", "--dry-run"]])
