@@ -250,12 +250,14 @@ def test_a_folder_is_read_in_spite_of_what_else_lies_in_it(tmp_path: Path) -> No
     good.with_name("3.arrow").write_bytes(b"x" * (LARGEST_BYTES + 1))
     good.with_name(".1.arrow").write_bytes(b"half")  # still being written
     good.with_name("64.arrow").symlink_to(tmp_path / "nothing")
+    good.with_name("65.arrow").symlink_to(good.with_name("65.arrow"))
     found, problems = sheets.about("deepseek-v2-lite", "abc", "math")
     assert found == [of(4)]
     said = [str(one).removeprefix(f"{good.parent}/") for one in problems]
-    assert [one.split(":")[0] for one in said] == ["2.arrow", "3.arrow", "32.arrow", "8.arrow"]
+    names = ["2.arrow", "3.arrow", "32.arrow", "65.arrow", "8.arrow"]
+    assert [one.split(":")[0] for one in said] == names
     assert "not a file" in said[0] and "too large" in said[1]
-    assert "of another key" in said[2] and "not a whole Arrow file" in said[3]
+    assert "of another key" in said[2] and "not a whole Arrow file" in said[4]
     assert sheets.about("deepseek-v2-lite", None, "math") == ([], [])
 
 
@@ -301,6 +303,7 @@ def test_of_several_of_one_key_the_last_stands(tmp_path: Path) -> None:
     assert find([early, late], key(8)) == late
     sheets = Sheets(tmp_path)
     sheets.put(early)
+    assert list(sheets) == [early]
     sheets.put(late)
     assert list(sheets) == [late]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -53,6 +54,16 @@ def test_what_is_kept_is_handed_to_those_who_ask(tmp_path: Path) -> None:
     elsewhere = shelf(Request(sweep=Path("s.yaml"), sheets=tmp_path / "x"), said.append)
     assert given(elsewhere, ASKING) == []
     assert said == []
+
+
+def test_sheets_travel_with_the_record_and_odd_ones_end_nothing(tmp_path: Path) -> None:
+    came = copy.copy(finished(to_rows([kept()])))  # as pickle does it
+    assert came.sheet is not None and from_rows(came.sheet) == [kept()]
+    assert copy.copy(finished(None)).sheet is None
+    said: list[str] = []
+    odd = came.sheet.drop_columns(["temperature"])
+    Shelf(tmp_path, said.append).keep([finished(odd)])
+    assert len(said) == 1 and "of another version" in said[0]
 
 
 def test_nothing_takes_the_folder_for_a_dataset(tmp_path: Path) -> None:

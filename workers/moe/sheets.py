@@ -275,6 +275,8 @@ class Sheets:
     def __init__(self, folder: Path) -> None:
         """The folder is made when the first sheet is put there."""
         self.folder = folder
+        self._known: dict[Path, tuple[tuple[int, int, int], Sheet]] = {}
+        """What was read, and the state of the file that it was read from."""
 
     def put(self, one: Sheet) -> Path:
         """Store a measured sheet; one of the same key is replaced, at once.
@@ -358,9 +360,20 @@ class Sheets:
                 yield self._placed(path)
 
     def _placed(self, path: Path) -> Sheet:
+        try:
+            status = path.stat()
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise SheetError(f"{path}: {error.strerror}") from error
+        state = status.st_mtime_ns, status.st_size, status.st_ino
+        known = self._known.get(path)
+        if known is not None and known[0] == state:
+            return known[1]
         found = read(path)
         if self._path(found.key) != path:
             raise SheetError(f"{path}: holds a sheet of another key, {found.key}")
+        self._known[path] = state, found
         return found
 
     def _path(self, key: SheetKey) -> Path:
@@ -488,7 +501,13 @@ def to_rows(sheets: Iterable[Sheet]) -> pa.RecordBatch:
 
 
 def from_rows(rows: pa.RecordBatch) -> list[Sheet]:
-    """The sheets of `to_rows`."""
+    """The sheets of `to_rows`.
+
+    Raises:
+        SheetError: they are no such rows.
+    """
+    if rows.schema != _SCHEMA:
+        raise SheetError("rows of activation sheets in the form of another version")
     return [_sheet(row) for row in rows.to_pylist()]
 
 
