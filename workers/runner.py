@@ -55,6 +55,7 @@ from workers.contract.message import Finished, Message, Progress, Stage
 from workers.contract.model import Model
 from workers.contract.probed import PHASES, Probed
 from workers.contract.trace import Trace
+from workers.contract.trial import Trial
 from workers.contract.workload import Workload
 from workers.engines.base import Engine, Site, engine_class
 from workers.folders import within
@@ -265,16 +266,19 @@ class _Run:
 
     def _lacks_sheet(self, engine: Engine, trial: _Trial) -> bool:
         """Whether it asks for an activation sheet that a probe of this group might yet make."""
-        asked = trial.ticket.trial.measure.activation == "sheet"
-        others = any(one.trial.measure.activation is True for one in self.job.tickets)
-        return asked and others and self._sheet(engine, trial)[0] is None
-
-    def _sheet(self, engine: Engine, trial: _Trial) -> tuple[Sheet | None, str | None]:
-        """The activation sheet that a trial asks for, and what is not known for want of it."""
         asked = trial.ticket.trial
         if asked.measure.activation != "sheet":
+            return False
+        probing = any(one.trial.measure.activation is True for one in self.job.tickets)
+        return probing and self._sheet(engine, asked, ())[0] is None
+
+    def _sheet(
+        self, engine: Engine, asked: Trial, passes: Sequence[Pass]
+    ) -> tuple[Sheet | None, str | None]:
+        """The activation sheet that a trial asks for, and what is not known for want of it."""
+        if asked.measure.activation != "sheet":
             return None, None
-        timed = [one for one in trial.passes if one.kind == "timed"]
+        timed = [one for one in passes if one.kind == "timed"]
         loaded = engine.loaded
         return reuse.taken(asked, loaded.architecture, loaded.version, self.sheets, timed)
 
@@ -350,7 +354,7 @@ class _Run:
         self, engine: Engine, trial: _Trial, used: Memory, probed: Probed | None = None
     ) -> Finished:
         measurement = Measurement(passes=tuple(trial.passes), memory=used)
-        sheet, unknown = self._sheet(engine, trial)
+        sheet, unknown = self._sheet(engine, trial.ticket.trial, trial.passes)
         trial.passes.clear()  # they are in its rows
         columns = dict(self.columns)
         if reason := unknown or (probed.reason if probed is not None else None):

@@ -242,7 +242,10 @@ def tokens_per_pass(timed: Sequence[Pass], phase: Phase) -> float | None:
     """
     tokens, passes = 0, 0
     for one in timed:
-        if phase == "decode":
+        if phase == "decode" and _lockstep(one):
+            steps = len(one.token_s[0]) - 1
+            tokens, passes = tokens + steps * one.batch_size, passes + steps
+        elif phase == "decode":
             found = decodes(one)
             tokens += sum(part.sequences for this in found for part in this.slices)
             passes += len(found)
