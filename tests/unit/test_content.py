@@ -79,6 +79,7 @@ def test_skeletons_have_none_and_hubs_their_commit(
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     assert content(Model(name="mixtral-8x7b", weights="dummy")) is None
     assert content(Model(name="mixtral-8x7b")) is None, "not on this machine"
+    assert content(Model(name="~nobody-of-that-name/x")) is None
     kept = tmp_path / "hub/models--mistralai--Mixtral-8x7B-v0.1"
     (kept / "refs").mkdir(parents=True)
     (kept / "refs/main").write_text("0a1b2c\n")

@@ -39,13 +39,13 @@ def content(model: Model) -> str | None:
     if model.weights == "dummy":
         return None
     known = catalogue_name(model.name)
-    folder = Path(model.name).expanduser()
     try:
+        folder = Path(model.name).expanduser()
         if known is None and folder.is_dir():
             return _folder(folder, tuple(_stamps(folder)))
         hub_id = catalogue()[known]["hub_id"] if known is not None else model.name
         return _commit(str(hub_id), model.revision or "main")
-    except OSError:
+    except (OSError, RuntimeError):  # not for us to read; the home of nobody
         return None
 
 
