@@ -150,7 +150,7 @@ def test_what_was_counted_is_taken_by_trials_that_ask_for_it(checkpoint: Path) -
         of(2, "sheet"), of(4, "sheet"), of(2, False), of(2, "sheet", 0.7),
         sheets=pa.concat_batches(made),
     )  # fmt: skip
-    found = [*first.values(), *later.values()]
+    found = [group[f"t{number}"] for group in (first, later) for number in range(len(group))]
     assert {one.outcome for one in found} == {"ok"}
     rows = [pl.DataFrame(one.record).row(0, named=True) for one in found]
     two, eight, same, between, beyond, again, between_again, unasked, warm = rows
