@@ -31,7 +31,7 @@ LINES = {
 }
 _SOURCES = {
     "traced": "Experts as traced by a probe",
-    "sheet": "Experts as an earlier probe traced them (activation sheet)",
+    "sheet": "Experts of activation sheets, as an earlier probe traced them",
     "sheet-interpolated": "Experts interpolated between two batches of activation sheets",
     "uniform": "Experts as under uniform routing, an upper bound for independent tokens",
     "dense": "No routed experts: all weights are always read",

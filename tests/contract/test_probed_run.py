@@ -175,7 +175,7 @@ def test_what_was_counted_is_taken_by_trials_that_ask_for_it(checkpoint: Path) -
     assert _decode_gb(two, samples[0]) < _decode_gb(between, samples[3])
 
     assert beyond["s_mbu"] is None and beyond["activation_source"] is None
-    assert "batch 2, 8, and batch 16 lies not between" in beyond["outcome_reason"]
+    assert "batch 2, 8, and batch 16 is outside" in beyond["outcome_reason"]
     assert warm["s_mbu"] is None and "temperature 0.0 instead of 0.7" in warm["outcome_reason"]
     assert warm["s_mbu_uniform"] is not None and warm["throughput_tok_s"] is not None
     assert unasked["activation_source"] == "uniform" and unasked["activation_sheet"] is None

@@ -46,4 +46,4 @@ def test_a_later_sweep_takes_its_experts_from_an_earlier_one(tmp_path: Path) -> 
         assert row["s_mbu"] > 0 and row["s_mbu_uniform"] > 0
     assert two["activation_source"] == "sheet-interpolated"
     assert eight["outcome"] == "ok" and eight["s_mbu"] is None
-    assert "batch 8 lies not between" in eight["outcome_reason"]
+    assert "batch 8 is outside" in eight["outcome_reason"]

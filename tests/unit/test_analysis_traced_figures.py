@@ -338,7 +338,7 @@ def test_sheets_are_no_traces_and_say_so(tmp_path: Path) -> None:
     figure, frame = drawn("s-mbu-batch", tmp_path / "apart")
     sentence = figure.insight(frame)
     assert "Experts as traced by a probe (batch 1)" in sentence
-    assert "an earlier probe traced them (activation sheet) (batch 2)" in sentence
+    assert "an earlier probe traced them (batch 2)" in sentence
     assert "interpolated between two batches of activation sheets (batch 4)" in sentence
     _, traced = drawn("sparsity-traced", tmp_path / "apart")
     assert traced.get_column("batch_size").unique().to_list() == [1]

@@ -124,7 +124,7 @@ def test_between_batches_the_record_says_so() -> None:
     assert row["activated_experts_decode"] == pytest.approx(3.0)
     none, reason = taken(eight, A, VERSION, sheets, [timed(8)])
     assert none is None and reason is not None
-    assert "batch 2, 4, and batch 8 lies not between" in reason and "--fresh" in reason
+    assert "batch 2, 4, and batch 8 is outside" in reason and "--fresh" in reason
 
 
 def test_without_a_sheet_there_is_no_share_that_needs_one() -> None:

@@ -328,7 +328,7 @@ def test_why_there_is_none_is_told() -> None:
     assert why_none([], key()) == "there is none of deepseek-v2-lite on text math"
     assert why_none([], key(dataset=None)).endswith("on random token ids")
     outside = why_none(sheets, key(32))
-    assert outside == "there are those of batch 4, 16, and batch 32 lies not between"
+    assert outside == "there are those of batch 4, 16, and batch 32 is outside"
     other = why_none(sheets, key(4, temperature=0.7, dtype="float32"))
     assert other.endswith(
         "is for dtype bfloat16 instead of float32, temperature 0.0 instead of 0.7"

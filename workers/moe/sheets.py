@@ -415,7 +415,7 @@ def why_none(sheets: Iterable[Sheet], key: SheetKey) -> str:
         batches = ", ".join(map(str, family))
         if family[0] < key.batch_size < family[-1]:
             return f"those of batch {batches} were not of whole batches, so none lies between"
-        return f"there are those of batch {batches}, and batch {key.batch_size} lies not between"
+        return f"there are those of batch {batches}, and batch {key.batch_size} is outside"
     nearest = min((key.differences(one) for one in keys), key=len)
     return f"the nearest of {key.model} on {prompts} is for {', '.join(nearest)}"
 
