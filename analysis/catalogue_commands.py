@@ -120,7 +120,7 @@ def plan(dataset: Path | None, most: int, as_json: bool, s_mfu: float | None, **
     """Bandwidth, compute and memory that a model needs, and the devices that have them."""
     from analysis.plan_tables import needs_table, offers_table
     from analysis.planner import DEFAULTS, plan_facts, plans, sentence
-    from analysis.reached import reached
+    from analysis.reached import experts_behind, reached
     from analysis.structures import listed, structure
     from analysis.tables import show
 
@@ -135,6 +135,8 @@ def plan(dataset: Path | None, most: int, as_json: bool, s_mfu: float | None, **
             raise OptionError("--from takes S-MBU and S-MFU from a dataset: give no others")
         shares = reached(dataset)
         defaults, origin = shares.over(DEFAULTS), f"medians of what was measured in {dataset}"
+        if sources := experts_behind(dataset):
+            origin += f", experts {' and '.join(sources)}"
     filled = options.over(defaults)
     structures = [structure(name, filled.dtype or "auto") for name in filled.models]
     found = plans(structures, filled, listed(filled.devices), most)

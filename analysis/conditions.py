@@ -45,7 +45,15 @@ CONDITIONS: tuple[str, ...] = (
 )
 """Columns of which a figure holds one value each, unless it varies them on purpose."""
 
-_TELLTALES = (*CONDITIONS, "sweep", "memory_limit_gib", "engine_args", "torch_version", "host")
+_TELLTALES = (
+    *CONDITIONS,
+    "activation_source",
+    "sweep",
+    "memory_limit_gib",
+    "engine_args",
+    "torch_version",
+    "host",
+)
 """Columns that may explain why one point has several records."""
 
 

@@ -19,11 +19,21 @@ def reached(dataset: Path) -> Options:
         SelectionError: no trial has one of the two, or a median is above 1, which no
             device reaches: the peaks it was taken against were too low.
     """
+    records = _measured(dataset)
+    return Options(s_mbu=_median(records, "s_mbu"), s_mfu=_median(records, "s_mfu"))
+
+
+def experts_behind(dataset: Path) -> list[str]:
+    """Where the experts behind those `s_mbu` come from, by `activation_source`."""
+    records = _measured(dataset).filter(pl.col("s_mbu").is_not_null())
+    return records.get_column("activation_source").drop_nulls().unique().sort().to_list()
+
+
+def _measured(dataset: Path) -> pl.DataFrame:
     if not is_dataset(dataset):
         raise DatasetError(f"no dataset in {dataset}")
     ok = (pl.col("outcome") == "ok") & pl.col("measured")
-    records = load(dataset).filter(ok).select("s_mbu", "s_mfu").collect()
-    return Options(s_mbu=_median(records, "s_mbu"), s_mfu=_median(records, "s_mfu"))
+    return load(dataset).filter(ok).select("s_mbu", "s_mfu", "activation_source").collect()
 
 
 def _median(records: pl.DataFrame, name: str) -> float:

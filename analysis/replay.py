@@ -32,6 +32,7 @@ import yaml
 from analysis.conditions import only, refuse_repeated
 from analysis.dataset import load, manifest, runs
 from analysis.errors import DatasetError, SelectionError
+from workers.moe.sheets import FOLDER
 
 LEAST_DIGITS = 6
 """Of a trial's identity, that it can be called by."""
@@ -194,6 +195,9 @@ def run(made: Made, text: str, out: Path, *, quiet: bool) -> tuple[int, Made | N
     except OSError as error:
         raise DatasetError(f"cannot write {path}: {error.strerror or error}") from error
     asked = [str(path), "--out", str(out), "--profile", _profile(made), "--fresh"]
+    sheets = made.dataset.parent / FOLDER
+    if _looks_up(rebuilt(made)) and sheets.is_dir():  # it probes nothing, so it writes nothing
+        asked += ["--sheets", str(sheets)]
     status = _waited_for([*_ORCHESTRATOR, *asked, *(["--json"] if quiet else [])], quiet=quiet)
     after = _records_of(made.trial_id, folder)
     new = after.filter(~pl.col("run_id").is_in(before)).sort("finished_at")
@@ -265,6 +269,17 @@ def _planned(answer: str) -> list[str]:
     plan = json.loads(answer)
     grouped = [trial_id for group in plan["groups"] for trial_id in group["trial_ids"]]
     return [one["trial_id"] for one in plan["infeasible"]] + grouped
+
+
+def _looks_up(point: Any) -> bool:
+    """Whether a point takes its experts from activation sheets."""
+    if not isinstance(point, dict):
+        return False
+    return any(
+        (key.rpartition(".")[2] == "activation" and value in ("sheet", ["sheet"]))
+        or _looks_up(value)
+        for key, value in point.items()
+    )
 
 
 def _hidden(made: Made) -> Iterator[str]:

@@ -26,6 +26,8 @@ _WIDE, _ENDLESS = 500, 10_000
 """Characters of a line in a file or a pipe, and where nothing is ever wrapped."""
 _SHARES = {"s_mbu": "S-MBU", "s_mfu": "S-MFU"}
 """Columns with headings, shown where a record has them."""
+_EXPECTED = ("uniform", "dense")
+"""Sources of the number of experts behind S-MBU that need no probe; others are shown."""
 
 
 def show(*renderables: Table | Text) -> None:
@@ -53,18 +55,24 @@ def records_table(records: pl.DataFrame) -> Table:
     shares = [name for name in _SHARES if records.get_column(name).count()]
     for name in (*_HEADINGS, *(_SHARES[share] for share in shares)):
         table.add_column(name, justify="right", no_wrap=True)
+    sources = records.get_column("activation_source").drop_nulls()
+    told = not sources.is_in(_EXPECTED).all()
+    if told:
+        table.add_column("experts\nfrom", no_wrap=True)
     for row in records.sort(varied, nulls_last=True).iter_rows(named=True):
         cells = [_text(row["trial_id"]), *(_text(row[name]) for name in varied), _outcome(row)]
         cells += [Text(figure) for figure in _figures(row)]
         cells += [Text("" if row[one] is None else f"{100 * row[one]:.3g} %") for one in shares]
+        cells += [_text(row["activation_source"])] if told else []
         table.add_row(*cells)
     return table
 
 
 def reasons(records: pl.DataFrame) -> list[Text]:
-    """Why trials are not `ok`: a line per outcome and reason, the most frequent first."""
+    """Why trials are not `ok`, or what of them is not known though they are: a line per outcome
+    and reason, the most frequent first."""
     groups = (
-        records.filter(pl.col("outcome") != "ok")
+        records.filter((pl.col("outcome") != "ok") | pl.col("outcome_reason").is_not_null())
         .with_columns(pl.col("outcome_reason").fill_null("no reason recorded"))
         .group_by("outcome", "oom_stage", "outcome_reason")
         .len("trials")

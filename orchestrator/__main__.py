@@ -10,6 +10,7 @@ import json as jsonlib
 import os
 import re
 import sys
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,6 +46,11 @@ def _outcomes(ctx: click.Context, param: click.Parameter, value: str) -> frozens
     default=Path("results"),
     show_default=True,
     help="Folder of datasets; this one is OUT/<name of the sweep>.",
+)
+@click.option(
+    "--sheets",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Folder of activation sheets, which probes fill.  [default: OUT/_activation-sheets]",
 )
 @click.option("--profile", help="Device class to plan for.  [default: what the cluster has]")
 @click.option(
@@ -89,6 +95,7 @@ def main(
     sweep: Path,
     overrides: tuple[str, ...],
     out: Path,
+    sheets: Path | None,
     profile: str | None,
     address: str | None,
     dry_run: bool,
@@ -116,6 +123,7 @@ def main(
         sweep=sweep,
         overrides=overrides,
         out=out,
+        sheets=sheets,
         profile=profile,
         address=address,
         fresh=fresh,
@@ -139,7 +147,7 @@ def _explained(request: Request, *, dry_run: bool) -> int:
     try:
         if dry_run:
             _, plan = prepare(request, request.profile or local_profile())
-            _show_plan(plan, as_json=request.json)
+            _show_plan(plan, _notes(request, plan), as_json=request.json)
             return 0
         return _run(request)
     except (SweepError, UnknownDevice) as error:
@@ -169,11 +177,12 @@ def _run(request: Request) -> int:
     return summary.status
 
 
-def _show_plan(plan: Plan, *, as_json: bool) -> None:
+def _show_plan(plan: Plan, notes: Sequence[str], *, as_json: bool) -> None:
     if as_json:
         import msgspec
 
-        text = msgspec.json.encode(plan.to_json()).decode()
+        told = plan.to_json() | ({"notes": notes} if notes else {})
+        text = msgspec.json.encode(told).decode()
         print(NOT_ASCII.sub(lambda found: _escaped(found[0]), text))
         return
     from rich.console import Console
@@ -183,7 +192,18 @@ def _show_plan(plan: Plan, *, as_json: bool) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=PIPE_WIDTH)
-    console.print(preview(plan))
+    console.print(preview(plan, notes))
+
+
+def _notes(request: Request, plan: Plan) -> list[str]:
+    """Which trials will find no activation sheet, and what is none."""
+    if not plan.asks_for_sheets:
+        return []
+    from orchestrator.sheets import shelf
+
+    said: list[str] = []
+    missing = shelf(request, said.append).missing(plan.groups)
+    return [*said, *filter(None, [missing])]
 
 
 @cache

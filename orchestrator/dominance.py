@@ -225,7 +225,7 @@ def place(one: Planned) -> Point:
         workload.tokens_per_request,
         workload.input_tokens,
         workload.temperature > 0,
-        trial.measure.activation,
+        trial.measure.activation is True,
         bool(trial.measure.accuracy),
     )
     if prediction is None or shape is None:

@@ -57,6 +57,8 @@ class Field:
     """Has no default."""
     choices: tuple[str, ...] = ()
     """The words that a `choice` takes."""
+    switch: bool = False
+    """A choice that takes true and false as well."""
     type: Any = None
     """The dataclass of a `block`."""
 
@@ -74,6 +76,8 @@ class Field:
     def expected(self) -> str:
         """What to write, in words."""
         words = _EXPECTED.get(self.kind) or f"one of {', '.join(self.choices)}"
+        if self.switch:
+            words = f"true, false or {' or '.join(self.choices)}"
         return f"{words} or null" if self.optional else words
 
 
@@ -237,9 +241,12 @@ def _walk(prefix: str, cls: type[Any]) -> list[Field]:
     found = []
     for part in fields(cls):
         hint, optional = hints[part.name], False
+        switch = False
         if get_origin(hint) in (Union, UnionType):
-            (hint,) = (inner for inner in get_args(hint) if inner is not type(None))
-            optional = True
+            inner = [one for one in get_args(hint) if one is not type(None)]
+            optional = len(inner) < len(get_args(hint))
+            switch = len(inner) > 1 and bool in inner
+            (hint,) = [one for one in inner if not (switch and one is bool)]
         key = f"{prefix}{part.name}"
         block = is_dataclass(hint)
         choices = get_args(hint) if get_origin(hint) is Literal else ()
@@ -262,6 +269,7 @@ def _walk(prefix: str, cls: type[Any]) -> list[Field]:
                 optional=optional,
                 required=part.default is MISSING and part.default_factory is MISSING,
                 choices=choices,
+                switch=switch,
                 type=hint if block else None,
             )
         )
@@ -281,7 +289,7 @@ def _fits(field: Field, value: object) -> bool:
         case "bool":
             return isinstance(value, bool)
         case "choice":
-            return value in field.choices
+            return value in field.choices or (field.switch and isinstance(value, bool))
         case "free":
             return isinstance(value, dict)
         case _:
@@ -290,17 +298,17 @@ def _fits(field: Field, value: object) -> bool:
 
 def _mismatch(field: Field, value: object) -> str:
     message = f"expected {field.expected}, but found {describe(value)}"
+    if isinstance(value, str) and (field.kind in ("int", "float", "bool") or field.switch):
+        try:
+            meant = scalar(value)
+        except ValueError:
+            meant = None
+        if value and meant is not None and _fits(field, meant) and meant != value:
+            return f"{message}; write it without quotes"
     if field.kind == "choice" and isinstance(value, str):
         return message + did_you_mean(value, field.choices)
     if field.kind == "str" and isinstance(value, int | float):
         return f"{message}; put it in quotes if it is a name"
-    if isinstance(value, str) and field.kind in ("int", "float", "bool"):
-        try:
-            meant = scalar(value)
-        except ValueError:
-            return message
-        if value and _fits(field, meant):
-            return f"{message}; write it without quotes"
     return message
 
 

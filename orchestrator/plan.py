@@ -183,6 +183,12 @@ class Plan:
         return len(self.infeasible) + sum(len(group.trials) for group in self.groups)
 
     @property
+    def asks_for_sheets(self) -> bool:
+        """Whether a trial takes the experts that ran from an earlier probe."""
+        trials = (one.trial for group in self.groups for one in group.trials)
+        return any(one.measure.activation == "sheet" for one in trials)
+
+    @property
     def predicted_s(self) -> float:
         """All groups one after another, in seconds."""
         return sum(group.predicted_s for group in self.groups)

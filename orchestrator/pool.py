@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import ray
 
 from orchestrator.cluster import Cluster
@@ -256,12 +257,18 @@ class Pool:
             self._waiting.setdefault(node_id, []).append(self._host_on(node_id))
 
     def assign(
-        self, lane_id: int, group: Group, attempts: dict[str, int], slowness: float = 1.0
+        self,
+        lane_id: int,
+        group: Group,
+        attempts: dict[str, int],
+        slowness: float = 1.0,
+        sheets: pa.RecordBatch | None = None,
     ) -> None:
         """Gives a group to an idle lane.
 
         Args:
             slowness: seconds that trials have taken so far over those predicted.
+            sheets: activation sheets that may fit.
         """
         process = self._processes[lane_id]
         job = self.job(group, attempts, local=process.lane.node_id == self._cluster.driver_node)
@@ -269,6 +276,7 @@ class Pool:
             job = replace(job, **self._neighbours(process.lane))
         if self._predicted_for(group, process.lane):
             job = replace(job, slowness=slowness)
+        job = replace(job, sheets=sheets)
         process.job, process.log = job, job.log
         process.stage, process.trial_id = "load", None
         process.heard_at = time.monotonic()

@@ -30,6 +30,8 @@ class Request:
     sweep: Path
     overrides: tuple[str, ...] = ()
     out: Path = Path("results")
+    sheets: Path | None = None
+    """Folder of activation sheets; null is the one in `out`."""
     profile: str | None = None
     address: str | None = None
     fresh: bool = False

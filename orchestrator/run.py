@@ -36,6 +36,7 @@ from orchestrator.errors import ClusterError, HeadLost
 from orchestrator.plan import Group, Plan, Planned
 from orchestrator.progress import Tracker
 from orchestrator.request import Request, local_profile, prepare
+from orchestrator.sheets import shelf
 from orchestrator.signals import deaf, interruptible
 from orchestrator.store import RESUME, Dataset, Guard, StoreError, settled
 from orchestrator.streams import diverted
@@ -151,6 +152,7 @@ class _Run:
         self._run_id = f"{stamp}-{secrets.token_hex(3)}"
         self._began = time.monotonic()
         self._known_secrets = known_secrets(sweep.resolved)
+        self._shelf = shelf(request, self._say)
         self._settled = self._earlier()
         self._groups, self._infeasible = self._due()
         known = list(self._exhausted())
@@ -221,6 +223,8 @@ class _Run:
         self._open_manifest()
         for warning in self._dataset.warnings:
             self._say(warning)
+        if (line := self._shelf.missing(self._groups)) is not None:
+            self._say(line)
         interrupted = False
         try:
             self._write_infeasible()
@@ -356,7 +360,13 @@ class _Run:
                     self._pool.open(lane)
                     self._tracker.opened(lane)
                 case events.Assign(lane_id=lane_id, group=group, attempts=attempts):
-                    self._pool.assign(lane_id, group, attempts, self._schedule.slowness)
+                    self._pool.assign(
+                        lane_id,
+                        group,
+                        attempts,
+                        self._schedule.slowness,
+                        sheets=self._shelf.rows(group),
+                    )
                     self._tracker.assigned(lane_id, group)
                 case events.Close(lane_id=lane_id):
                     self._pool.close(lane_id)
@@ -422,8 +432,10 @@ class _Run:
         return found
 
     def _commit(self, finished: Sequence[Finished]) -> None:
-        """Rows of trials that ended, before anybody else hears of it."""
+        """Rows of trials that ended, before anybody else hears of it. What probes found comes
+        first: whoever kills the driver in between leaves a sheet too many, and none is lost."""
         if finished:
+            self._shelf.keep(finished)
             self._dataset.commit(
                 self._run_id,
                 records=[one.record for one in finished],

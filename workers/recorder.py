@@ -27,6 +27,7 @@ from workers.hardware.device import Device
 from workers.hardware.host import Host
 from workers.metrics import figures
 from workers.moe.architecture import UnknownModel, resolve, run_dtype
+from workers.moe.sheets import Sheet
 from workers.moe.structure import Architecture
 from workers.secrecy import hide, hide_json, hide_text, known_secrets
 
@@ -41,6 +42,7 @@ def ok(
     target: Device | None,
     measured: bool = True,
     probed: Probed | None = None,
+    sheet: Sheet | None = None,
     **columns: Any,
 ) -> pa.RecordBatch:
     """The row of a trial that was measured, or predicted by an engine that only predicts.
@@ -49,9 +51,11 @@ def ok(
         target: what one device can do, for utilisations; null where that is not known.
         measured: false where the passes were predicted.
         probed: which experts ran in its timed passes, where that was asked for.
+        sheet: how many ran in an earlier probe, where that was asked for.
         columns: further columns of the row.
     """
     derived = figures(measurement, output_tokens=ticket.trial.workload.output_tokens)
+    timed = measurement.of("timed")
     started = min(one.started_at for one in measurement.passes)
     return _row(
         job,
@@ -63,7 +67,7 @@ def ok(
             "started_at": datetime.fromtimestamp(started, UTC),
             **_memory(measurement.memory),
             **derived,
-            **usage.columns(ticket.trial, architecture, measurement.of("timed"), target, probed),
+            **usage.columns(ticket.trial, architecture, timed, target, probed, sheet),
             **columns,
         },
     )

@@ -7,7 +7,8 @@ grows slower over the minutes touches all of them alike instead of whichever cam
 repeat is a pair: the batch with one token per request (the paper's TTFT), then the batch in
 full. Timed passes carry no probe: where `measure.activation` asks which experts ran, timed
 passes are replayed when all turns are over, with the same prompts, until the distribution over
-experts has settled or none is left to replay.
+experts has settled or none is left to replay. Trials that ask for an activation sheet and do not
+find theirs wait for the probes of the group, which may make it.
 
 Records come when a round of turns is the last one, so a group of hours would have none for
 hours, and who kills its driver would lose them all. Workloads that are predicted to take longer
@@ -46,7 +47,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from workers import memory, recorder
+from workers import memory, recorder, reuse
 from workers.contract.errors import Infeasible, OutOfMemory, TimedOut, TrialError, Unsupported
 from workers.contract.job import Job, Ticket
 from workers.contract.measurement import Measurement, Memory, Pass, PassKind
@@ -54,6 +55,7 @@ from workers.contract.message import Finished, Message, Progress, Stage
 from workers.contract.model import Model
 from workers.contract.probed import PHASES, Probed
 from workers.contract.trace import Trace
+from workers.contract.trial import Trial
 from workers.contract.workload import Workload
 from workers.engines.base import Engine, Site, engine_class
 from workers.folders import within
@@ -63,6 +65,7 @@ from workers.hardware.host import Host, describe
 from workers.metrics import interval
 from workers.moe.activation import Settling
 from workers.moe.architecture import UnknownModel, resolve, run_dtype
+from workers.moe.sheets import Sheet, from_rows, to_rows
 from workers.prompts import random_ids
 from workers.texts import text_ids
 
@@ -130,6 +133,12 @@ class _Run:
     """Device that its figures are of."""
     busy_s: float = 0.0
     """Seconds of passes since the last message that told of them."""
+    sheets: list[Sheet] = field(default_factory=list)
+    """Activation sheets at hand; of those with one key the last stands."""
+
+    def __post_init__(self) -> None:
+        if self.job.sheets is not None:
+            self.sheets = from_rows(self.job.sheets)
 
     def messages(self) -> Iterator[Message]:
         waiting = []
@@ -189,8 +198,11 @@ class _Run:
                         break
                     args = json.dumps(engine.loaded.args, sort_keys=True)
                     self.columns["engine_args"] = args
+                    without: list[tuple[_Trial, Memory]] = []
                     for block in _blocks(trials, self.job.slowness or 1.0):
-                        yield from self._measure(engine, block, warm)
+                        without += yield from self._measure(engine, block, warm)
+                    for one, used in without:
+                        yield self._ok(engine, one, used)
                     warm |= {one.ticket.trial.workload for one in trials}
             except _Failure as failure:
                 memory.unlimit()  # it bounds the model, which goes, and not the record of its end
@@ -206,7 +218,12 @@ class _Run:
 
     def _measure(
         self, engine: Engine, trials: list[_Trial], warm: Set[Workload]
-    ) -> Iterator[Message]:
+    ) -> Generator[Message, None, list[tuple[_Trial, Memory]]]:
+        """Measures a block.
+
+        Returns:
+            Trials without their record, since they still lack a sheet.
+        """
         for one in trials:
             if not self.measured:
                 one.repeatable = True
@@ -220,6 +237,7 @@ class _Run:
                 self._pass(engine, one, tokens, "warmup")
         waiting = list(trials)
         to_probe: list[tuple[_Trial, Memory]] = []
+        to_look_up: list[tuple[_Trial, Memory]] = []
         while waiting:
             for one in list(waiting):
                 yield self._progress("run", one)
@@ -229,8 +247,10 @@ class _Run:
                     waiting.remove(one)
                     with _blaming(one):
                         used = engine.memory()
-                    if one.ticket.trial.measure.activation:
+                    if one.ticket.trial.measure.activation is True:
                         to_probe.append((one, used))
+                    elif self._lacks_sheet(engine, one):
+                        to_look_up.append((one, used))
                     else:
                         yield self._ok(engine, one, used)
                 elif one.busy_s() > one.ticket.trial.measure.timeout_s:
@@ -238,6 +258,29 @@ class _Run:
         for one, used in to_probe:
             probed = yield from self._probe(engine, one)
             yield self._ok(engine, one, used, probed)
+        for one, used in list(to_look_up):
+            if not self._lacks_sheet(engine, one):
+                to_look_up.remove((one, used))
+                yield self._ok(engine, one, used)
+        return to_look_up
+
+    def _lacks_sheet(self, engine: Engine, trial: _Trial) -> bool:
+        """Whether it asks for an activation sheet that a probe of this group might yet make."""
+        asked = trial.ticket.trial
+        if asked.measure.activation != "sheet":
+            return False
+        probing = any(one.trial.measure.activation is True for one in self.job.tickets)
+        return probing and self._sheet(engine, asked, ())[0] is None
+
+    def _sheet(
+        self, engine: Engine, asked: Trial, passes: Sequence[Pass]
+    ) -> tuple[Sheet | None, str | None]:
+        """The activation sheet that a trial asks for, and what is not known for want of it."""
+        if asked.measure.activation != "sheet":
+            return None, None
+        timed = [one for one in passes if one.kind == "timed"]
+        loaded = engine.loaded
+        return reuse.taken(asked, loaded.architecture, loaded.version, self.sheets, timed)
 
     def _probe(self, engine: Engine, trial: _Trial) -> Generator[Message, None, Probed]:
         """Replays timed passes, in their order, with every choice of experts counted."""
@@ -311,10 +354,12 @@ class _Run:
         self, engine: Engine, trial: _Trial, used: Memory, probed: Probed | None = None
     ) -> Finished:
         measurement = Measurement(passes=tuple(trial.passes), memory=used)
+        sheet, unknown = self._sheet(engine, trial.ticket.trial, trial.passes)
         trial.passes.clear()  # they are in its rows
         columns = dict(self.columns)
-        if probed is not None and probed.reason is not None:
-            columns["outcome_reason"] = probed.reason
+        if reason := unknown or (probed.reason if probed is not None else None):
+            columns["outcome_reason"] = reason
+        found = self._found(engine, trial.ticket, probed)
         record = recorder.ok(
             self.job,
             trial.ticket,
@@ -323,6 +368,7 @@ class _Run:
             self.target,
             self.measured,
             probed,
+            sheet,
             **columns,
         )
         return Finished(
@@ -331,8 +377,18 @@ class _Run:
             record=record,
             samples=recorder.samples(self.job, trial.ticket, measurement, probed),
             activations=recorder.activations(self.job, trial.ticket, probed) if probed else None,
+            sheet=to_rows([found]) if found is not None else None,
             throughput_tok_s=record.column("throughput_tok_s")[0].as_py(),
         )
+
+    def _found(self, engine: Engine, ticket: Ticket, probed: Probed | None) -> Sheet | None:
+        """What a probe found, for this group and for later ones."""
+        loaded, job = engine.loaded, self.job
+        source = f"{job.sweep}, run {job.run_id}, trial {ticket.trial_id}"
+        found = reuse.made(ticket.trial, loaded.architecture, loaded.version, probed, source=source)
+        if found is not None:
+            self.sheets.append(found)
+        return found
 
     def _failed(self, ticket: Ticket, error: TrialError) -> Finished:
         columns = self.columns or recorder.where(self.host)

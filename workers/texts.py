@@ -18,6 +18,7 @@ PART keeps the texts of one register or one language: `builtin:code`, `my.jsonl:
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -113,6 +114,24 @@ def texts_of(dataset: str) -> tuple[Text, ...]:
         has = ", ".join(sorted(labels)) or "no register or language at all"
         raise TextError(f"text {source} has no register or language {part!r}; it has {has}")
     return kept
+
+
+def digest(dataset: str) -> str:
+    """16 hexadecimal digits of the texts that `dataset` names.
+
+    Raises:
+        TextError: as `texts_of`.
+    """
+    return _digest(dataset, _stamp(dataset))
+
+
+@lru_cache(maxsize=16)
+def _digest(dataset: str, stamp: object) -> str:
+    found = hashlib.sha256()
+    for one in texts_of(dataset):
+        text = one.text.encode("utf-8", "surrogatepass")
+        found.update(b"%d " % len(text) + text)
+    return found.hexdigest()[:16]
 
 
 def _stretches(texts: tuple[_Tokens, ...], length: int, *, seed: int, turn: int) -> _Tokens:

@@ -9,8 +9,10 @@ from `workers.moe.accounting`; sums over all timed passes are divided, never rat
 
 Timed passes carry no probe. Where a probe has replayed some of them, the experts that ran are
 known pass by pass, and those of timed passes that it did not replay are taken to be as many
-as in the mean of those that it did. Without a probe the expectation stands in, under
-uniform routing or under the one that the sweep forced, and the record says which.
+as in the mean of those that it did. Where a trial asks for an activation sheet, every pass of
+a phase takes the sheet's mean; without one that fits, what needs it is null. Otherwise an
+expectation stands in, under uniform routing or under the one that the sweep forced. The record
+says which it was.
 """
 
 from __future__ import annotations
@@ -24,16 +26,25 @@ from typing import Any
 import numpy as np
 
 from workers.contract.measurement import Pass
-from workers.contract.probed import Probed
+from workers.contract.probed import PHASES, Phase, Probed
 from workers.contract.trace import Step, Trace
 from workers.contract.trial import Trial
 from workers.hardware.device import CPU, Device
 from workers.moe.accounting import Slice, prefill
 from workers.moe.precision import precision
-from workers.moe.sheets import spread
+from workers.moe.sheets import Sheet, spread
 from workers.moe.skew import expected_distinct, inclusion, parse, probabilities
 from workers.moe.structure import Architecture
-from workers.moe.utilisation import Observed, Peaks, decode_utilisation, utilisation
+from workers.moe.utilisation import (
+    Observed,
+    Peaks,
+    Utilisation,
+    decode_utilisation,
+    utilisation,
+)
+
+INTERPOLATED = "sheet-interpolated"
+"""`activation_source` of a batch between two that were probed."""
 
 
 def columns(
@@ -42,10 +53,13 @@ def columns(
     timed: Sequence[Pass],
     device: Device | None,
     probed: Probed | None = None,
+    sheet: Sheet | None = None,
 ) -> dict[str, Any]:
     """Peaks and utilisations as columns of a record; null where there is no telling.
 
-    Null with speculative decoding (a pass then feeds drafts, and a second model reads
+    Those that need the experts that ran are null where a sweep asks for a sheet and there is none.
+
+    Null, too, with speculative decoding (a pass then feeds drafts, and a second model reads
     its own weights) and for encoder-decoders.
 
     Args:
@@ -54,10 +68,13 @@ def columns(
         timed: its timed passes.
         device: what one device can do; null where that is not known.
         probed: which experts ran in some of the timed passes.
+        sheet: how many ran in an earlier probe, for a trial that asks for it.
     """
     traces = probed.traces if probed is not None else {}
     told = _activation(probed) if probed is not None and traces else {}
-    return told | _utilisations(trial, a, timed, device, traces)
+    if sheet is not None:
+        told = _of_sheet(sheet)
+    return told | _utilisations(trial, a, timed, device, traces, sheet)
 
 
 def _utilisations(
@@ -66,6 +83,7 @@ def _utilisations(
     timed: Sequence[Pass],
     device: Device | None,
     traces: Mapping[int, Trace],
+    sheet: Sheet | None,
 ) -> dict[str, Any]:
     if device is None:
         return {}
@@ -101,17 +119,23 @@ def _utilisations(
         passes = [observed for one in timed for observed in decodes(one)]
         used = utilisation(a, stored, layout, peaks, passes)
     prompts = [observed for one in timed for observed in prefills(one)]
-    traced = _traced(a, timed, traces, decodes, _decode_steps)
+    traced = _traced(a, timed, traces, decodes, "decode")
+    by_sheet = trial.measure.activation == "sheet" and a.moe is not None
     uniform, expectation = used, "uniform"
-    if traced is None and a.moe and trial.engine.routing not in (None, "uniform"):
+    if traced is None and not by_sheet and a.moe and trial.engine.routing not in (None, "uniform"):
         expectation = "routing"
         passes = [observed for one in timed for observed in decodes(one)]
         used = utilisation(a, stored, layout, peaks, _forced(trial, a, passes))
         prompts = _forced(trial, a, prompts)
     elif traced is not None:
         used = utilisation(a, stored, layout, peaks, traced)
-        prompts = _traced(a, timed, traces, prefills, _prefill_steps) or prompts
+        prompts = _traced(a, timed, traces, prefills, "prefill") or prompts
     first = utilisation(a, stored, layout, peaks, prompts)
+    if by_sheet:
+        ran = _stored(timed, decodes, sheet.decode if sheet is not None else None)
+        fed = _stored(timed, prefills, sheet.prefill if sheet is not None else None)
+        used = utilisation(a, stored, layout, peaks, ran) if ran else _unknown(used)
+        first = utilisation(a, stored, layout, peaks, fed) if fed else _unknown(first)
     found |= {
         "mbu": used.mbu,
         "mfu": used.mfu,
@@ -121,6 +145,11 @@ def _utilisations(
         "prefill_s_mbu": first.s_mbu,
         "prefill_s_mfu": first.s_mfu,
     }
+    if by_sheet:
+        found["s_mbu_uniform"] = uniform.s_mbu
+        if sheet is not None and (used.s_mbu is not None or first.s_mbu is not None):
+            found["activation_source"] = "sheet" if sheet.between is None else INTERPOLATED
+        return found
     if used.s_mbu is not None or first.s_mbu is not None:
         found["activation_source"] = expectation if a.moe else "dense"
     if traced is not None:
@@ -151,11 +180,37 @@ def _activation(probed: Probed) -> dict[str, Any]:
         "traced_passes": len(traces),
         "activation_settled": probed.settled,
     }
-    for phase, steps_of in (("decode", _decode_steps), ("prefill", _prefill_steps)):
-        seen = [step.activated for trace in traces for step in steps_of(trace)]
+    for phase in PHASES:
+        seen = [step.activated for step in steps_of(traces, phase)]
         if seen:
             found[f"activated_experts_{phase}"] = float(np.mean(seen))
     return found
+
+
+def _of_sheet(sheet: Sheet) -> dict[str, Any]:
+    """The same as a sheet has it, and where that comes from."""
+    return {
+        "activation_sheet": sheet.source,
+        "activation_settled": sheet.settled,
+        "activated_experts_decode": sheet.mean(sheet.decode),
+        "activated_experts_prefill": sheet.mean(sheet.prefill),
+    }
+
+
+def _stored(
+    timed: Sequence[Pass],
+    observed: Callable[[Pass], list[Observed]],
+    numbers: Sequence[float] | None,
+) -> list[Observed]:
+    """Passes of a phase with the experts of a sheet; none without it."""
+    if numbers is None:
+        return []
+    return [replace(this, activated=numbers) for one in timed for this in observed(one)]
+
+
+def _unknown(used: Utilisation) -> Utilisation:
+    """Without the shares that need the experts that ran."""
+    return replace(used, s_mbu=None, s_mbu_paper=None)
 
 
 def _traced(
@@ -163,21 +218,21 @@ def _traced(
     timed: Sequence[Pass],
     traces: Mapping[int, Trace],
     observed: Callable[[Pass], list[Observed]],
-    steps_of: Callable[[Trace], list[Step]],
+    phase: Phase,
 ) -> list[Observed] | None:
     """Passes of a phase with the experts that ran in them; null where none can be told.
 
     A timed pass takes those of its own trace, forward pass by forward pass, if both made as
     many; the mean otherwise.
     """
-    seen = [step.activated for trace in traces.values() for step in steps_of(trace)]
+    seen = [step.activated for step in steps_of(traces.values(), phase)]
     if not seen:
         return None
     mean = spread(a, np.mean(seen, axis=0).tolist())
     found = []
     for one in timed:
         passes = observed(one)
-        steps = steps_of(traces[one.repeat]) if one.repeat in traces else []
+        steps = steps_of([traces[one.repeat]], phase) if one.repeat in traces else []
         own = [spread(a, step.activated.tolist()) for step in steps]
         if len(own) != len(passes):
             own = [mean] * len(passes)
@@ -185,15 +240,37 @@ def _traced(
     return found
 
 
-def _prefill_steps(trace: Trace) -> list[Step]:
-    """Forward passes in which no request decoded."""
-    return [step for step in trace.steps if not step.decoding.any()]
+def steps_of(traces: Iterable[Trace], phase: Phase) -> list[Step]:
+    """Forward passes of prefill: those in which no request decoded; of decoding: those after the
+    last that fed a prompt."""
+    found: list[Step] = []
+    for trace in traces:
+        if phase == "prefill":
+            found += [step for step in trace.steps if not step.decoding.any()]
+        else:
+            prompts = [at for at, step in enumerate(trace.steps) if not step.decoding.all()]
+            found += trace.steps[prompts[-1] + 1 :] if prompts else trace.steps
+    return found
 
 
-def _decode_steps(trace: Trace) -> list[Step]:
-    """Those after the last that fed a prompt."""
-    prompts = [index for index, step in enumerate(trace.steps) if not step.decoding.all()]
-    return list(trace.steps[prompts[-1] + 1 :]) if prompts else list(trace.steps)
+def tokens_per_pass(timed: Sequence[Pass], phase: Phase) -> float | None:
+    """Tokens of a forward pass of that phase, on average; null where there was none.
+
+    Unlike `prefills` it counts every pass that fed a part of a prompt.
+    """
+    tokens, passes = 0, 0
+    for one in timed:
+        if phase == "decode" and _lockstep(one):
+            steps = len(one.token_s[0]) - 1
+            tokens, passes = tokens + steps * one.batch_size, passes + steps
+        elif phase == "decode":
+            found = decodes(one)
+            tokens += sum(part.sequences for this in found for part in this.slices)
+            passes += len(found)
+        elif prefills(one):
+            tokens += one.batch_size * one.input_tokens
+            passes += sum(stamp <= _prefilled_s(one) for stamp in one.step_s)
+    return tokens / passes if passes else None
 
 
 def prefills(one: Pass) -> list[Observed]:

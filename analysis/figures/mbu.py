@@ -32,7 +32,8 @@ LINES = {
 _SOURCES = {
     "traced": "Experts as traced by a probe",
     "routing": "Experts as expected of the routing that the sweep forced",
-    "sheet": "Experts from activation sheets",
+    "sheet": "Experts of activation sheets, as an earlier probe traced them",
+    "sheet-interpolated": "Experts interpolated between two batches of activation sheets",
     "uniform": "Experts as under uniform routing, an upper bound for independent tokens",
     "dense": "No routed experts: all weights are always read",
 }
@@ -47,7 +48,7 @@ def prepare(records: pl.LazyFrame) -> pl.DataFrame:
     """
     frame = with_optional(records).drop_nulls([*LINES, "batch_size"]).collect()
     if frame.is_empty():
-        raise SelectionError("no records yet that have mbu, s_mbu and s_mbu_paper")
+        raise SelectionError(f"no records yet that have mbu, s_mbu and s_mbu_paper{_why(records)}")
     refuse_mixed(frame, varied=(*VARIED, "batch_size"))
     refuse_repeated(frame, [*VARIED, "batch_size"])
     drawn = [
@@ -66,6 +67,13 @@ def prepare(records: pl.LazyFrame) -> pl.DataFrame:
         .select("series", "batch_size", *LINES, overstated.alias("overstated"), *drawn, *conditions)
         .sort("series", "batch_size")
     )
+
+
+def _why(records: pl.LazyFrame) -> str:
+    """The first reason for which a measured trial has none; empty without one."""
+    told = pl.col("outcome_reason").is_not_null() & pl.col("mbu").is_not_null()
+    found = records.filter(told).select("outcome_reason").first().collect()
+    return "" if found.is_empty() else f": {found.item()}"
 
 
 def pivots(frame: pl.DataFrame) -> list[Pivot]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 from rich.console import Group as Renderables
 from rich.table import Table
@@ -17,8 +18,8 @@ LONGEST = 100
 """Characters of a name that came out of a sweep."""
 
 
-def preview(plan: Plan) -> Renderables:
-    """Counts, reasons, groups with predicted memory against the limit, and time."""
+def preview(plan: Plan, notes: Sequence[str] = ()) -> Renderables:
+    """Counts, reasons, groups with predicted memory against the limit, time, and `notes`."""
     lines = [
         f"sweep {plan.sweep}, profile {plan.profile}: {plan.points} points, "
         f"{plan.trials} trials, {len(plan.groups)} engines"
@@ -36,6 +37,7 @@ def preview(plan: Plan) -> Renderables:
         f"predicted: {_span(plan.predicted_s)} one after another, "
         f"{plan.device_hours:.3g} device-hours (roofline, before any measurement)"
     )
+    lines += notes
     table = Table(title=None, box=None, pad_edge=False)
     table.add_column("engine")
     for name in ("devices", "trials", "GiB/device", "limit", "predicted"):

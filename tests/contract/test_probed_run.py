@@ -1,4 +1,5 @@
-"""A group measured with `measure.activation`: what is timed, what is counted, what is written.
+"""A group measured with `measure.activation`: what is timed, what is counted, what is written,
+and what later groups take from it.
 
 On a small checkpoint with a tokenizer, so that prompts of text are measured as well.
 """
@@ -7,15 +8,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pytest
 
 from workers import runner
 from workers.contract.engine import EngineSettings
 from workers.contract.job import Job, Ticket
-from workers.contract.measure import Measure
+from workers.contract.measure import Activation, Measure
 from workers.contract.message import Finished
 from workers.contract.model import Model
 from workers.contract.trial import Trial
@@ -61,9 +64,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _run(*trials: Trial) -> dict[str, Finished]:
+def _run(*trials: Trial, sheets: pa.RecordBatch | None = None) -> dict[str, Finished]:
     tickets = tuple(Ticket(trial=one, trial_id=f"t{i}") for i, one in enumerate(trials))
-    job = Job(sweep="s", run_id="r", group_id="g", profile="cpu", tickets=tickets)
+    job = Job(sweep="s", run_id="r", group_id="g", profile="cpu", tickets=tickets, sheets=sheets)
     return {one.trial_id: one for one in runner.run(job) if isinstance(one, Finished)}
 
 
@@ -117,6 +120,67 @@ def test_timed_passes_are_replayed_and_their_experts_written(checkpoint: Path) -
     assert (row["s_mbu"] < row["s_mbu_uniform"]) is bool(fewer)
     other = pl.DataFrame(found["t1"].activations)
     assert not other.equals(activations), "text is routed otherwise than random ids"
+
+
+def _decode_gb(row: dict[str, Any], samples: pl.DataFrame) -> float:
+    """Bytes that S-MBU accounts for in a mean timed pass, over all its decode steps."""
+    seconds = [
+        one["e2e_s"] - max(stamps[0] for stamps in one["token_s"])
+        for one in samples.filter(kind="timed").iter_rows(named=True)
+    ]
+    found: float = row["s_mbu"] * row["peak_bandwidth_gb_s"] * np.mean(seconds)
+    return found
+
+
+def test_what_was_counted_is_taken_by_trials_that_ask_for_it(checkpoint: Path) -> None:
+    """On the same engine, and on a later one of which no trial is probed."""
+    plain = Trial(
+        model=Model(name=str(checkpoint)),
+        workload=WORKLOAD,
+        engine=EngineSettings(eager=True),
+        measure=Measure(repeats=2),
+    )
+
+    def of(batch: int, activation: Activation, temperature: float = 0.0) -> Trial:
+        workload = replace(WORKLOAD, batch_size=batch, temperature=temperature)
+        return replace(plain, workload=workload, measure=Measure(repeats=2, activation=activation))
+
+    first = _run(of(2, True), of(8, True), of(2, "sheet"), of(4, "sheet"), of(16, "sheet"))
+    made = [one for one in (first["t0"].sheet, first["t1"].sheet) if one is not None]
+    assert len(made) == 2 and first["t2"].sheet is None
+    later = _run(
+        of(2, "sheet"), of(4, "sheet"), of(2, False), of(2, "sheet", 0.7),
+        sheets=pa.concat_batches(made),
+    )  # fmt: skip
+    found = [group[f"t{number}"] for group in (first, later) for number in range(len(group))]
+    assert {one.outcome for one in found} == {"ok"}
+    rows = [pl.DataFrame(one.record).row(0, named=True) for one in found]
+    two, eight, same, between, beyond, again, between_again, unasked, warm = rows
+
+    for row in (same, again):
+        assert (
+            row["activation_source"] == "sheet" and row["activation_sheet"] == "s, run r, trial t0"
+        )
+        assert row["activated_experts_decode"] == two["activated_experts_decode"]
+        assert row["traced_passes"] is None and row["outcome_reason"] is None
+        assert row["prefill_s_mbu"] is not None and row["s_mbu_uniform"] is not None
+    samples = [pl.DataFrame(one.samples) for one in found]
+    counted = _decode_gb(two, samples[0])
+    assert _decode_gb(same, samples[2]) == pytest.approx(counted, rel=1e-3)
+    assert _decode_gb(again, samples[5]) == pytest.approx(counted, rel=1e-3)
+
+    for row in (between, between_again):
+        assert row["activation_source"] == "sheet-interpolated"
+        low, high = (one["activated_experts_decode"] for one in (two, eight))
+        assert low < row["activated_experts_decode"] < high
+    assert between["activated_experts_decode"] == between_again["activated_experts_decode"]
+    assert _decode_gb(two, samples[0]) < _decode_gb(between, samples[3])
+
+    assert beyond["s_mbu"] is None and beyond["activation_source"] is None
+    assert "batch 2, 8, and batch 16 is outside" in beyond["outcome_reason"]
+    assert warm["s_mbu"] is None and "temperature 0.0 instead of 0.7" in warm["outcome_reason"]
+    assert warm["s_mbu_uniform"] is not None and warm["throughput_tok_s"] is not None
+    assert unasked["activation_source"] == "uniform" and unasked["activation_sheet"] is None
 
 
 def test_text_needs_a_tokenizer_and_tokens_that_the_model_knows(checkpoint: Path) -> None:

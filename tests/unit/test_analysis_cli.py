@@ -188,6 +188,22 @@ def test_utilisation_is_shown_where_it_was_recorded(tmp_path: Path) -> None:
     assert "12.3 %" in text
 
 
+def test_experts_that_are_no_expectation_are_told(tmp_path: Path) -> None:
+    points = [
+        record("a", batch_size=1, s_mbu=0.5, activation_source="sheet"),
+        record("b", batch_size=2, s_mbu=0.5, activation_source="uniform"),
+        record("c", batch_size=4, mbu=0.5, outcome_reason="no activation sheet fits: none"),
+    ]
+    write(tmp_path / "some", points)
+    frame = load(tmp_path / "some").collect()
+    heading, *lines = shown(records_table(frame)).split("outcome", 1)[1].splitlines()
+    assert any(line.rstrip().endswith("from") for line in [heading, *lines])
+    assert [line.split()[-1] for line in lines if line.split()[:1] == ["a"]] == ["sheet"]
+    assert shown(*reasons(frame)).strip() == "1 × ok: no activation sheet fits: none"
+    write(tmp_path / "plain", points[1:2])
+    assert "uniform" not in shown(records_table(load(tmp_path / "plain").collect()))
+
+
 def test_no_number_is_cut_short_by_a_narrow_terminal() -> None:
     done = run("plan", "--model", "mixtral-8x7b", "--batch", "1", "--batch", "64")
     assert "…" not in done.stdout

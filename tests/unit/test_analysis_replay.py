@@ -34,6 +34,7 @@ from workers.contract.job import Job, Ticket
 from workers.contract.message import Finished
 from workers.contract.record import RECORDS, rows
 from workers.hardware.device import device
+from workers.moe.sheets import FOLDER
 from workers.secrecy import HIDDEN, hide
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -402,6 +403,30 @@ def test_the_orchestrators_refusal_is_passed_on(
     assert (told["trial_id"], told["status"], told["replay"]) == (name, 2, None)
     assert told["figures"] == told["differences"] == []
     assert (tmp_path / "out" / f"scaled-{name}.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    "asked", ["base.measure.activation=sheet", "grid.measure.activation=[sheet]"]
+)
+def test_a_point_that_takes_activation_sheets_gets_those_beside_its_dataset(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    commands: list[list[str]] = []
+
+    def wait(command: list[str], *, quiet: bool) -> int:
+        commands.append(command)
+        return 0
+
+    monkeypatch.setattr("analysis.replay._waited_for", wait)
+    plain = dataset(tmp_path / "a")
+    folder = dataset(tmp_path / "b", SCALED, asked)
+    for one in ("a", "b"):
+        (tmp_path / one / FOLDER).mkdir()
+    for one in (plain, folder):
+        result = run(ids(one)[0], one, "--out", tmp_path / "out")
+        assert result.exit_code == 0, result.output
+    assert "--sheets" not in commands[0]
+    assert commands[1][commands[1].index("--sheets") + 1] == str(tmp_path / "b" / FOLDER)
 
 
 CHILD = """\

@@ -382,6 +382,34 @@ def test_sources_of_the_experts_are_told_apart(tmp_path: Path) -> None:
     assert "can deliver" not in sentence
 
 
+def test_sheets_are_no_traces_and_say_so(tmp_path: Path) -> None:
+    used = {"mbu": 0.6, "s_mbu": 0.6, "s_mbu_paper": 0.5, "activated_experts_decode": 2.0}
+    used |= {"params_total": 4000, "params_active": 1000}
+    sources = ("traced", "sheet", "sheet-interpolated")
+    points = [
+        record(name, batch_size=2**place, activation_source=name, **used)
+        for place, name in enumerate(sources)
+    ]
+    write(tmp_path / "apart", points)
+    figure, frame = drawn("s-mbu-batch", tmp_path / "apart")
+    sentence = figure.insight(frame)
+    assert "Experts as traced by a probe (batch 1)" in sentence
+    assert "an earlier probe traced them (batch 2)" in sentence
+    assert "interpolated between two batches of activation sheets (batch 4)" in sentence
+    _, traced = drawn("sparsity-traced", tmp_path / "apart")
+    assert traced.get_column("batch_size").unique().to_list() == [1]
+    twice = [one | {"batch_size": 1} for one in points]
+    write(tmp_path / "mixed", twice)
+    with pytest.raises(SelectionError, match="differ in activation_source"):
+        drawn("s-mbu-batch", tmp_path / "mixed")
+
+
+def test_want_of_a_sheet_is_told_where_no_share_is_left(tmp_path: Path) -> None:
+    write(tmp_path, [record("a", mbu=0.5, outcome_reason="no activation sheet fits")])
+    with pytest.raises(SelectionError, match="s_mbu_paper: no activation sheet fits"):
+        drawn("s-mbu-batch", tmp_path)
+
+
 @pytest.mark.parametrize("name", [*TRACED, "sparsity-traced", "s-mbu-batch"])
 def test_files_hold_the_frame_the_conditions_and_the_sentence(dataset: Path, name: str) -> None:
     figure, frame = drawn(name, dataset)

@@ -95,6 +95,23 @@ def test_dry_run_answers_what_is_promised(tmp_path: Path) -> None:
     assert not (tmp_path / "results").exists()
 
 
+def test_dry_run_tells_who_will_find_no_activation_sheet(tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text(GOOD + "  measure.activation: [false, sheet]\n")
+    done = _run(path, "--dry-run", "--json", "--profile", "h100", "--sheets", tmp_path / "x")
+    assert (done.returncode, done.stderr) == (0, "")
+    note = (
+        "2 of 2 trials that ask for an activation sheet have none in "
+        f"{tmp_path / 'x'}, and no trial of this sweep probes it: mixtral-8x7b, random ids, "
+        "128/128 tokens, batch 1. Their s_mbu will be null"
+    )
+    assert json.loads(done.stdout)["notes"] == [note]
+    shown = _run(path, "--dry-run", "--profile", "h100", "--sheets", tmp_path / "x")
+    assert note in " ".join(shown.stdout.split()) and shown.stderr == ""
+    path.write_text(GOOD + "  measure.activation: [true, sheet]\n")
+    assert "notes" not in json.loads(_run(path, "--dry-run", "--json").stdout)
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["{sweep}", "--dry-run"]])
 def test_neither_help_nor_dry_run_loads_an_engine_or_ray(
     arguments: list[str], tmp_path: Path

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from workers.contract.engine import EngineSettings
 from workers.contract.errors import OutOfMemory
 from workers.contract.job import Job, Ticket
 from workers.contract.layout import Layout
-from workers.contract.measure import Measure
+from workers.contract.measure import Activation, Measure
 from workers.contract.measurement import Pass
 from workers.contract.message import Finished, Progress
 from workers.contract.model import Model
+from workers.contract.trace import Step, Trace
 from workers.contract.trial import Trial
 from workers.contract.workload import Workload
 from workers.engines.base import Site
@@ -149,10 +151,53 @@ class _Hand:
         return {}
 
 
-def _spoken(monkeypatch: pytest.MonkeyPatch, seconds: float | None, **more: Any) -> list[str]:
+class _Counting(_Real):
+    """Counts one pass of the prompts and one of decoding: all experts, then half of them."""
+
+    @classmethod
+    def refuses(cls, trial: Trial) -> str | None:
+        return None
+
+    def trace(self, prompts: Sequence[Sequence[int]], output_tokens: int, **kwargs: Any) -> Trace:
+        a = self.loaded.architecture
+        batch, tokens = len(prompts), len(prompts[0])
+        every = np.ones((a.num_layers, a.num_experts), np.int64)
+        half, nothing = every.copy(), np.zeros_like(every)
+        half[:, a.num_experts // 2 :] = 0
+        steps = []
+        for new, context, prefill, decode in (
+            (tokens, 0, every, nothing),
+            (1, tokens, nothing, half),
+        ):
+            steps.append(
+                Step(
+                    request=np.arange(batch),
+                    new=np.full(batch, new),
+                    context=np.full(batch, context),
+                    decoding=np.full(batch, context > 0),
+                    prefill=prefill,
+                    decode=decode,
+                    seconds=0.1,
+                )
+            )
+        return Trace(
+            layers=tuple(range(a.num_layers)),
+            top_k=a.top_k,
+            steps=tuple(steps),
+            tokens=((0,) * output_tokens,) * batch,
+        )
+
+
+def _spoken(
+    monkeypatch: pytest.MonkeyPatch,
+    seconds: float | None,
+    activation: Mapping[int, Activation] | None = None,
+    **more: Any,
+) -> list[str]:
     """What is said of five workloads with batches of 1 to 5, each predicted to take `seconds`
-    with both repeats: a letter for its stage, or an = where it has ended."""
-    monkeypatch.setattr("workers.runner.engine_class", lambda kind: _Real)
+    with both repeats: a letter for its stage, or an = where it has ended; then where its experts
+    come from, if that was asked."""
+    monkeypatch.setattr("workers.runner.engine_class", lambda kind: _Counting)
     monkeypatch.setattr("workers.runner.in_hand", lambda host: _Hand(device("h100")))
     each = {"predicted_e2e_s": 0.4, "predicted_ttft_s": 0.1}
     known = {key: value * seconds for key, value in each.items()} if seconds is not None else {}
@@ -163,7 +208,7 @@ def _spoken(monkeypatch: pytest.MonkeyPatch, seconds: float | None, **more: Any)
                 layout=Layout(tensor=4),
                 workload=Workload(batch_size=size, input_tokens=8, output_tokens=4),
                 engine=EngineSettings(kind="roofline", eager=True),
-                measure=Measure(repeats=2),
+                measure=Measure(repeats=2, activation=(activation or {}).get(size, False)),
             ),
             trial_id=str(size),
             predicted=known,
@@ -174,10 +219,17 @@ def _spoken(monkeypatch: pytest.MonkeyPatch, seconds: float | None, **more: Any)
     said = [one for one in run(job) if getattr(one, "trial_id", None)]
     assert {one.outcome for one in said if isinstance(one, Finished)} == {"ok"}
     return [
-        f"{'=' if isinstance(one, Finished) else one.stage[0]}{one.trial_id}"
+        f"={one.trial_id}{_source(one) if activation else ''}"
+        if isinstance(one, Finished)
+        else f"{one.stage[0]}{one.trial_id}"
         for one in said
         if isinstance(one, Finished | Progress)
     ]
+
+
+def _source(one: Finished) -> str:
+    found = one.record.column("activation_source")[0].as_py()
+    return f":{found}" + ("+" if one.sheet is not None else "")
 
 
 def test_workloads_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,3 +248,27 @@ def test_workloads_that_take_long_take_turns_in_blocks(monkeypatch: pytest.Monke
 def test_a_workload_beyond_a_block_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     alone = [f"w{n} r{n} r{n} ={n}".split() for n in (5, 4, 3, 2, 1)]
     assert _spoken(monkeypatch, 9 * BLOCK_S) == [word for one in alone for word in one]
+
+
+def test_who_asks_for_a_sheet_waits_for_the_probes_of_the_group(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: dict[int, Activation] = {5: "sheet", 4: True, 3: "sheet", 2: True}
+    turns = "w5 w4 w3 w2 w1 r5 r4 r3 r2 r1 r5 r4 r3 r2 r1 =1:uniform".split()
+    probes = "r4 r4 =4:traced+ r2 r2 =2:traced+".split()
+    ends = ["=3:sheet-interpolated", "=5:None"]
+    assert _spoken(monkeypatch, None, asked) == [*turns, *probes, *ends]
+
+
+def test_who_asks_waits_for_probes_of_a_later_block_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[int, Activation] = {5: "sheet", 4: True, 3: "sheet", 2: True}
+    first = "w5 w3 w1 r5 r3 r1 r5 r3 r1 =1:uniform".split()
+    later = "w4 w2 r4 r2 r4 r2 r4 r4 =4:traced+ r2 r2 =2:traced+".split()
+    ends = ["=5:None", "=3:sheet-interpolated"]
+    assert _spoken(monkeypatch, BLOCK_S / 3, asked) == [*first, *later, *ends]
+
+
+def test_nobody_waits_where_nothing_is_probed(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = "w5 w4 w3 w2 w1 r5 r4 r3 r2 r1".split()
+    ends = "r5 =5:None r4 =4:uniform r3 =3:None r2 =2:uniform r1 =1:uniform".split()
+    assert _spoken(monkeypatch, None, {5: "sheet", 3: "sheet"}) == [*turns, *ends]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import polars as pl
+import pyarrow as pa
 import pytest
 
 from workers.contract.model import Model
@@ -13,15 +15,21 @@ from workers.moe.accounting import expected_activation, forward, prefill
 from workers.moe.architecture import resolve
 from workers.moe.precision import Precision
 from workers.moe.sheets import (
+    LARGEST_BYTES,
     Sheet,
     SheetError,
     SheetKey,
     Sheets,
+    find,
+    from_rows,
     interpolated,
     read,
     sheet,
     spread,
     structure_of,
+    subject,
+    to_rows,
+    why_none,
 )
 from workers.moe.structure import Architecture
 
@@ -41,9 +49,17 @@ def key(batch: int = 8, **other: object) -> SheetKey:
         model="deepseek-v2-lite",
         revision="abc",
         weights="checkpoint",
+        content="0123456789abcdef",
         structure=structure_of(A),
+        engine="vllm",
+        dtype="bfloat16",
+        quantization=None,
+        prune=None,
+        args=None,
         dataset="math",
+        texts="fedcba9876543210",
         routing=None,
+        temperature=0.0,
         batch_size=batch,
         input_tokens=32,
         output_tokens=16,
@@ -51,7 +67,7 @@ def key(batch: int = 8, **other: object) -> SheetKey:
     return replace(plain, **other)  # type: ignore[arg-type]
 
 
-def of(batch: int = 8, share: float = 1.0, **other: object) -> Sheet:
+def of(batch: int = 8, share: float = 1.0, **other: Any) -> Sheet:
     """Of uniform routing, or a share of it."""
     decode, first = (
         [share * value for value in expected_activation(A, tokens) if value]
@@ -69,7 +85,7 @@ def of(batch: int = 8, share: float = 1.0, **other: object) -> Sheet:
         settled=True,
         source="results/x, run r0, trial t0",
     )
-    return replace(made, **other)  # type: ignore[arg-type]
+    return replace(made, **other)
 
 
 def test_a_sheet_comes_back_as_it_went(tmp_path: Path) -> None:
@@ -98,9 +114,17 @@ def test_a_phase_that_was_not_seen_is_null(tmp_path: Path) -> None:
         {"model": "mixtral-8x7b"},
         {"revision": None},
         {"weights": "dummy"},
+        {"content": None},
         {"structure": "0" * 16},
+        {"engine": "transformers"},
+        {"dtype": "float32"},
+        {"quantization": "fp8"},
+        {"prune": "inter 0.25 by norm"},
+        {"args": "0" * 16},
         {"dataset": None},
+        {"texts": "0" * 16},
         {"routing": "zipf:1"},
+        {"temperature": 0.7},
         {"input_tokens": 64},
         {"output_tokens": 17},
     ],
@@ -212,3 +236,111 @@ def test_files_that_are_no_sheets_are_named(tmp_path: Path) -> None:
     path.rename(path.with_name("9.arrow"))
     with pytest.raises(SheetError, match="of another key"):
         sheets.get(key(9))
+    with pytest.raises(SheetError, match="of another key"):
+        list(sheets)
+
+
+def test_a_folder_is_read_in_spite_of_what_else_lies_in_it(tmp_path: Path) -> None:
+    sheets = Sheets(tmp_path)
+    good = sheets.put(of(4))
+    torn, moved = sheets.put(of(8)), sheets.put(of(16))
+    torn.write_bytes(torn.read_bytes()[:-20])
+    moved.rename(moved.with_name("32.arrow"))
+    good.with_name("2.arrow").mkdir()
+    good.with_name("3.arrow").write_bytes(b"x" * (LARGEST_BYTES + 1))
+    good.with_name(".1.arrow").write_bytes(b"half")  # still being written
+    good.with_name("64.arrow").symlink_to(tmp_path / "nothing")
+    good.with_name("65.arrow").symlink_to(good.with_name("65.arrow"))
+    found, problems = sheets.about("deepseek-v2-lite", "abc", "math")
+    assert found == [of(4)]
+    said = [str(one).removeprefix(f"{good.parent}/") for one in problems]
+    names = ["2.arrow", "3.arrow", "32.arrow", "65.arrow", "8.arrow"]
+    assert [one.split(":")[0] for one in said] == names
+    assert "not a file" in said[0] and "too large" in said[1]
+    assert "of another key" in said[2] and "not a whole Arrow file" in said[4]
+    assert sheets.about("deepseek-v2-lite", None, "math") == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("batch_size", 0, "batch_size of a sheet is 0"),
+        ("batch_size", None, "no value in batch_size"),
+        ("temperature", float("nan"), "temperature of a sheet is nan"),
+        ("experts", [0, 64], "a number per layer"),
+        ("experts", [0, None, 64, 64], "8.arrow: '"),
+        ("top_k", [0, 6, 65, 6], "cannot choose so many"),
+        ("decode", [0.0, float("nan"), 1.0, 1.0], "more experts than it has"),
+        ("decode", [0.0, None, 1.0, 1.0], "more experts than it has"),
+        ("prefill", [1.0], "1 numbers for 4 layers"),
+        ("decode_passes", -1, "at least 0"),
+    ],
+)
+def test_files_with_numbers_that_cannot_be_are_refused(
+    tmp_path: Path, column: str, value: object, message: str
+) -> None:
+    path = Sheets(tmp_path).put(of())
+    with pa.OSFile(str(path)) as file:
+        table = pa.ipc.open_file(file).read_all()
+    place = table.schema.get_field_index(column)
+    wrong = table.set_column(
+        place, table.schema[place], [pa.array([value], table.schema[place].type)]
+    )
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, wrong.schema) as writer:
+        writer.write_table(wrong)
+    with pytest.raises(SheetError, match=message):
+        read(path)
+
+
+def test_sheets_travel_as_rows() -> None:
+    sheets = [of(4), of(8, decode=None, decode_passes=0, decode_tokens=0)]
+    assert from_rows(to_rows(sheets)) == sheets
+    assert from_rows(to_rows([])) == []
+
+
+def test_of_several_of_one_key_the_last_stands(tmp_path: Path) -> None:
+    early, late = of(8, source="run r0"), of(8, share=0.5, source="run r1")
+    assert find([early, late], key(8)) == late
+    sheets = Sheets(tmp_path)
+    sheets.put(early)
+    assert list(sheets) == [early]
+    sheets.put(late)
+    assert list(sheets) == [late]
+
+
+def test_passes_of_a_part_of_the_batch_are_not_interpolated() -> None:
+    """Their size is the engine's budget of tokens, which says nothing about another batch."""
+    cut = {"prefill_passes": 2}
+    found = find([of(4), of(16, **cut)], key(8))
+    assert found is not None and found.prefill is None and found.decode is not None
+    assert found.tokens_per_pass("decode") == 8 and found.tokens_per_pass("prefill") is None
+    assert of(16, **cut).tokens_per_pass("prefill") == 16 * 32 / 2
+    cut |= {"decode_passes": 30}
+    both = [of(4), of(16, **cut)]
+    assert find(both, key(8)) is None
+    assert "were not of whole batches" in why_none(both, key(8))
+    exact = find(both, key(16))
+    assert exact is not None and exact.prefill is not None
+
+
+def test_why_there_is_none_is_told() -> None:
+    sheets = [of(4), of(16)]
+    assert why_none([], key()) == "there is none of deepseek-v2-lite on text math"
+    assert why_none([], key(dataset=None)).endswith("on random token ids")
+    outside = why_none(sheets, key(32))
+    assert outside == "there are those of batch 4, 16, and batch 32 is outside"
+    other = why_none(sheets, key(4, temperature=0.7, dtype="float32"))
+    assert other.endswith(
+        "is for dtype bfloat16 instead of float32, temperature 0.0 instead of 0.7"
+    )
+
+
+def test_folders_are_named_for_people_and_told_apart() -> None:
+    assert subject("deepseek-v2-lite", None, None).startswith("deepseek-v2-lite-")
+    assert subject("models/my moe/", None, None).startswith("my-moe-")
+    assert subject("../..", None, None).startswith("model-")
+    different = {
+        subject(*one)
+        for one in [("a", None, None), ("a", "b", None), ("a", None, "b"), ("b", None, None)]
+    }
+    assert len(different) == 4

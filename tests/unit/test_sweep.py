@@ -421,6 +421,24 @@ def test_a_profile_may_replace_or_remove_every_part(read: Load) -> None:
             "write it without quotes",
         ),
         (
+            "  measure.activation: shet\n",
+            "4: base.measure.activation: expected true, false or sheet, but found the text 'shet'; "
+            "did you mean sheet?",
+        ),
+        (
+            "  measure.activation: 'true'\n",
+            "4: base.measure.activation: expected true, false or sheet, but found the text 'true'; "
+            "write it without quotes",
+        ),
+        (
+            "  measure.activation: 1\n",
+            "4: base.measure.activation: expected true, false or sheet, but found the number 1",
+        ),
+        (
+            "  measure.activation: null\n",
+            "4: base.measure.activation: expected true, false or sheet, but found null",
+        ),
+        (
             "  model.revision: 1e10\n",
             "4: base.model.revision: expected text or null, but found the number 10000000000.0; "
             "put it in quotes if it is a name",

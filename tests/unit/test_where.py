@@ -27,6 +27,7 @@ VALUES: dict[str, Any] = {
     "workload.batch_size": 16,
     "workload.input_tokens": 2048,
     "measure.accuracy": ("gsm8k", "mmlu"),
+    "measure.activation": "sheet",
     "engine.args.max_num_seqs": 32,
 }
 
@@ -51,6 +52,9 @@ def holds(text: str) -> bool:
         ("layout.expert", True),
         ("not layout.expert or layout.devices == 4", True),
         ("layout.expert == true", True),
+        ('measure.activation == "sheet"', True),
+        ("measure.activation == true", False),
+        ('measure.activation in [false, "sheet"]', True),
         ("true and not false", True),
         ('model.quantization in ["fp8", null]', True),
         ('model.quantization in ("fp8", "awq")', False),

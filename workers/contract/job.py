@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import pyarrow as pa
+
 from workers.contract.trial import Trial
 
 
@@ -44,5 +46,7 @@ class Job:
     slowness: float | None = None
     """Seconds that trials have taken so far over those predicted; null where the predictions
     are of another class of device than the one at hand."""
+    sheets: pa.RecordBatch | None = None
+    """Activation sheets that may fit trials which ask for one (`workers.moe.sheets.to_rows`)."""
     scratch: str | None = None
     """Folder for temporary files on the host; null is the host's own."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from workers.contract.validate import at_least, positive
+
+Activation = bool | Literal["sheet"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,8 +29,9 @@ class Measure:
     """Wanted width of the median's confidence interval, relative to the median."""
     timeout_s: float = 1800.0
     """Deadline of each of: building the engine, measuring one trial. Seconds."""
-    activation: bool = False
-    """Capture which experts ran, in a pass of its own."""
+    activation: Activation = False
+    """Which experts ran: true counts them, in passes of their own; `sheet` takes what an earlier
+    probe of the same model, prompts and batch has found; false leaves it to expectation."""
     accuracy: tuple[str, ...] = ()
     """Accuracy tasks to run on the same engine."""
     energy: bool = False

@@ -46,13 +46,15 @@ class Finished:
     """Rows of `samples`."""
     activations: pa.RecordBatch | None = None
     """Rows of `activations`."""
+    sheet: pa.RecordBatch | None = None
+    """What a probe found, for later trials to use (`workers.moe.sheets.to_rows`)."""
     throughput_tok_s: float | None = None
     """Headline for the live table."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         rows = [
             None if one is None else _packed(one)
-            for one in (self.record, self.samples, self.activations)
+            for one in (self.record, self.samples, self.activations, self.sheet)
         ]
         return _finished, (self.trial_id, self.outcome, self.throughput_tok_s, *rows)
 
@@ -102,6 +104,7 @@ def _finished(
     record: bytes,
     samples: bytes | None,
     activations: bytes | None,
+    sheet: bytes | None,
 ) -> Finished:
     return Finished(
         trial_id=trial_id,
@@ -109,5 +112,6 @@ def _finished(
         record=_unpacked(record),
         samples=None if samples is None else _unpacked(samples),
         activations=None if activations is None else _unpacked(activations),
+        sheet=None if sheet is None else _unpacked(sheet),
         throughput_tok_s=throughput_tok_s,
     )

@@ -134,12 +134,17 @@ _RECORD: tuple[tuple[str, pa.DataType, str], ...] = (
         "activation_source",
         _STR,
         "Experts behind it: uniform | routing (expectations, of the routing that was forced) | "
-        "traced | dense.",
+        "traced | sheet (of an earlier probe) | sheet-interpolated (between two batches) | dense.",
     ),
-    ("s_mbu_uniform", _FLOAT, "s_mbu as uniform routing would have it, beside a traced one."),
+    ("activation_sheet", _STR, "Probe or probes that the sheet is of: sweep, run and trial."),
+    ("s_mbu_uniform", _FLOAT, "s_mbu as uniform routing would have it, beside another one."),
     ("traced_passes", _INT, "Timed passes whose experts were counted, in passes of their own."),
     ("activation_settled", _BOOL, "Whether the counts had settled when counting ended."),
-    ("activated_experts_decode", _FLOAT, "Distinct experts per layer and decode pass, mean."),
+    (
+        "activated_experts_decode",
+        _FLOAT,
+        "Distinct experts per layer and decode pass, mean, by activation_source; null if uniform.",
+    ),
     ("activated_experts_prefill", _FLOAT, "The same for prefill passes."),
     # prediction
     ("predicted_device", _STR, "Class of device that the roofline's figures are for."),
