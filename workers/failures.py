@@ -17,7 +17,13 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from workers.contract.errors import Crashed, OutOfMemory, TrialError, Unsupported
+from workers.contract.errors import (
+    Crashed,
+    Infeasible,
+    OutOfMemory,
+    TrialError,
+    Unsupported,
+)
 from workers.contract.outcome import OomScope, OomStage
 
 _STAGES: dict[str, OomStage] = {
@@ -67,6 +73,8 @@ _REFUSALS = re.compile(
     r"|expected at most 0 argument\(s\)",  # an operator that this build only declares
     re.IGNORECASE,
 )
+_CONTRADICTIONS = re.compile(r"should have the same vocabulary size")
+"""A draft from a hub that could not be looked at beforehand."""
 _CALM = re.compile(r"\b(WARNING|INFO|DEBUG) \d\d-\d\d ")
 _SIZE = re.compile(r"[Tt]ried to allocate ([\d.]+) ?(bytes|KiB|MiB|GiB)?")
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -93,6 +101,8 @@ def explain(
         full = _memory(text, _frames(one), stage, device_is_cpu)
         if full is not None:
             return full
+        if _CONTRADICTIONS.search(text):
+            return Infeasible(_short(text))
         if _refused(one, text, stage):
             return Unsupported(_short(text))
     if log and (found := from_log(log, stage=stage, device_is_cpu=device_is_cpu)):

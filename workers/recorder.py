@@ -19,7 +19,7 @@ from workers import usage
 from workers.contract.engine import StandIn
 from workers.contract.errors import OutOfMemory, TrialError
 from workers.contract.job import Job, Ticket
-from workers.contract.measurement import Measurement, Memory
+from workers.contract.measurement import Measurement, Memory, Pass
 from workers.contract.outcome import Outcome
 from workers.contract.probed import PHASES, Probed
 from workers.contract.record import ACTIVATIONS, RECORDS, SAMPLES, SCHEMA_VERSION, rows
@@ -128,6 +128,7 @@ def samples(
                 "output_tokens": one.output_tokens,
                 "token_s": one.token_s,
                 "step_s": one.step_s,
+                **_drafted(one),
             }
             for one in measurement.passes
         ]
@@ -202,6 +203,7 @@ def _row(
     columns: dict[str, Any],
 ) -> pa.RecordBatch:
     trial = ticket.trial
+    speculative = trial.engine.speculative
     row: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "sweep": job.sweep,
@@ -235,6 +237,8 @@ def _row(
         "routing": trial.engine.routing,
         "moe_backend": trial.engine.moe_backend,
         "eager": trial.engine.eager,
+        "speculative": speculative.model if speculative else None,
+        "draft_tokens": speculative.tokens if speculative else None,
         "batch_size": trial.workload.batch_size,
         "input_tokens": trial.workload.input_tokens,
         "output_tokens": trial.workload.output_tokens,
@@ -285,6 +289,16 @@ def _structure(ticket: Ticket, architecture: Architecture | None) -> dict[str, A
         "dtype": run_dtype(a, model),
         "params_total": a.params_total if a.exact else None,
         "params_active": a.params_active if a.exact else None,
+    }
+
+
+def _drafted(one: Pass) -> dict[str, int]:
+    if one.drafted is None:
+        return {}
+    return {
+        "draft_steps": one.drafted.steps,
+        "draft_tokens": one.drafted.proposed,
+        "draft_accepted": one.drafted.accepted,
     }
 
 
