@@ -152,7 +152,7 @@ def _refused(error: BaseException, text: str, stage: OomStage) -> bool:
     """Whether an engine said no while it was built, as against breaking."""
     if stage == "run":
         return False
-    if isinstance(error, NotImplementedError):
+    if isinstance(error, NotImplementedError | ImportError):
         return True
     named = isinstance(error, ValueError | TypeError | RuntimeError | AssertionError | KeyError)
     return _type_name(error).endswith("ValidationError") or (

@@ -227,6 +227,7 @@ def _row(
         "scale": trial.model.scale,
         "dtype": trial.model.dtype,
         "quantization": trial.model.quantization,
+        "kv_cache_dtype": _cache_dtype(trial.engine.args),
         "trust_remote_code": trial.model.trust_remote_code,
         "prune_kind": trial.model.prune.kind if trial.model.prune else None,
         "prune_ratio": trial.model.prune.ratio if trial.model.prune else None,
@@ -290,6 +291,12 @@ def _structure(ticket: Ticket, architecture: Architecture | None) -> dict[str, A
         "params_total": a.params_total if a.exact else None,
         "params_active": a.params_active if a.exact else None,
     }
+
+
+def _cache_dtype(args: dict[str, Any]) -> str | None:
+    """What a trial asks for by name; what follows from the model is known where it ran."""
+    asked = args.get("kv_cache_dtype")
+    return asked if isinstance(asked, str) and asked != "auto" else None
 
 
 def _drafted(one: Pass) -> dict[str, int]:

@@ -10,9 +10,11 @@ from analysis.figures.layer_bytes import LAYER_BYTES
 from analysis.figures.layers import LAYERS
 from analysis.figures.mbu import S_MBU_BATCH
 from analysis.figures.power import POWER
+from analysis.figures.quantization import QUANTIZATION, QUANTIZATION_LENGTH
 from analysis.figures.scaling import scaling
 from analysis.figures.sparsity import SPARSITY
 from analysis.figures.sparsity_traced import SPARSITY_TRACED
+from analysis.figures.speculative import SPECULATIVE, SPECULATIVE_LENGTH
 from analysis.insights import absent, memory_boundary, overall, per_panel
 from analysis.keys import FFN_DIM, NUM_EXPERTS, TOP_K, Axes
 
@@ -50,6 +52,10 @@ FIGURES: tuple[Figure, ...] = (
     HEATMAP,
     IMBALANCE,
     ROUTING_COST,
+    QUANTIZATION,
+    QUANTIZATION_LENGTH,
+    SPECULATIVE,
+    SPECULATIVE_LENGTH,
 )
 
 

@@ -23,6 +23,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -367,6 +368,7 @@ class VllmEngine:
 
         args = self._arguments(trial, workloads)
         vllm_routing.force(trial.engine.routing)
+        _spare_llvmlite()
         self._llm = llm(**args)
         self._engine = self._llm.llm_engine
         config = self._engine.vllm_config.model_config.hf_config.to_dict()
@@ -602,6 +604,19 @@ def _speculative(trial: Trial) -> dict[str, Any]:
         if trial.layout.tensor > 1 and asked.way == DRAFT_MODEL:
             config["draft_tensor_parallel_size"] = trial.layout.tensor  # vLLM takes no other
     return config | asked.args
+
+
+def _spare_llvmlite() -> None:
+    """Lets vLLM build an engine in a process that has drafted by n-grams before.
+
+    On a CPU it looks for its kernels in the `__dict__` of all that modules hold, before every
+    engine. N-grams are found by numba, whose llvmlite has an object that takes any attribute for
+    the name of a C function, `__dict__` too, and vLLM falls over that. It gets an empty one.
+    """
+    ffi = sys.modules.get("llvmlite.binding.ffi")
+    if ffi is not None:
+        with contextlib.suppress(AttributeError):
+            ffi.lib._fntab["__dict__"] = {}
 
 
 def _drafted(ended: Sequence[Any]) -> Drafted:
