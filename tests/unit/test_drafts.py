@@ -12,6 +12,7 @@ import pytest
 
 from orchestrator import plan
 from orchestrator.errors import SweepError
+from orchestrator.fields import structured
 from orchestrator.grid import expand
 from orchestrator.sweep import load
 from workers import recorder
@@ -181,6 +182,26 @@ def test_identities_of_trials_that_had_a_draft_before_have_not_changed() -> None
     assert fingerprint(Speculative(model="ngram", method="ngram_gpu")) == fingerprint(
         {"model": "ngram", "method": "ngram_gpu"}
     )
+
+
+def test_settings_of_a_draft_are_axes_like_any_other(tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text(
+        "name: s\nbase:\n  model: {name: mixtral-8x7b}\n"
+        "  engine.speculative: {model: ngram, args: {prompt_lookup_min: 1}}\n"
+        "grid:\n  engine.speculative.args.prompt_lookup_max: [2, 3]\n"
+        "  engine.speculative.tokens: [2, 4]\n"
+    )
+    asked = [point.trial.engine.speculative for point in expand(load(path)).points]
+    assert [(one.tokens, one.args) for one in asked if one] == [
+        (tokens, {"prompt_lookup_min": 1, "prompt_lookup_max": most})
+        for most in (2, 3)
+        for tokens in (2, 4)
+    ]
+    settings = {"speculative": {"model": "ngram", "args": {"schedule": "1e3"}}}
+    trial = structured({"model": {"name": "x"}, "engine": settings})
+    assert trial.engine.speculative == Speculative(model="ngram", args={"schedule": "1e3"})
+    assert settings["speculative"]["args"] == {"schedule": "1e3"}, "what was given is untouched"
 
 
 def _timed(rows: tuple[tuple[float, ...], ...], drafted: Drafted | None) -> Pass:
