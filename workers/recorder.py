@@ -20,6 +20,7 @@ from workers.contract.engine import StandIn
 from workers.contract.errors import OutOfMemory, TrialError
 from workers.contract.job import Job, Ticket
 from workers.contract.measurement import Measurement, Memory, Pass
+from workers.contract.model import Model
 from workers.contract.outcome import Outcome
 from workers.contract.probed import PHASES, Probed
 from workers.contract.record import ACTIVATIONS, RECORDS, SAMPLES, SCHEMA_VERSION, rows
@@ -288,9 +289,17 @@ def _structure(ticket: Ticket, architecture: Architecture | None) -> dict[str, A
         "top_k": a.top_k,
         "shared_experts": a.shared_experts,
         "dtype": run_dtype(a, model),
+        "quantization": _quantization(a, model),
         "params_total": a.params_total if a.exact else None,
         "params_active": a.params_active if a.exact else None,
     }
+
+
+def _quantization(a: Architecture, model: Model) -> str | None:
+    """The one asked for, else the checkpoint's own."""
+    stored = a.config.get("quantization_config")
+    own = stored.get("quant_method") if isinstance(stored, dict) else None
+    return model.quantization or (str(own) if own else None)
 
 
 def _cache_dtype(args: dict[str, Any]) -> str | None:

@@ -50,10 +50,18 @@ from workers.hardware import host
 from workers.hardware.roofline import CPU_BLOCK
 from workers.moe import drafts
 from workers.moe.accounting import kv_cache_bytes
-from workers.moe.architecture import UnknownModel, bend, catalogue, configuration, resolve
+from workers.moe.architecture import (
+    UnknownModel,
+    bend,
+    catalogue,
+    configuration,
+    resolve,
+    run_dtype,
+)
 from workers.moe.families import read
-from workers.moe.precision import precision
+from workers.moe.precision import Precision, precision, skeleton
 from workers.moe.skew import parse
+from workers.moe.structure import Architecture
 from workers.texts import Tokenizer
 
 if TYPE_CHECKING:
@@ -422,7 +430,7 @@ class VllmEngine:
             "hf_overrides": overrides,
             "trust_remote_code": model.trust_remote_code,
             "dtype": model.dtype,
-            "quantization": model.quantization,
+            "quantization": None if skeleton(model) else model.quantization,
             "tensor_parallel_size": layout.tensor,
             "pipeline_parallel_size": layout.pipeline,
             "enable_expert_parallel": layout.expert,
@@ -542,7 +550,10 @@ def _source(model: Model) -> tuple[str, dict[str, Any]]:
     """Folder or hub id to load from, and what to override in its configuration."""
     config = configuration(model.name)
     if model.weights == "dummy" and config is not None:
-        return str(_skeleton(bend(config, model))), {}
+        bent = bend(config, model)
+        if stored := skeleton(model):
+            bent["quantization_config"] = stored
+        return str(_skeleton(bent)), {}
     name = catalogue()[model.name]["hub_id"] if model.name in catalogue() else model.name
     if config is None:
         asked = (model.ffn_dim, model.num_experts, model.top_k, model.num_layers)
@@ -565,7 +576,7 @@ def _kv_cache_room(trial: Trial, source: str, workloads: Sequence[Workload]) -> 
     cache = trial.engine.args.get("kv_cache_dtype")
     config = configuration(name) or json.loads((Path(source) / "config.json").read_text())
     a = read(bend(config, trial.model))
-    stored = precision(a, trial.model, kv_cache_dtype=cache)
+    stored = _stored(a, trial.model, cache)
     model, second = drafts.draft(trial), drafts.structure(trial)
 
     def room(tokens: int, requests: int) -> int:
@@ -574,7 +585,7 @@ def _kv_cache_room(trial: Trial, source: str, workloads: Sequence[Workload]) -> 
             for stage in range(layout.pipeline)
         )
         if model is not None and second is not None:
-            held = precision(second, model, kv_cache_dtype=cache)
+            held = _stored(second, model, cache)
             single = replace(layout, pipeline=1)
             needed += kv_cache_bytes(second, held, tokens, requests, single, 0, CPU_BLOCK)
         return needed
@@ -583,6 +594,16 @@ def _kv_cache_room(trial: Trial, source: str, workloads: Sequence[Workload]) -> 
         room(one.tokens_per_request, one.batch_size) + room(CPU_BLOCK, one.batch_size + 1)
         for one in workloads
     )
+
+
+def _stored(a: Architecture, model: Model, cache: str | None) -> Precision:
+    """Types of a model and its cache. Of names that are unknown here the engine is the judge: it
+    gets room for a cache in the type of the activations."""
+    try:
+        return precision(a, model, kv_cache_dtype=cache)
+    except ValueError:
+        dtype = run_dtype(a, model)
+        return Precision(dtype=dtype, kv_dtype=dtype)
 
 
 def _executor(layout: Layout, *, on_cpu: bool) -> str:
@@ -601,8 +622,6 @@ def _speculative(trial: Trial) -> dict[str, Any]:
     config: dict[str, Any] = {"num_speculative_tokens": asked.tokens, "method": asked.way}
     if draft is not None:
         config["model"] = _source(draft)[0]
-        if trial.layout.tensor > 1 and asked.way == DRAFT_MODEL:
-            config["draft_tensor_parallel_size"] = trial.layout.tensor  # vLLM takes no other
     return config | asked.args
 
 
