@@ -14,6 +14,8 @@ SAY_IT = f"write model.{REMOTE_CODE}, which stands in the record"
 DRAFTLESS = ("ngram", "ngram_gpu", "suffix", "mtp")
 """Methods that propose tokens without a model of their own: from the text so far, or by layers of
 the target's own checkpoint."""
+MODELLESS = ("ngram", "ngram_gpu", "suffix")
+"""Those of them that need no pass of any model."""
 DRAFT_MODEL = "draft_model"
 """The method of a small model that runs beside the target."""
 

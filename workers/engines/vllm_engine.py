@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from workers import memory
-from workers.contract.engine import DRAFT_MODEL, StandIn
+from workers.contract.engine import DRAFT_MODEL, MODELLESS, StandIn
 from workers.contract.errors import Crashed, Infeasible, OutOfMemory, TrialError, Unsupported
 from workers.contract.layout import Layout
 from workers.contract.measurement import Drafted, Memory, Pass, PassKind
@@ -463,7 +463,7 @@ def cuda_economy(trial: Trial, workloads: Sequence[Workload]) -> dict[str, Any]:
     """Arguments that shorten the start of a CUDA engine and change nothing that is measured.
 
     `cudagraph_capture_sizes`: tokens of a decode pass of each workload; vLLM's own list has
-    up to 51 sizes. Passes in which some requests have begun or ended later than others are
+    up to 51 sizes. A model that drafts has passes of its own. Passes in which some requests have begun or ended later than others are
     padded to the next of them.
 
     `max_num_batched_tokens`: a power of two (so that groups share compiled code) that holds
@@ -478,7 +478,11 @@ def cuda_economy(trial: Trial, workloads: Sequence[Workload]) -> dict[str, Any]:
     given = trial.engine.args
     args: dict[str, Any] = {}
     if not trial.engine.eager and not any(name in given for name in _GRAPH_ARGS):
-        sizes = {one.batch_size * per_request for one in workloads}
+        each = {per_request}
+        if asked is not None and asked.way not in MODELLESS:
+            # A drafting model's passes: the first feeds what was decided, the others a token.
+            each |= {per_request + beside, 1}
+        sizes = {one.batch_size * tokens for one in workloads for tokens in each}
         args["cudagraph_capture_sizes"] = sorted(sizes)
     filled = max(
         max(one.batch_size * max(one.input_tokens + beside, per_request), one.tokens_per_request)
