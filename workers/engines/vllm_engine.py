@@ -463,8 +463,8 @@ def cuda_economy(trial: Trial, workloads: Sequence[Workload]) -> dict[str, Any]:
     """Arguments that shorten the start of a CUDA engine and change nothing that is measured.
 
     `cudagraph_capture_sizes`: tokens of a decode pass of each workload; vLLM's own list has
-    up to 51 sizes. A model that drafts has passes of its own. Passes in which some requests have begun or ended later than others are
-    padded to the next of them.
+    up to 51 sizes. A model that drafts has passes of its own. Passes in which some requests
+    have begun or ended later than others are padded to the next of them.
 
     `max_num_batched_tokens`: a power of two (so that groups share compiled code) that holds
     the largest batch of prompts, where that is below vLLM's default; every prompt batch is
