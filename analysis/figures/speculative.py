@@ -12,7 +12,7 @@ import polars as pl
 from analysis.figures.variants import Variants
 from analysis.keys import Key, enumeration
 
-DRAFT_TOKENS = Key(column="draft_tokens", title="Draft tokens per step", phrase="{} draft tokens")
+DRAFT_TOKENS = Key(column="draft_tokens", title="Draft tokens per step", phrase="drafts of {}")
 INPUT_TOKENS = Key(column="input_tokens", title="Input tokens", phrase="input {}")
 ALONE = "target alone"
 
@@ -39,7 +39,14 @@ def _range(values: pl.Series) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _variants(name: str, aliases: tuple[str, ...], title: str, x: Key, panel: Key) -> Variants:
+def _variants(
+    name: str,
+    aliases: tuple[str, ...],
+    title: str,
+    x: Key,
+    panel: Key,
+    extra: tuple[tuple[str, str], ...] = (),
+) -> Variants:
     return Variants(
         name=name,
         aliases=aliases,
@@ -53,7 +60,7 @@ def _variants(name: str, aliases: tuple[str, ...], title: str, x: Key, panel: Ke
         own=("draft_tokens",),
         beside=("acceptance_rate", "accepted_length", "tpot_s"),
         more=acceptance,
-        extra=(("acceptance_rate", "Acceptance rate"),),
+        extra=extra,
     )
 
 
@@ -63,6 +70,7 @@ SPECULATIVE = _variants(
     "Speculative decoding by draft tokens",
     DRAFT_TOKENS,
     INPUT_TOKENS,
+    extra=(("acceptance_rate", "Acceptance rate"),),
 ).figure()
 SPECULATIVE_LENGTH = _variants(
     "speculative-length",

@@ -160,7 +160,8 @@ class Variants:
             )
             for value, title in parts
         ).drop_nulls("y")
-        order = {name: place for place, name in enumerate(_names(frame))}
+        base, *others = _names(frame)
+        order = {name: place for place, name in enumerate([*others, base])}
         long = long.with_columns(place=pl.col("line").replace_strict(order)).sort(
             "place", maintain_order=True
         )
@@ -178,7 +179,7 @@ class Variants:
             subtitle=subtitle(frame),
             notes=[self.insight(frame)],
             x=Axis(title=self.x.title, doublings=True),
-            y=Axis(title="", form="~g"),
+            y=Axis(title="", form=",~r"),
             shared=False,
             lines="Variant",
         )
@@ -249,8 +250,8 @@ _FOR_PEOPLE = ("devices_label", "memory_limit_gib", "trial_id")
 
 def _names(frame: pl.DataFrame) -> list[str]:
     """Variants, the baseline first."""
-    names: list[str] = frame.get_column("variant").unique(maintain_order=True).to_list()
-    return names
+    base = frame.filter("baseline").get_column("variant")[0]
+    return [base, *sorted(set(frame.get_column("variant").to_list()) - {base})]
 
 
 def _times(row: dict[str, Any]) -> str:

@@ -79,11 +79,11 @@ def test_every_draft_stands_against_the_target_alone(drafts: pl.LazyFrame) -> No
 def test_what_is_said_of_drafts_follows_from_the_records(drafts: pl.LazyFrame) -> None:
     figure = _figure("speculative")
     assert figure.insight(figure.prepare(drafts)) == (
-        "Highest against target alone: input 32 small (1 draft tokens, 1.50 times, beyond the "
-        "confidence intervals) and input 128 small (1 draft tokens, 1.50 times, beyond the "
-        "confidence intervals). Lowest of all: small (4 draft tokens, input 128, 0.99 times, "
+        "Highest against target alone: input 32 small (drafts of 1, 1.50 times, beyond the "
+        "confidence intervals) and input 128 small (drafts of 1, 1.50 times, beyond the "
+        "confidence intervals). Lowest of all: small (drafts of 4, input 128, 0.99 times, "
         "within the confidence intervals). "
-        "From 1 to 4 draft tokens: -27 % with small, medians over 2 panels. "
+        "From drafts of 1 to 4: -27 % with small, medians over 2 panels. "
         "Accepted: small 0.90 of 1 (1.90 tokens a step) and 0.60 of 4 (3.40 tokens a step). "
         "Without a value: mtp (4 unsupported)."
     )
