@@ -162,7 +162,7 @@ def test_the_draft_is_in_the_memory(models: Path, plain: Ran, equal: Ran) -> Non
     "speculative",
     [
         {"model": "ngram", "args": {"prompt_lookup_min": 1, "prompt_lookup_max": 3}},
-        {"model": "short"},
+        pytest.param({"model": "short"}, marks=pytest.mark.slow),
     ],
 )
 def test_other_ways_to_draft(models: Path, plain: Ran, speculative: dict[str, Any]) -> None:
