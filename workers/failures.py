@@ -70,7 +70,7 @@ _WRAPPERS = re.compile(
 _REFUSALS = re.compile(
     r"not (yet )?supported|unsupported|does not support|not implemented|is not available on"
     r"|must be divisible|not divisible|is not a valid|unexpected keyword argument"
-    r"|requires a CUDA or other accelerator"
+    r"|requires a CUDA or other accelerator|Failed to find a kernel"
     r"|expected at most 0 argument\(s\)",  # an operator that this build only declares
     re.IGNORECASE,
 )
