@@ -356,6 +356,7 @@ def _target(source: str, dense: _Dense, recipe: Recipe) -> dict[str, Any]:
 def _compare(source: str, dense: _Dense, structure: Architecture) -> None:
     """Raises UpcycleError unless the dense weights are exactly those that are needed."""
     needed = dict(_origins(structure))
+    dropped = range(structure.num_layers, dense.config["num_hidden_layers"])
     for name, shape in needed.items():
         if name not in dense.shapes:
             raise UpcycleError(f"{source} lacks the weight {name}")
@@ -365,8 +366,8 @@ def _compare(source: str, dense: _Dense, structure: Architecture) -> None:
                 f"says {list(shape)}"
             )
     for name in sorted(dense.shapes.keys() - needed.keys()):
-        if (layer := _LAYER.match(name)) and int(layer[1]) >= structure.num_layers:
-            continue  # those that are not kept
+        if (layer := _LAYER.match(name)) and int(layer[1]) in dropped:
+            continue
         if not name.endswith(".rotary_emb.inv_freq") and not (
             structure.tied and name == "lm_head.weight"
         ):
