@@ -27,6 +27,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from importlib import import_module
 from itertools import count
 from pathlib import Path
@@ -652,6 +653,7 @@ def _drafted(ended: Sequence[Any]) -> Drafted:
     )
 
 
+@lru_cache(maxsize=64)  # every trial of a group asks
 def _file(model: Model, name: str) -> Path | None:
     """A small file of a model, from the hub where it has to be."""
     hub_id = drafts.hub_id(model)
