@@ -87,7 +87,7 @@ def _ran(models: Path, **speculative: Any) -> Ran:
         # The second half of each is its first again, so that n-grams are found.
         prompts = [row[:12] + row[:12] for row in prompts]
         return Ran(
-            tokens=engine._send(prompts, 13, 0.0).tokens,
+            tokens=engine._send(prompts, [13] * 3, 0.0).tokens,
             timed=engine.generate(prompts, 13, kind="timed", repeat=0),
             memory=engine.memory(),
         )
