@@ -1,0 +1,203 @@
+"""Experts one after the other say what the fused kernels say.
+
+The same tiny checkpoint, with random weights of ordinary size, on two engines in float32: one
+as vLLM builds it, one with `moe_backend: unfused`. Greedy tokens are equal and the logits'
+logarithms differ by no more than the order of additions makes them differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from workers.contract.engine import UNFUSED, EngineSettings
+from workers.contract.errors import Unsupported
+from workers.contract.layout import Layout
+from workers.contract.model import Model
+from workers.contract.trial import Trial
+from workers.contract.workload import Workload
+from workers.engines.base import Site
+from workers.engines.vllm_engine import VllmEngine
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(240)]
+
+TINY = {
+    "vocab_size": 256,
+    "hidden_size": 128,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 8, "head_dim": 32},
+    "qwen2_moe": {
+        "num_experts": 8,
+        "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 96,
+    },
+    "qwen3_moe": {
+        "num_experts": 8,
+        "moe_intermediate_size": 64,
+        "norm_topk_prob": True,
+        "head_dim": 32,
+    },
+    "olmoe": {"num_experts": 8, "norm_topk_prob": False, "head_dim": 32},
+    "deepseek_v2": {
+        "n_routed_experts": 8,
+        "n_shared_experts": 2,
+        "moe_intermediate_size": 64,
+        "first_k_dense_replace": 1,
+        "num_key_value_heads": 4,
+        "kv_lora_rank": 32,
+        "q_lora_rank": None,
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 32,
+        "v_head_dim": 32,
+        "topk_method": "greedy",
+        "routed_scaling_factor": 1.5,
+    },
+}
+WORKLOAD = Workload(batch_size=3, input_tokens=24, output_tokens=8)
+FUSED = EngineSettings(eager=True)
+ONE_BY_ONE = EngineSettings(eager=True, moe_backend=UNFUSED)
+PROMPTS = [[17 * i + j for j in range(length)] for i, length in ((1, 24), (2, 7), (3, 15))]
+
+Said = list[tuple[Sequence[int], list[dict[int, float]]]]
+
+
+def _checkpoint(family: str, folder: Path) -> Path:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(family, **TINY | FAMILIES[family])
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    for name, weight in model.named_parameters():
+        if name.endswith("gate.weight"):  # zeros where the family's own start has none
+            torch.nn.init.normal_(weight, std=0.2)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _checkpoint("mixtral", tmp_path_factory.mktemp("mixtral"))
+
+
+def _trial(folder: Path, settings: EngineSettings, **changes: Any) -> Trial:
+    model = Model(name=str(folder), dtype="float32")
+    return Trial(**{"model": model, "workload": WORKLOAD, "engine": settings} | changes)
+
+
+def _engine(trial: Trial, folder: Path) -> VllmEngine:
+    return VllmEngine(trial, [WORKLOAD], Site(scratch=folder, device="cpu"))
+
+
+def _said(engine: VllmEngine) -> Said:
+    """Greedy tokens of every prompt and the logits' logarithms behind each of them."""
+    from vllm import SamplingParams
+
+    asked = SamplingParams(
+        temperature=0, max_tokens=8, ignore_eos=True, detokenize=False, logprobs=20
+    )
+    prompts = [{"prompt_token_ids": ids} for ids in PROMPTS]
+    told = []
+    for answer in engine._llm.generate(prompts, asked, use_tqdm=False):
+        (one,) = answer.outputs
+        rows = [{token: known.logprob for token, known in row.items()} for row in one.logprobs]
+        told.append((tuple(one.token_ids), rows))
+    return told
+
+
+def _of(trial: Trial, folder: Path) -> tuple[Said, str | None]:
+    engine = _engine(trial, folder)
+    try:
+        return _said(engine), engine.loaded.moe_kernel
+    finally:
+        engine.close()
+
+
+def _apart(one: Said, other: Said) -> float:
+    """Largest difference of a logarithm that both tell; tokens are asserted to be equal."""
+    most = 0.0
+    for (tokens, rows), (others, theirs) in zip(one, other, strict=True):
+        assert tokens == others
+        for row, their in zip(rows, theirs, strict=True):
+            shared = row.keys() & their.keys()
+            assert len(shared) >= 19
+            most = max(most, *(abs(row[token] - their[token]) for token in shared))
+    return most
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_by_one_is_what_the_fused_kernel_says(family: str, tmp_path: Path) -> None:
+    """And the probe hears the same choices around either."""
+    checkpoint = _checkpoint(family, tmp_path / "model")
+    said, traces, kernels = [], [], []
+    for settings in (FUSED, ONE_BY_ONE):
+        engine = _engine(_trial(checkpoint, settings), tmp_path)
+        try:
+            said.append(_said(engine))
+            traces.append(engine.trace(PROMPTS, 6, routes=True))
+            kernels.append(engine.loaded.moe_kernel)
+        finally:
+            engine.close()
+    fused, ours = kernels
+    assert fused is not None and fused.endswith("CPUUnquantizedExperts")
+    assert ours == "UnfusedExperts"
+    assert _apart(*said) < 1e-4
+    assert traces[0].tokens == traces[1].tokens
+    assert traces[0].layers == traces[1].layers
+    assert traces[0].routes is not None and traces[1].routes is not None
+    for one, other in zip(traces[0].routes, traces[1].routes, strict=True):
+        assert (np.sort(one, axis=-1) == np.sort(other, axis=-1)).all()
+
+
+def test_it_becomes_another_top_k(mixtral: Path, tmp_path: Path) -> None:
+    trial = _trial(mixtral, ONE_BY_ONE)
+    other = replace(trial, model=replace(trial.model, top_k=3))
+    fresh, _ = _of(replace(other, engine=FUSED), tmp_path)
+    engine = _engine(trial, tmp_path)
+    try:
+        before = _said(engine)
+        assert engine.become(other)
+        became = _said(engine)
+    finally:
+        engine.close()
+    assert before != became
+    assert _apart(became, fresh) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [Layout(tensor=2), Layout(tensor=2, expert=True)])
+def test_ranks_have_their_share(mixtral: Path, layout: Layout, tmp_path: Path) -> None:
+    alone, _ = _of(_trial(mixtral, FUSED), tmp_path)
+    spread, kernel = _of(_trial(mixtral, ONE_BY_ONE, layout=layout), tmp_path)
+    assert kernel == "UnfusedExperts"
+    assert _apart(alone, spread) < 1e-4
+
+
+@pytest.mark.slow
+def test_compiled_code_meets_it_as_one_operator(mixtral: Path, tmp_path: Path) -> None:
+    eager, _ = _of(_trial(mixtral, FUSED), tmp_path)
+    compiled, kernel = _of(_trial(mixtral, EngineSettings(moe_backend=UNFUSED)), tmp_path)
+    assert kernel == "UnfusedExperts"
+    assert _apart(eager, compiled) < 1e-4
+
+
+def test_what_it_does_not_cover_is_refused(tmp_path: Path) -> None:
+    quantised = Model(name="mixtral-8x7b", weights="dummy", quantization="fp8")
+    trial = Trial(model=quantised, workload=WORKLOAD, engine=ONE_BY_ONE)
+    assert "model.quantization is fp8" in (VllmEngine.refuses(trial) or "")
+    dense = Model(name="qwen3-0.6b", weights="dummy", scale=0.125, num_layers=2)
+    with pytest.raises(Unsupported, match="a model without experts"):
+        _engine(Trial(model=dense, workload=WORKLOAD, engine=ONE_BY_ONE), tmp_path)
