@@ -10,7 +10,7 @@ from typing import cast
 
 import polars as pl
 
-from analysis.insights import feasible, percent
+from analysis.insights import MISSING, feasible, percent
 from analysis.keys import Axes, enumeration
 
 
@@ -31,7 +31,7 @@ def at_ends(frame: pl.DataFrame, axes: Axes) -> str:
     if not sentences:
         return ""
     low, high = _ends(feasible(frame), axes.x.column)
-    return f"{axes.x.span(low, high)}, {'; '.join(sentences)}."
+    return f"From {axes.x.span(low, high)}, {'; '.join(sentences)}."
 
 
 def across_lines(frame: pl.DataFrame, axes: Axes) -> str:
@@ -82,12 +82,12 @@ def advantage(frame: pl.DataFrame, axes: Axes) -> str:
     if len(along) > 1:
         ends = [along.row(0), along.row(-1)]
         words.append(
-            "By "
+            "It is "
             + " and ".join(
                 f"{_signed(cast(float, ratio) - 1)} at {axes.x.label(value)}"
                 for value, ratio in ends
             )
-            + f", medians over {axes.panel.title.lower()}."
+            + ", medians over the panels."
         )
     words.append(f"Intervals are apart in {apart} of {len(pairs)}.")
     return " ".join(words)
@@ -107,7 +107,7 @@ def with_devices(frame: pl.DataFrame, axes: Axes) -> str:
             if last["relative_throughput"] is not None:
                 words.append(
                     f"{line} {last['relative_throughput']:.2f} times one device on {where} "
-                    f"(efficiency {last['parallel_efficiency']:.0%})"
+                    f"(efficiency {percent(last['parallel_efficiency'])})"
                 )
             elif last[axes.x.column] != first[axes.x.column]:
                 ratio = last["throughput_tok_s"] / first["throughput_tok_s"]
@@ -117,6 +117,21 @@ def with_devices(frame: pl.DataFrame, axes: Axes) -> str:
         if words:
             sentences.append(f"{panel}: {'; '.join(words)}.")
     return " ".join(sentences) or "No layout of several devices was measured."
+
+
+def without_value(frame: pl.DataFrame, axes: Axes) -> str:
+    """Each drawn point that has no value, and why."""
+    drawn = feasible(frame)
+    holes = drawn.filter(pl.col("throughput_tok_s").is_null())
+    words = [
+        f"{axes.panel.label(row[axes.panel.column])}, {axes.line.label(row[axes.line.column])} on "
+        f"{axes.x.label(row[axes.x.column])}: {MISSING.get(row['outcome'], row['outcome'])}"
+        for row in holes.iter_rows(named=True)
+    ]
+    refused = len(frame) - len(drawn)
+    if refused:
+        words.append(f"{refused} infeasible, left out")
+    return f"Without a value: {'; '.join(words)}." if words else ""
 
 
 def _panels(frame: pl.DataFrame, axes: Axes) -> list[tuple[str, pl.DataFrame]]:

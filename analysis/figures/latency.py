@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 TITLE = "Latency by model"
 METRICS = {
-    "ttft_paper_s": "Time to first token (s)",
-    "itl_paper_s": "Inter-token latency (s)",
-    "e2e_s": "End-to-end time (s)",
+    "ttft_paper_s": ("Time to first token (ms)", 1000.0),
+    "itl_paper_s": ("Inter-token latency (ms)", 1000.0),
+    "e2e_s": ("End-to-end time (s)", 1.0),
 }
-"""The paper's three, in its order, with the title of their axis."""
+"""The paper's three, in its order: the title of the axis, and its units in a second."""
 _SHORT = {
     "ttft_paper_s": "time to first token",
     "itl_paper_s": "inter-token latency",

@@ -21,16 +21,17 @@ _WIDTH, _BAR = 250, 34
 
 
 def draw(
-    frame: pl.DataFrame, *, title: str, metrics: Mapping[str, str], insight: str
+    frame: pl.DataFrame, *, title: str, metrics: Mapping[str, tuple[str, float]], insight: str
 ) -> alt.VConcatChart:
-    """The chart of a frame with a row per model; `metrics` are its columns and their titles.
+    """The chart of a frame with a row per model.
 
-    A column has an interval where the frame has it with `_ci_low` and `_ci_high`.
+    `metrics` are columns, in seconds, with the title of their axis and its units in a second. A
+    column has an interval where the frame has it with `_ci_low` and `_ci_high`.
     """
     models = frame.get_column("model").to_list()
     panels = [
-        _panel(frame, models, column, words, first=at == 0)
-        for at, (column, words) in enumerate(metrics.items())
+        _panel(frame, models, column, words, units, first=at == 0)
+        for at, (column, (words, units)) in enumerate(metrics.items())
     ]
     lines = subtitle(frame)
     predicted = constant(frame, "source") == "predicted"
@@ -47,19 +48,20 @@ def draw(
 
 
 def _panel(
-    frame: pl.DataFrame, models: list[str], column: str, words: str, *, first: bool
+    frame: pl.DataFrame, models: list[str], column: str, words: str, units: float, *, first: bool
 ) -> alt.LayerChart:
     low, high = f"{column}_ci_low", f"{column}_ci_high"
     bars = low in frame.columns
     rows = frame.select(
         "model",
-        value=column,
-        low=low if bars else pl.lit(None, dtype=pl.Float64),
-        high=high if bars else pl.lit(None, dtype=pl.Float64),
+        value=pl.col(column) * units,
+        low=pl.col(low) * units if bars else pl.lit(None, dtype=pl.Float64),
+        high=pl.col(high) * units if bars else pl.lit(None, dtype=pl.Float64),
         told=pl.when(pl.col(column).is_null()).then(pl.col("outcome").replace(MISSING)),
         trial="trial_id",
     )
-    top = rows.select(pl.max_horizontal("value", "high").max()).item() or 1.0
+    rows = rows.with_columns(end=pl.max_horizontal("value", "high"))
+    top = rows.select(pl.col("end").max()).item() or 1.0
     base = alt.Chart(alt.InlineData(values=rows.to_dicts())).encode(
         y=alt.Y(
             "model:N",
@@ -71,8 +73,8 @@ def _panel(
     x = alt.X(
         "value:Q",
         title=words,
-        scale=alt.Scale(domain=[0, top * 1.2], nice=False),
-        axis=alt.Axis(tickCount=4, format="~g"),
+        scale=alt.Scale(domain=[0, top * 1.22], nice=False),
+        axis=alt.Axis(tickCount=4, format=",~f"),
     )
     colours = alt.Scale(
         domain=models, range=[PALETTE[n % len(PALETTE)] for n in range(len(models))]
@@ -94,8 +96,8 @@ def _panel(
             .mark_rule(color=INK, tooltip=None)
             .encode(x=alt.X("low:Q", title=words), x2="high:Q"),
             base.transform_filter("isValid(datum.value)")
-            .mark_text(align="left", dx=4, dy=-9, fontSize=11, color=INK, tooltip=None)
-            .encode(x=x, text=alt.Text("value:Q", format=".3~s")),
+            .mark_text(align="left", dx=5, fontSize=11, color=INK, tooltip=None)
+            .encode(x=alt.X("end:Q", title=words), text=alt.Text("value:Q", format=",.3~r")),
             base.transform_filter("isValid(datum.told)")
             .mark_text(align="left", dx=4, color=INK, tooltip=None)
             .encode(x=alt.XDatum(0), text="told:N"),

@@ -10,8 +10,7 @@ from __future__ import annotations
 import polars as pl
 
 from analysis.figures.scaling import scaling
-from analysis.growth import with_devices
-from analysis.insights import absent
+from analysis.growth import with_devices, without_value
 from analysis.keys import DEVICES, MODEL, STRATEGY, Axes
 
 _WAYS = (("tensor", "TP"), ("pipeline", "PP"), ("data", "DP"))
@@ -41,6 +40,6 @@ PARALLELISM = scaling(
     title="Throughput against devices, by layout",
     paper="MoE-Inference-Bench, Figure 13",
     axes=Axes(x=DEVICES, panel=MODEL, line=STRATEGY),
-    parts=(with_devices, absent),
+    parts=(with_devices, without_value),
     shape=strategies,
 )

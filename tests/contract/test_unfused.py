@@ -201,3 +201,11 @@ def test_what_it_does_not_cover_is_refused(tmp_path: Path) -> None:
     dense = Model(name="qwen3-0.6b", weights="dummy", scale=0.125, num_layers=2)
     with pytest.raises(Unsupported, match="a model without experts"):
         _engine(Trial(model=dense, workload=WORKLOAD, engine=ONE_BY_ONE), tmp_path)
+
+
+@pytest.mark.parametrize("backend", ["triton", "marlin"])
+def test_kernels_that_a_build_does_not_have_are_unsupported(
+    mixtral: Path, backend: str, tmp_path: Path
+) -> None:
+    with pytest.raises(Unsupported, match="not support"):
+        _engine(_trial(mixtral, EngineSettings(eager=True, moe_backend=backend)), tmp_path)
