@@ -66,6 +66,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "routed_scaling_factor": 1.5,
     },
 }
+IN_PLACE = ("mixtral", "qwen3_moe", "olmoe")
+"""Families that change their top-k where they stand (`tests/contract/test_top_k.py`)."""
+PRECISION = {"deepseek_v2": ("float16", 0.02)}
+"""vLLM's CPU build has no latent attention in float32: there 11 bits of precision decide."""
 WORKLOAD = Workload(batch_size=3, input_tokens=24, output_tokens=8)
 FUSED = EngineSettings(eager=True)
 ONE_BY_ONE = EngineSettings(eager=True, moe_backend=UNFUSED)
@@ -138,43 +142,43 @@ def _apart(one: Said, other: Said) -> float:
     return most
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [
+        "mixtral",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES if name != "mixtral"),
+    ],
+)
 def test_one_by_one_is_what_the_fused_kernel_says(family: str, tmp_path: Path) -> None:
-    """And the probe hears the same choices around either."""
-    checkpoint = _checkpoint(family, tmp_path / "model")
-    said, traces, kernels = [], [], []
+    """The probe hears the same choices around either, and both become another top-k."""
+    dtype, near = PRECISION.get(family, ("float32", 1e-4))
+    folder = _checkpoint(family, tmp_path / "model")
+    said, became, traces, kernels = [], [], [], []
     for settings in (FUSED, ONE_BY_ONE):
-        engine = _engine(_trial(checkpoint, settings), tmp_path)
+        model = Model(name=str(folder), dtype=dtype)  # type: ignore[arg-type]
+        trial = Trial(model=model, workload=WORKLOAD, engine=settings)
+        engine = _engine(trial, tmp_path)
         try:
             said.append(_said(engine))
             traces.append(engine.trace(PROMPTS, 6, routes=True))
             kernels.append(engine.loaded.moe_kernel)
+            if engine.become(replace(trial, model=replace(trial.model, top_k=3))):
+                became.append(_said(engine))
         finally:
             engine.close()
     fused, ours = kernels
     assert fused is not None and fused.endswith("CPUUnquantizedExperts")
     assert ours == "UnfusedExperts"
-    assert _apart(*said) < 1e-4
+    assert _apart(*said) < near
     assert traces[0].tokens == traces[1].tokens
     assert traces[0].layers == traces[1].layers
     assert traces[0].routes is not None and traces[1].routes is not None
     for one, other in zip(traces[0].routes, traces[1].routes, strict=True):
         assert (np.sort(one, axis=-1) == np.sort(other, axis=-1)).all()
-
-
-def test_it_becomes_another_top_k(mixtral: Path, tmp_path: Path) -> None:
-    trial = _trial(mixtral, ONE_BY_ONE)
-    other = replace(trial, model=replace(trial.model, top_k=3))
-    fresh, _ = _of(replace(other, engine=FUSED), tmp_path)
-    engine = _engine(trial, tmp_path)
-    try:
-        before = _said(engine)
-        assert engine.become(other)
-        became = _said(engine)
-    finally:
-        engine.close()
-    assert before != became
-    assert _apart(became, fresh) < 1e-4
+    assert len(became) == 2 or family not in IN_PLACE
+    if became:
+        assert _apart(*became) < near
+        assert became[1] != said[1]
 
 
 @pytest.mark.slow
