@@ -230,5 +230,7 @@ def _explanation(drawn: pl.DataFrame) -> str:
 def _ticks(top: float) -> list[float]:
     """Round numbers from 0 to `top`, four to eight of them."""
     unit = 10 ** math.floor(math.log10(top))
-    step = next(step for share in (0.1, 0.2, 0.25, 0.5, 1.0) if top / (step := share * unit) < 8)
+    step = next(
+        step for share in (0.1, 0.2, 0.25, 0.5, 1.0, 2.0) if top / (step := share * unit) < 8
+    )
     return [index * step for index in range(math.floor(top / step) + 1)]

@@ -191,3 +191,17 @@ def test_figure_3_refuses_a_model_twice_and_mixed_batches(tmp_path: Path) -> Non
     write(tmp_path, [*_latencies(), record("again", model="olmoe-1b-7b", batch_size=1)])
     with pytest.raises(SelectionError, match="batch_size"):
         of_records("fig3").prepare(load(tmp_path))
+
+
+@pytest.mark.parametrize("most", [790.0, 810.0, 850.0, 949.0, 960.0, 1000.0])
+def test_every_height_has_round_numbers_on_its_axis(tmp_path: Path, most: float) -> None:
+    """From 762 to 952 tokens per second there were none, and no picture."""
+    write(
+        tmp_path, [record("a", throughput_tok_s=most), record("b", top_k=4, throughput_tok_s=1.0)]
+    )
+    spec = spec_of(of_records("fig9"), load(tmp_path))
+    points = next(
+        one for one in spec["vconcat"][0]["spec"]["layer"] if one["mark"]["type"] == "point"
+    )
+    ticks = points["encoding"]["y"]["axis"]["values"]
+    assert 4 <= len(ticks) <= 8 and ticks[0] == 0
