@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 TITLE = "Latency by model"
 METRICS = {
     "ttft_paper_s": ("Time to first token (ms)", 1000.0),
-    "itl_paper_s": ("Inter-token latency (ms)", 1000.0),
+    "itl_paper_s": ("Inter-token latency by Eq 1 (ms)", 1000.0),
     "e2e_s": ("End-to-end time (s)", 1.0),
 }
 """The paper's three, in its order: the title of the axis, and its units in a second."""
