@@ -10,6 +10,7 @@ from typing import cast
 
 import polars as pl
 
+from analysis.aggregate import compare
 from analysis.insights import MISSING, feasible, percent
 from analysis.keys import Axes, enumeration
 
@@ -34,26 +35,48 @@ def at_ends(frame: pl.DataFrame, axes: Axes) -> str:
     return f"From {axes.x.span(low, high)}, {'; '.join(sentences)}."
 
 
+def along_x(frame: pl.DataFrame, axes: Axes) -> str:
+    """How many times the throughput of the first x the last one has, per panel."""
+    drawn = feasible(frame)
+    grid = drawn.get_column(axes.x.column).unique().sort().to_list()
+    words = []
+    spans = set()
+    for panel, rows in _panels(frame, axes):
+        found = compare(rows, axes.x.column, [axes.line.column], grid)
+        if found is not None:
+            ratios = found.lines.get_column("change") + 1
+            words.append(f"{_times(ratios)} for {panel}")
+            spans.add((found.low, found.high))
+    if len(spans) != 1:
+        return ""
+    low, high = spans.pop()
+    return (
+        f"Throughput at {axes.x.label(high)} over that at {axes.x.label(low)}: "
+        f"{enumeration(words)}, medians over lines."
+    )
+
+
 def across_lines(frame: pl.DataFrame, axes: Axes) -> str:
     """How many times the throughput of the first line the last one has, per panel."""
     sentences = []
     ends: tuple[object, object] | None = None
     for panel, rows in _panels(frame, axes):
         first, last = _ends(rows, axes.line.column)
-        ratios = _pairs(rows, axes, first, last).get_column("ratio")
-        middle = ratios.median()
-        if first == last or not isinstance(middle, float):
+        pairs = _pairs(rows, axes, first, last).sort(axes.x.column)
+        if first == last or pairs.is_empty():
             continue
         ends = (first, last)
-        low, high = cast(float, ratios.min()), cast(float, ratios.max())
-        spread = f" ({low:.2g} to {high:.2g})" if len(ratios) > 1 else ""
-        sentences.append(f"{middle:.2g} times{spread} for {panel}")
+        end = pairs.row(-1, named=True)
+        sentences.append(
+            f"{_times(pairs.get_column('ratio'))} for {panel}, "
+            f"{end['ratio']:.2g} at {axes.x.label(end[axes.x.column])}"
+        )
     if ends is None:
         return ""
     first_label, last_label = (axes.line.label(cast(int, end)) for end in ends)
     return (
-        f"Throughput at {last_label} over that at {first_label}: {enumeration(sentences)}, "
-        "median over the axis."
+        f"Throughput at {last_label} over that at {first_label}: {'; '.join(sentences)}; "
+        "medians over the axis."
     )
 
 
@@ -172,6 +195,12 @@ def _ratio(line: pl.DataFrame, x: str, low: object, high: object) -> float | Non
     if not (found[0] and found[1]):
         return None
     return float(found[1][0] / found[0][0])
+
+
+def _times(ratios: pl.Series) -> str:
+    """`13 times (11 to 16)`: the median, and the range of several."""
+    low, middle, high = (cast(float, one) for one in (ratios.min(), ratios.median(), ratios.max()))
+    return f"{middle:.2g} times" + (f" ({low:.2g} to {high:.2g})" if len(ratios) > 1 else "")
 
 
 def _ends(rows: pl.DataFrame, column: str) -> tuple[int, int]:

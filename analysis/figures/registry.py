@@ -15,7 +15,7 @@ from analysis.figures.power import POWER
 from analysis.figures.scaling import scaling
 from analysis.figures.sparsity import SPARSITY
 from analysis.figures.sparsity_traced import SPARSITY_TRACED
-from analysis.growth import across_lines, advantage, at_ends
+from analysis.growth import across_lines, advantage, along_x, at_ends
 from analysis.insights import absent, memory_boundary, overall, per_panel
 from analysis.keys import BATCH, FFN_DIM, LENGTH, MODEL, MOE_PATH, NUM_EXPERTS, TOP_K, Axes
 
@@ -59,7 +59,7 @@ FIGURES: tuple[Figure, ...] = (
         title="Throughput against batch size, by length",
         paper="MoE-Inference-Bench, Figure 6",
         axes=Axes(x=BATCH, panel=MODEL, line=LENGTH),
-        parts=(per_panel, across_lines, absent),
+        parts=(along_x, across_lines, absent),
     ),
     PARALLELISM,
     scaling(
