@@ -139,6 +139,8 @@ def with_devices(frame: pl.DataFrame, axes: Axes) -> str:
                 words.append(f"{line} on {where} has nothing to be compared with")
         if words:
             sentences.append(f"{panel}: {'; '.join(words)}.")
+    if sentences and frame.get_column("threads").drop_nulls().n_unique() > 1:
+        sentences.append("Devices have unequal numbers of threads: efficiency is over threads.")
     return " ".join(sentences) or "No layout of several devices was measured."
 
 

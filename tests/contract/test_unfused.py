@@ -63,6 +63,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "qk_rope_head_dim": 64,
         "v_head_dim": 128,
         "topk_method": "greedy",
+        "n_group": 1,
+        "topk_group": 1,
         "routed_scaling_factor": 1.5,
     },
 }
