@@ -70,8 +70,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 IN_PLACE = ("mixtral", "qwen3_moe", "olmoe")
 """Families that change their top-k where they stand (`tests/contract/test_top_k.py`)."""
-PRECISION = {"deepseek_v2": ("float16", 0.02)}
-"""vLLM's CPU build has no latent attention in float32: there 11 bits of precision decide."""
+ARGUMENTS = {"deepseek_v2": {"attention_backend": "CPU_MLA"}}
+"""The latent attention that vLLM's CPU build prefers (AMX) has no float32."""
 WORKLOAD = Workload(batch_size=3, input_tokens=24, output_tokens=8)
 FUSED = EngineSettings(eager=True)
 ONE_BY_ONE = EngineSettings(eager=True, moe_backend=UNFUSED)
@@ -153,12 +153,10 @@ def _apart(one: Said, other: Said) -> float:
 )
 def test_one_by_one_is_what_the_fused_kernel_says(family: str, tmp_path: Path) -> None:
     """The probe hears the same choices around either, and both become another top-k."""
-    dtype, near = PRECISION.get(family, ("float32", 1e-4))
     folder = _checkpoint(family, tmp_path / "model")
     said, became, traces, kernels = [], [], [], []
     for settings in (FUSED, ONE_BY_ONE):
-        model = Model(name=str(folder), dtype=dtype)  # type: ignore[arg-type]
-        trial = Trial(model=model, workload=WORKLOAD, engine=settings)
+        trial = _trial(folder, replace(settings, args=ARGUMENTS.get(family, {})))
         engine = _engine(trial, tmp_path)
         try:
             said.append(_said(engine))
@@ -171,7 +169,7 @@ def test_one_by_one_is_what_the_fused_kernel_says(family: str, tmp_path: Path) -
     fused, ours = kernels
     assert fused is not None and fused.endswith("CPUUnquantizedExperts")
     assert ours == "UnfusedExperts"
-    assert _apart(*said) < near
+    assert _apart(*said) < 1e-4
     assert traces[0].tokens == traces[1].tokens
     assert traces[0].layers == traces[1].layers
     assert traces[0].routes is not None and traces[1].routes is not None
@@ -179,7 +177,7 @@ def test_one_by_one_is_what_the_fused_kernel_says(family: str, tmp_path: Path) -
         assert (np.sort(one, axis=-1) == np.sort(other, axis=-1)).all()
     assert len(became) == 2 or family not in IN_PLACE
     if became:
-        assert _apart(*became) < near
+        assert _apart(*became) < 1e-4
         assert became[1] != said[1]
 
 
