@@ -101,7 +101,8 @@ def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _trial(folder: Path, settings: EngineSettings, **changes: Any) -> Trial:
     model = Model(name=str(folder), dtype="float32")
-    return Trial(**{"model": model, "workload": WORKLOAD, "engine": settings} | changes)
+    given: dict[str, Any] = {"model": model, "workload": WORKLOAD, "engine": settings}
+    return Trial(**given | changes)
 
 
 def _engine(trial: Trial, folder: Path) -> VllmEngine:
@@ -116,7 +117,7 @@ def _said(engine: VllmEngine) -> Said:
         temperature=0, max_tokens=8, ignore_eos=True, detokenize=False, logprobs=20
     )
     prompts = [{"prompt_token_ids": ids} for ids in PROMPTS]
-    told = []
+    told: Said = []
     for answer in engine._llm.generate(prompts, asked, use_tqdm=False):
         (one,) = answer.outputs
         rows = [{token: known.logprob for token, known in row.items()} for row in one.logprobs]
