@@ -6,8 +6,8 @@ from analysis.errors import SelectionError, unknown
 from analysis.figures.figure import Figure
 from analysis.figures.heatmap import HEATMAP
 from analysis.figures.imbalance import IMBALANCE, ROUTING_COST
-from analysis.figures.layer_bytes import LAYER_BYTES
 from analysis.figures.latency import LATENCY
+from analysis.figures.layer_bytes import LAYER_BYTES
 from analysis.figures.layers import LAYERS
 from analysis.figures.mbu import S_MBU_BATCH
 from analysis.figures.parallelism import PARALLELISM
