@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import polars as pl
 
+from analysis.conditions import CONDITIONS
+
 ACTIVE_SHARE = (pl.col("params_active") / pl.col("params_total")).alias("active_share")
 """Share of the parameters that one token uses, 0 to 1."""
 
@@ -28,6 +30,67 @@ PREDICTION_RATIO = (pl.col("e2e_s") / pl.col("predicted_e2e_s")).alias("predicti
 DEVICES_LABEL = pl.format("{} × {}", "device_count", "device").alias("devices_label")
 """What the engine ran on, for people: `4 × NVIDIA H100`."""
 
+LAYOUT = ("tensor_parallel", "pipeline_parallel", "data_parallel", "expert_parallel")
+"""What says how an engine is spread over devices."""
+OTHERWISE: tuple[str, ...] = (
+    *(name for name in CONDITIONS if name not in (*LAYOUT, "device_count", "threads", "source")),
+    "measured",
+    "routing",
+    "dataset",
+)
+"""What trials of one layout study have in common."""
+
+LAYOUT_LABEL = (
+    pl.when(pl.col("device_count") == 1)
+    .then(pl.lit("one device"))
+    .when(pl.col("device_count") > 1)
+    .then(
+        pl.concat_str(
+            *(
+                pl.when(pl.col(f"{name}_parallel") > 1).then(
+                    pl.format(f"{short} {{}}", f"{name}_parallel")
+                )
+                for name, short in (("tensor", "TP"), ("pipeline", "PP"), ("data", "DP"))
+            ),
+            pl.when("expert_parallel").then(pl.lit("EP")),
+            separator=" + ",
+            ignore_nulls=True,
+        )
+    )
+    .alias("layout_label")
+)
+"""How an engine is spread, for people: `TP 2 + PP 2 + EP`."""
+
+MOE_PATH = (
+    pl.when(pl.col("num_experts") > 0)
+    .then(pl.col("moe_backend").fill_null("fused"))
+    .alias("moe_path")
+)
+"""`unfused`, one expert after the other; `fused`, the kernel of the engine's choice; or the one
+that the sweep chose. Null for a model without experts."""
+
+_ALONE = pl.col("device_count") == 1
+
+
+def _alone(column: str) -> pl.Expr:
+    """What the trial has on one device that is the same otherwise; null where none was measured."""
+    measured = pl.col(column).filter(_ALONE & (pl.col("outcome") == "ok"))
+    return measured.median().over(OTHERWISE)
+
+
+RELATIVE_THROUGHPUT = (pl.col("throughput_tok_s") / _alone("throughput_tok_s")).alias(
+    "relative_throughput"
+)
+"""Throughput over that of the same trial on one device; 1 for that device itself."""
+
+PARALLEL_EFFICIENCY = (
+    pl.col("throughput_tok_s")
+    / _alone("throughput_tok_s")
+    / (pl.col("device_count") * (pl.col("threads") / _alone("threads")).fill_null(1.0))
+).alias("parallel_efficiency")
+"""Relative throughput over how many times as much hardware it took: devices, and on CPUs, where
+one machine is cut into ranks, their threads. 1 is perfect scaling."""
+
 SOURCE = (
     pl.when(pl.col("outcome") == "ok")
     .then(pl.col("measured").replace_strict({True: "measured", False: "predicted"}))
@@ -41,6 +104,10 @@ DERIVED: tuple[pl.Expr, ...] = (
     THROUGHPUT_PER_DEVICE,
     PREDICTION_RATIO,
     DEVICES_LABEL,
+    LAYOUT_LABEL,
+    MOE_PATH,
+    RELATIVE_THROUGHPUT,
+    PARALLEL_EFFICIENCY,
     SOURCE,
 )
 """Every derived column, in the order in which `load` appends them."""

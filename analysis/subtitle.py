@@ -55,7 +55,7 @@ def _machine(frame: pl.DataFrame) -> str:
         if isinstance(degree := one(f"{kind}_parallel"), int) and (degree > 1 or kind == "tensor")
     ]
     return _join(
-        _with(one("devices_label"), f"{engine} on {{}}") or engine,
+        _with(one("devices_label") or one("device"), f"{engine} on {{}}") or engine,
         _with(one("threads"), "{} threads"),
         *degrees,
         "experts spread over devices" if one("expert_parallel") else "",

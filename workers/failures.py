@@ -76,6 +76,8 @@ _REFUSALS = re.compile(
 )
 _CONTRADICTIONS = re.compile(r"should have the same vocabulary size")
 """A draft from a hub that could not be looked at beforehand."""
+_DIED = re.compile(r"Worker proc (\S+) died unexpectedly \(exit code: (-?\d+)\)")
+"""Said of a rank of its own process; below 0 is the signal that ended it."""
 _CALM = re.compile(r"\b(WARNING|INFO|DEBUG) \d\d-\d\d ")
 _SIZE = re.compile(r"[Tt]ried to allocate ([\d.]+) ?(bytes|KiB|MiB|GiB)?")
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -106,9 +108,12 @@ def explain(
             return Infeasible(_short(text))
         if _refused(one, text, stage):
             return Unsupported(_short(text))
-    if log and (found := from_log(log, stage=stage, device_is_cpu=device_is_cpu)):
-        return found
-    return Crashed(_short(f"{_type_name(error)}: {error}"))
+    found = from_log(log, stage=stage, device_is_cpu=device_is_cpu) if log else None
+    if found is None:
+        found = Crashed(_short(f"{_type_name(error)}: {error}"))
+    if type(found) is Crashed and (died := _DIED.search(log)):
+        return Crashed(_short(f"{died[1]} ended with exit code {died[2]}: {found}"))
+    return found
 
 
 def from_log(log: str, *, stage: OomStage, device_is_cpu: bool) -> TrialError | None:

@@ -182,6 +182,7 @@ class _Run:
             try:
                 self.columns["engine_version"] = engine.loaded.version
                 self.columns["threads"] = engine.loaded.threads
+                self.columns["moe_kernel"] = engine.loaded.moe_kernel
                 self.measured = hand is not None
                 if hand is None:
                     self.target = device(planned_for)

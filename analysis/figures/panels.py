@@ -41,7 +41,7 @@ class _Scale:
     top: float
     ticks: list[float]
     """Round numbers from zero up."""
-    rows: tuple[int, ...]
+    rows: tuple[Any, ...]
     """Lines with at least one point to mark, in order."""
 
     @classmethod
@@ -63,7 +63,7 @@ class _Scale:
         """Lower end of the axis."""
         return -self._depth(len(self.rows)) * self._pixel
 
-    def places(self) -> dict[int, float]:
+    def places(self) -> dict[Any, float]:
         """Middle of each line's row."""
         return {
             line: -self._depth(index + 0.5) * self._pixel for index, line in enumerate(self.rows)
@@ -133,7 +133,7 @@ def _panel(drawn: pl.DataFrame, axes: Axes, scale: _Scale) -> alt.LayerChart:
     colours = alt.Scale(domain=lines, scheme=alt.SchemeParams(name="viridis", extent=[0, 0.85]))
     x = _x(drawn, axes.x)
     colour = alt.Color(**line, scale=colours)
-    base = alt.Chart().encode(x=alt.X("beside:Q", **x), color=colour, tooltip=_tooltip(axes))
+    base = alt.Chart().encode(x=alt.X("beside:Q", **x), color=colour, tooltip=_tooltip(drawn, axes))
     points = base.transform_filter("isValid(datum.throughput_tok_s)").encode(
         y=alt.Y("throughput_tok_s:Q", **y)
     )
@@ -187,9 +187,14 @@ def _beside(drawn: pl.DataFrame, axes: Axes) -> pl.Expr:
     return pl.col(axes.x.column) * pl.col(axes.line.column).replace_strict(shift)
 
 
-def _tooltip(axes: Axes) -> list[alt.Tooltip]:
+def _tooltip(drawn: pl.DataFrame, axes: Axes) -> list[alt.Tooltip]:
     rows = [
-        *((f"{key.column}:Q", key.title, "d") for key in (axes.x, axes.panel, axes.line)),
+        *(
+            (f"{key.column}:Q", key.title, "d")
+            if drawn.schema[key.column].is_integer()
+            else (f"{key.column}:N", key.title, "")
+            for key in (axes.x, axes.panel, axes.line)
+        ),
         ("outcome:N", "Outcome", ""),
         ("outcome_reason:N", "Reason", ""),
         ("throughput_tok_s:Q", "Tokens/s", ",.1f"),
@@ -225,5 +230,7 @@ def _explanation(drawn: pl.DataFrame) -> str:
 def _ticks(top: float) -> list[float]:
     """Round numbers from 0 to `top`, four to eight of them."""
     unit = 10 ** math.floor(math.log10(top))
-    step = next(step for share in (0.1, 0.2, 0.25, 0.5, 1.0) if top / (step := share * unit) < 8)
+    step = next(
+        step for share in (0.1, 0.2, 0.25, 0.5, 1.0, 2.0) if top / (step := share * unit) < 8
+    )
     return [index * step for index in range(math.floor(top / step) + 1)]

@@ -1,8 +1,8 @@
-"""Throughput over one key of the model's shape, panels by a second, lines by a third.
+"""Throughput over one key, panels by a second, lines by a third.
 
 MoE-Inference-Bench draws one grid three times (its Figures 7, 8 and 9): FFN dimension ×
-experts × active experts, each key once along the axis. So there is one builder here, and
-a figure is a choice of roles.
+experts × active experts, each key once along the axis; and others once, by batch, length,
+devices or kernel (5, 6, 13, 14). So there is one builder here, and a figure is a choice of roles.
 """
 
 from __future__ import annotations
@@ -39,9 +39,15 @@ _DRAWN = (
     "active_share",
     "memory_limit_gib",
     "devices_label",
+    "relative_throughput",
+    "parallel_efficiency",
     "trial_id",
 )
 """Columns of a prepared frame after its three keys and before its conditions."""
+
+
+def _as_they_are(records: pl.LazyFrame) -> pl.LazyFrame:
+    return records
 
 
 def scaling(
@@ -52,8 +58,12 @@ def scaling(
     paper: str,
     axes: Axes,
     parts: tuple[Part, ...],
+    shape: Callable[[pl.LazyFrame], pl.LazyFrame] = _as_they_are,
 ) -> RecordsFigure:
-    """A figure of throughput over `axes`, whose insight is the sentences of `parts`."""
+    """A figure of throughput over `axes`, whose insight is the sentences of `parts`.
+
+    `shape` gives records the columns of `axes` that they do not have, or leaves some out.
+    """
 
     def chart(frame: pl.DataFrame) -> alt.TopLevelMixin:
         from analysis.figures.panels import draw  # altair is slow to import
@@ -68,7 +78,7 @@ def scaling(
         aliases=aliases,
         title=title,
         paper=paper,
-        prepare=lambda records: prepare(records, axes),
+        prepare=lambda records: prepare(shape(records), axes),
         chart=chart,
         pivots=lambda frame: pivots(frame, axes),
         insight=insight,
@@ -102,7 +112,7 @@ def prepare(records: pl.LazyFrame, axes: Axes) -> pl.DataFrame:
         raise SelectionError(f"no records yet that have all of {', '.join(sorted(keys))}")
     if feasible(frame).is_empty():
         raise SelectionError("every point is infeasible: there is nothing to draw")
-    refuse_mixed(frame, varied=keys)
+    refuse_mixed(frame, varied=axes.varied)
     refuse_repeated(frame, keys)
     conditions = [name for name in CONDITIONS if name not in keys]
     return frame.select(*keys, *_DRAWN, *conditions).sort(keys)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from workers.contract.engine import EngineSettings
+from workers.contract.engine import UNFUSED, EngineSettings
 from workers.contract.errors import OutOfMemory, Unsupported
 from workers.contract.model import Model
 from workers.contract.trial import Trial
@@ -104,6 +104,36 @@ def test_an_engine_with_graphs_keeps_its_top_k(engine: VllmEngine) -> None:
     if eager:
         assert engine.loaded.architecture.top_k == 1
         assert engine.become(replace(engine._trial, model=MODEL))
+
+
+@pytest.mark.parametrize("eager", [True, False])
+def test_experts_run_one_by_one_where_that_is_asked_for(eager: bool, tmp_path: Path) -> None:
+    engine = _build(_trial(eager=eager, moe_backend=UNFUSED), tmp_path)
+    try:
+        assert engine.loaded.moe_kernel == "UnfusedExperts"
+        assert engine._engine.vllm_config.compilation_config.cudagraph_mode.name == "NONE"
+        prompts = random_ids(SMALL, vocab_size=1000, index=0)
+        assert engine.generate(prompts, 4, kind="timed", repeat=0).output_tokens == 12
+        assert engine.become(replace(engine._trial, model=replace(MODEL, top_k=1))) is eager
+    finally:
+        engine.close()
+
+
+def test_experts_one_by_one_are_the_same_on_both_devices() -> None:
+    import torch
+
+    from workers.engines.vllm_unfused import unfused_experts
+
+    torch.manual_seed(0)
+    x, w13, w2 = torch.randn(9, 64), torch.randn(8, 96, 64), torch.randn(8, 64, 48)
+    weights, ids = torch.rand(9, 8).topk(2)
+    told = []
+    for device in ("cpu", "cuda"):
+        output = torch.empty(9, 64, device=device)
+        given = [one.to(device) for one in (x, w13, w2, weights, ids)]
+        unfused_experts(output, *given, "silu")
+        told.append(output.cpu())
+    torch.testing.assert_close(told[0], told[1], rtol=1e-2, atol=1e-1)  # TF32 may be on
 
 
 @pytest.mark.parametrize(

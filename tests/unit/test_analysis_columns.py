@@ -35,6 +35,18 @@ def derived(**columns: Any) -> dict[str, Any]:
         ("throughput_per_device_tok_s", {"throughput_tok_s": 200.0, "device_count": 4}, 50.0),
         ("prediction_ratio", {"e2e_s": 3.0, "predicted_e2e_s": 2.0}, 1.5),
         ("devices_label", {"device": "H100", "device_count": 4}, "4 × H100"),
+        ("layout_label", {"device_count": 1, "tensor_parallel": 1}, "one device"),
+        (
+            "layout_label",
+            {
+                "device_count": 8,
+                "tensor_parallel": 2,
+                "pipeline_parallel": 4,
+                "data_parallel": 1,
+                "expert_parallel": True,
+            },
+            "TP 2 + PP 4 + EP",
+        ),
         ("source", {"outcome": "ok", "measured": True}, "measured"),
         ("source", {"outcome": "ok", "measured": False}, "predicted"),
         ("source", {"outcome": "oom", "measured": False}, None),
@@ -46,3 +58,50 @@ def test_derived_columns(name: str, columns: dict[str, Any], value: object) -> N
 
 def test_what_is_unknown_stays_null() -> None:
     assert set(derived(outcome="crashed", measured=False).values()) == {None}
+
+
+def several(*records: dict[str, Any]) -> pl.DataFrame:
+    """Derived columns of several records in one frame."""
+    schema = pl.Schema(RECORDS)
+    rows = [{name: one.get(name) for name in schema} for one in records]
+    return pl.DataFrame(rows, schema=schema).with_columns(DERIVED)
+
+
+def _layout(tensor: int, throughput: float | None, **more: Any) -> dict[str, Any]:
+    return {
+        "outcome": "ok" if throughput else "oom",
+        "measured": bool(throughput),
+        "model": "mixtral-8x7b",
+        "batch_size": 16,
+        "device_count": tensor,
+        "tensor_parallel": tensor,
+        "throughput_tok_s": throughput,
+    } | more
+
+
+def test_scaling_is_over_the_same_trial_on_one_device() -> None:
+    frame = several(
+        _layout(1, 100.0),
+        _layout(2, 180.0),
+        _layout(4, 240.0),
+        _layout(4, None),
+        _layout(1, 10.0, batch_size=1),
+        _layout(2, 15.0, batch_size=1),
+        _layout(2, 15.0, batch_size=4),
+        _layout(2, 200.0, moe_backend="unfused"),
+    )
+    relative = frame.get_column("relative_throughput").to_list()
+    assert relative == [1.0, 1.8, 2.4, None, 1.0, 1.5, None, None]
+    efficiency = frame.get_column("parallel_efficiency").to_list()
+    assert efficiency == pytest.approx([1.0, 0.9, 0.6, None, 1.0, 0.75, None, None])
+
+
+def test_ranks_that_share_the_cores_of_one_cpu_took_no_more_hardware() -> None:
+    frame = several(_layout(1, 100.0, threads=8), _layout(2, 90.0, threads=4))
+    assert frame.get_column("relative_throughput").to_list() == [1.0, 0.9]
+    assert frame.get_column("parallel_efficiency").to_list() == [1.0, 0.9]
+
+
+def test_without_one_device_there_is_nothing_to_be_relative_to() -> None:
+    frame = several(_layout(1, None), _layout(2, 90.0), _layout(4, 150.0))
+    assert frame.get_column("parallel_efficiency").to_list() == [None] * 3

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from workers.contract.engine import EngineSettings, Speculative
+from workers.contract.engine import UNFUSED, EngineSettings, Speculative
 from workers.contract.model import Model
 from workers.contract.trial import Trial
 from workers.contract.workload import Workload
@@ -59,6 +59,14 @@ def test_what_the_sweep_says_of_graphs_stands_alone(given: dict[str, Any]) -> No
 
 def test_an_eager_engine_captures_nothing() -> None:
     assert "cudagraph_capture_sizes" not in _arguments(SHAPES, eager=True)
+
+
+def test_no_graph_is_captured_around_experts_that_run_one_by_one() -> None:
+    args = _arguments(SHAPES, moe_backend=UNFUSED)
+    assert args["compilation_config"] == {"cudagraph_mode": "NONE"}
+    assert "cudagraph_capture_sizes" not in args
+    assert "compilation_config" not in _arguments(SHAPES, moe_backend=UNFUSED, eager=True)
+    assert "compilation_config" not in _arguments(SHAPES, moe_backend="triton")
 
 
 @pytest.mark.parametrize(

@@ -178,6 +178,18 @@ def test_logs_of_dead_processes() -> None:
     assert _from("all is well") is None
 
 
+def test_a_rank_that_died_is_named_with_its_exit_code() -> None:
+    log = (
+        "(Engine pid=1) ERROR 11-22 17:43:38 [multiproc_executor.py:315] Worker proc "
+        "VllmWorker-0 died unexpectedly (exit code: -11), shutting down executor.\n"
+    )
+    found = explain(RuntimeError("cancelled"), stage="run", log=log, device_is_cpu=True)
+    assert isinstance(found, Crashed)
+    assert str(found) == "VllmWorker-0 ended with exit code -11: RuntimeError: cancelled"
+    full = explain(RuntimeError(CPU_OOM), stage="run", log=log, device_is_cpu=True)
+    assert isinstance(full, OutOfMemory)
+
+
 def test_reasons_are_one_short_line() -> None:
     found = explain(RuntimeError("a\nb " * 1000), stage="run", device_is_cpu=True)
     assert "\n" not in str(found)

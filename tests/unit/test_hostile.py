@@ -311,3 +311,21 @@ def test_a_hostile_configuration_takes_no_time_and_no_traceback(
 def test_a_message_is_one_short_line_whatever_it_quotes() -> None:
     error = Place(Path("x\x1b[31m" * 500), 1, "k\n" * 5_000).error("m\r" * 5_000)
     assert str(error).isprintable() and len(str(error)) < 10_000
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        'grid.engine.args.x\udcff=["a", "b"]',
+        'grid.engine.args.x=["\udcff", "b"]',
+        r'grid.engine.args.x=["\ud800", "b"]',
+    ],
+    ids=["bytes in a key", "bytes in a value", "half a character"],
+)
+@pytest.mark.parametrize("as_json", [False, True])
+def test_what_is_no_text_is_refused(tmp_path: Path, override: str, as_json: bool) -> None:
+    """Found by the guided fuzzer: a table that no terminal could be given."""
+    good = {"name": "s", "base": {"model.name": "mixtral-8x7b"}}
+    status, out, err = dry_run(tmp_path, good, override, json=as_json)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert err.encode().decode() == err and plain(err)

@@ -196,7 +196,7 @@ def test_the_scaled_grid_has_its_boundary_at_the_same_points() -> None:
 def test_contradictions_are_infeasible_with_their_reason(tmp_path: Path) -> None:
     plan = _plan(tmp_path, grid={"model.top_k": [2, 9], "layout.tensor": [4, 3]})
     assert sorted(str(one.infeasible) for one in plan.infeasible) == [
-        "32 (attention heads) is not divisible by the tensor degree 3",
+        "tensor 3 does not divide 32 attention heads (32 / 3 = 10.67)",
         "top_k 9 is above the 8 experts of a layer",
         "top_k 9 is above the 8 experts of a layer",
     ]

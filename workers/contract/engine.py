@@ -20,6 +20,10 @@ DRAFT_MODEL = "draft_model"
 """The method of a small model that runs beside the target."""
 
 
+UNFUSED = "unfused"
+"""`moe_backend` of the reference path: one expert after the other."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Speculative:
     """A draft that proposes tokens (MoE-Inference-Bench §6.3)."""
@@ -53,7 +57,8 @@ class EngineSettings:
     kind: EngineKind = "vllm"
     """Implementation."""
     moe_backend: str | None = None
-    """Kernel of the MoE layers by the engine's own name; null lets the engine choose."""
+    """Kernel of the MoE layers by the engine's own name; `unfused` is one expert after the
+    other, in plain matrix products; null lets the engine choose."""
     speculative: Speculative | None = None
     """Speculative decoding."""
     routing: str | None = None

@@ -84,6 +84,7 @@ _RECORD: tuple[tuple[str, pa.DataType, str], ...] = (
     ("expert_parallel", _BOOL, "Experts spread over devices."),
     ("routing", _STR, "Routing that was forced on the model; null: its own router's."),
     ("moe_backend", _STR, "Kernel of the MoE layers, where the sweep chose one."),
+    ("moe_kernel", _STR, "The kernel that ran there, by the engine's own name."),
     ("eager", _BOOL, "No graph capture, no compilation."),
     ("speculative", _STR, "Draft model or method of speculative decoding; null: none."),
     ("draft_tokens", _INT, "Tokens that it proposes per step."),

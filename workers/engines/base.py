@@ -35,6 +35,8 @@ class Loaded:
     """Structure that it really runs."""
     threads: int | None
     """CPU threads per device; null on GPUs."""
+    moe_kernel: str | None = None
+    """Kernel of its MoE layers, by the engine's own name; null where it tells of none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from workers import memory
-from workers.contract.engine import DRAFT_MODEL, MODELLESS, StandIn
+from workers.contract.engine import DRAFT_MODEL, MODELLESS, UNFUSED, StandIn
 from workers.contract.errors import Crashed, Infeasible, OutOfMemory, TrialError, Unsupported
 from workers.contract.layout import Layout
 from workers.contract.measurement import Drafted, Memory, Pass, PassKind
@@ -165,11 +165,21 @@ class VllmEngine:
             "model.prune": trial.model.prune,
             "measure.accuracy": trial.measure.accuracy,
             "measure.energy": trial.measure.energy,
-            "layout.data above 1": trial.layout.data > 1,
         }
         for key, value in asked.items():
             if value:
                 return f"engine vllm does not carry {key} in this version"
+        if trial.layout.data > 1:
+            return (
+                f"layout.data {trial.layout.data}: vLLM runs replicas as servers or programs of "
+                "their own (its LLM refuses data_parallel_size above 1 'for single-process usage'),"
+                " and this engine steps one in its own process"
+            )
+        if trial.engine.moe_backend == UNFUSED and trial.model.quantization is not None:
+            return (
+                f"engine.moe_backend {UNFUSED} multiplies by plain weights, and model.quantization "
+                f"is {trial.model.quantization}"
+            )
         if trial.engine.routing is not None:
             try:
                 parse(trial.engine.routing)
@@ -380,6 +390,15 @@ class VllmEngine:
         _spare_llvmlite()
         self._llm = llm(**args)
         self._engine = self._llm.llm_engine
+        kernels = sorted(
+            {one for rank in self._llm.collective_rpc("report_kernels") for one in rank}
+        )
+        if trial.engine.moe_backend == UNFUSED and kernels != ["UnfusedExperts"]:
+            raise Unsupported(
+                f"moe_backend {UNFUSED} is for plain experts; these run {', '.join(kernels)}"
+                if kernels
+                else f"moe_backend {UNFUSED}: a model without experts"
+            )
         config = self._engine.vllm_config.model_config.hf_config.to_dict()
         draft = drafts.draft(trial)
         return Loaded(
@@ -387,6 +406,7 @@ class VllmEngine:
             args=_told(args, trial.model.name, draft.name if draft else None),
             architecture=read(config),
             threads=min(self._llm.collective_rpc("report_threads")) if self._on_cpu else None,
+            moe_kernel=", ".join(kernels) or None,
         )
 
     def _explain(self, error: BaseException) -> TrialError:
@@ -442,7 +462,10 @@ class VllmEngine:
             "max_model_len": max(one.tokens_per_request for one in workloads),
             "max_num_seqs": max(one.batch_size for one in workloads),
         }
-        if settings.moe_backend is not None:
+        more: dict[str, Any] = {}
+        if settings.moe_backend == UNFUSED:
+            more["moe_backend"] = UNFUSED  # vLLM's own argument takes vLLM's own kernels only
+        elif settings.moe_backend is not None:
             args["moe_backend"] = settings.moe_backend
         if settings.speculative is not None:
             args["speculative_config"] = _speculative(trial)
@@ -451,12 +474,14 @@ class VllmEngine:
             args["kv_cache_memory_bytes"] = _kv_cache_room(trial, source, workloads)
             args["worker_cls"] = "workers.engines.vllm_cpu_worker.LimitedCPUWorker"
             if self._limit_gib is not None:
-                args["additional_config"] = {"memory_limit_bytes": int(self._limit_gib * 2**30)}
+                more["memory_limit_bytes"] = int(self._limit_gib * 2**30)
         else:
             args |= cuda_economy(trial, workloads)
             if self._limit_gib is not None:
                 share = self._limit_gib / host.describe().memory_gib
                 args["gpu_memory_utilization"] = min(1.0, share)
+        if more:
+            args["additional_config"] = more
         return args | settings.args
 
 
@@ -465,7 +490,8 @@ def cuda_economy(trial: Trial, workloads: Sequence[Workload]) -> dict[str, Any]:
 
     `cudagraph_capture_sizes`: tokens of a decode pass of each workload; vLLM's own list has
     up to 51 sizes. A model that drafts has passes of its own. Passes in which some requests
-    have begun or ended later than others are padded to the next of them.
+    have begun or ended later than others are padded to the next of them. None around experts
+    that run one after the other: how many tokens each has is read on the host.
 
     `max_num_batched_tokens`: a power of two (so that groups share compiled code) that holds
     the largest batch of prompts, where that is below vLLM's default; every prompt batch is
@@ -478,7 +504,11 @@ def cuda_economy(trial: Trial, workloads: Sequence[Workload]) -> dict[str, Any]:
     beside = int(asked is not None and asked.way == DRAFT_MODEL)  # a slot that vLLM keeps for it
     given = trial.engine.args
     args: dict[str, Any] = {}
-    if not trial.engine.eager and not any(name in given for name in _GRAPH_ARGS):
+    if trial.engine.eager or any(name in given for name in _GRAPH_ARGS):
+        pass
+    elif trial.engine.moe_backend == UNFUSED:
+        args["compilation_config"] = {"cudagraph_mode": "NONE"}
+    else:
         each = {per_request}
         if asked is not None and asked.way not in MODELLESS:
             # A drafting model's passes: the first feeds what was decided, the others a token.

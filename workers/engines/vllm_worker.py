@@ -19,10 +19,12 @@ from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
 from workers import memory
-from workers.engines import vllm_routing
+from workers.engines import vllm_routing, vllm_unfused
 from workers.engines.vllm_probe import Account, Probe
 
-vllm_routing.take_over()  # vLLM imports this in every rank, before it builds a model there
+# vLLM imports this in every rank, before it builds a model there.
+vllm_routing.take_over()
+vllm_unfused.take_over()
 
 ROUTERS = ("CPURouter", "FusedTopKRouter", "RoutingSimulatorRouter")
 """Routers that pick the k largest of a softmax, or of what a sweep forces, and keep nothing else
@@ -33,6 +35,7 @@ EXPERTS = (
     "PowerCPUUnquantizedExperts",
     "CPUUnquantizedExperts",
     "TritonExperts",
+    "UnfusedExperts",
 )
 """Kernels that take k from the shape of the chosen ids."""
 NAMES = ("top_k", "topk", "experts_per_token", "experts_per_tok")
@@ -71,6 +74,12 @@ class Report:
     def report_threads(self) -> int:
         """Threads that this rank's kernels compute on."""
         return torch.get_num_threads()
+
+    def report_kernels(self) -> list[str]:
+        """Kinds of kernels that this rank's MoE layers run, each once."""
+        model = self.model_runner.get_model()
+        layers = [one for one in model.modules() if isinstance(one, MoERunner)]
+        return sorted({_kernel(one.routed_experts.quant_method) for one in layers})
 
     def set_top_k(self, top_k: int) -> str | None:
         """Routes every token to `top_k` experts of each MoE layer from the next pass on.
@@ -117,6 +126,12 @@ class Report:
         if self.probe is not None:
             self.probe.remove()
             self.probe = None
+
+
+def _kernel(method: Any) -> str:
+    """The class that multiplies by the experts, or the method that hides it."""
+    kernel = method.moe_kernel
+    return type(method if kernel is None else kernel.fused_experts).__name__
 
 
 def _holders(layer: MoERunner) -> list[tuple[Any, str]]:

@@ -159,21 +159,26 @@ def check(architecture: Architecture, layout: Layout) -> None:
     if a.top_k > a.num_experts:
         raise Infeasible(f"top_k {a.top_k} is above the {a.num_experts} experts of a layer")
     if layout.pipeline > a.num_layers:
-        raise Infeasible(f"{a.num_layers} layers cannot fill {layout.pipeline} pipeline stages")
-    over_tensor = f"the tensor degree {tensor}"
+        raise Infeasible(
+            f"pipeline {layout.pipeline} has more stages than the {a.num_layers} layers fill "
+            f"({_quotient(a.num_layers, layout.pipeline)})"
+        )
+    over_tensor = f"tensor {tensor}"
     for layer in {id(layer): layer for layer in a.layers}.values():  # hashing one takes longer
         attention = layer.attention
-        _divides(attention.heads, "attention heads", tensor, over_tensor)
+        _divides(attention.heads, "{} attention heads", tensor, over_tensor)
         if tensor > attention.kv_heads:
             if tensor % attention.kv_heads:
                 raise Infeasible(
-                    f"{attention.kv_heads} KV heads cannot be shared by a tensor degree of {tensor}"
+                    f"tensor {tensor} is no multiple of {attention.kv_heads} KV heads "
+                    f"({_quotient(tensor, attention.kv_heads)}), so they cannot be repeated evenly"
                 )
-        elif attention.kv_heads % tensor:
-            raise Infeasible(
-                f"{attention.kv_heads} KV heads are not divisible by the tensor degree {tensor}"
-            )
-        widths: dict[Part, str] = {"dense": "FFN width", "shared": "FFN width of shared experts"}
+        else:
+            _divides(attention.kv_heads, "{} KV heads", tensor, over_tensor)
+        widths: dict[Part, str] = {
+            "dense": "an FFN width of {}",
+            "shared": "shared experts' FFN width of {}",
+        }
         for weight in layer.always():
             if weight.part in widths and weight.cut == "out":
                 _divides(weight.shape[0], widths[weight.part], tensor, over_tensor)
@@ -183,7 +188,8 @@ def check(architecture: Architecture, layout: Layout) -> None:
         if layout.expert and devices > layer.experts.num:
             raise Infeasible(
                 f"{layer.experts.num} experts are too few for {devices} expert-parallel devices "
-                f"(tensor {tensor} x data {layout.data}): some would have none"
+                f"(tensor {tensor} x data {layout.data}, "
+                f"{_quotient(layer.experts.num, devices)}): some would have none"
             )
         if not layout.expert:
             # Without expert parallelism each expert is cut over the replicas as well.
@@ -192,7 +198,7 @@ def check(architecture: Architecture, layout: Layout) -> None:
                 if layout.data == 1
                 else f"tensor {tensor} x data {layout.data} = {devices}"
             )
-            _divides(layer.experts.width, "FFN width", devices, over)
+            _divides(layer.experts.width, "an FFN width of {}", devices, over)
 
 
 @cache
@@ -369,7 +375,11 @@ def _value(text: Tree, keys: tuple[str, ...]) -> int:
 
 def _divides(count: int, what: str, by: int, named: str) -> None:
     if count % by:
-        raise Infeasible(f"{count} ({what}) is not divisible by {named}")
+        raise Infeasible(f"{named} does not divide {what.format(count)} ({_quotient(count, by)})")
+
+
+def _quotient(count: int, by: int) -> str:
+    return f"{count} / {by} = {count / by:.2f}"
 
 
 def _scaled(value: int, scale: float, *, multiple: int) -> int:
