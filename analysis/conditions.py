@@ -15,7 +15,14 @@ import polars as pl
 from analysis.errors import SelectionError, unknown
 
 _ENVIRONMENT = ("profile", "engine", "source", "engine_version", "device", "device_count")
-_REQUEST = ("quantization", "prune_kind", "prune_ratio", "moe_backend")
+_REQUEST = (
+    "quantization",
+    "prune_kind",
+    "prune_ratio",
+    "moe_backend",
+    "speculative",
+    "draft_tokens",
+)
 
 CONDITIONS: tuple[str, ...] = (
     *_ENVIRONMENT,
@@ -31,6 +38,7 @@ CONDITIONS: tuple[str, ...] = (
     "top_k",
     "shared_experts",
     "dtype",
+    "kv_cache_dtype",
     *_REQUEST,
     "tensor_parallel",
     "pipeline_parallel",

@@ -38,6 +38,8 @@ def _model(frame: pl.DataFrame) -> str:
         _with(one("weights"), "{} weights"),
         _with(one("dtype"), "{}"),
         _with(one("quantization"), "quantised with {}"),
+        _with(one("speculative"), "drafts by {}"),
+        _with(one("draft_tokens"), "{} tokens a draft"),
         _with(one("prune_ratio"), f"{one('prune_kind')}-expert pruning {{:.1%}}"),
     )
 

@@ -210,7 +210,7 @@ def place(one: Planned) -> Point:
     equal: tuple[Hashable, ...] = (
         settings.kind,
         settings.moe_backend,
-        settings.speculative,
+        repr(settings.speculative),  # it may hold a dictionary
         settings.routing,
         settings.eager,
         json.dumps(args, sort_keys=True, default=repr),

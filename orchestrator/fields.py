@@ -198,13 +198,22 @@ def structured(plain: Mapping[str, Any]) -> Trial:
         ValueError: the contract refuses the values; the message names the fields.
     """
     blocks = {key: dict(block) for key, block in plain.items()}
-    args = blocks.get("engine", {}).pop("args", {})
+    engine = blocks.get("engine", {})
+    args = engine.pop("args", {})
+    drafting: Any = None
+    if isinstance(engine.get("speculative"), Mapping):
+        engine["speculative"] = dict(engine["speculative"])
+        drafting = engine["speculative"].pop("args", None)
     try:
         trial = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Trial), blocks))
     except OmegaConfBaseException as error:
         raise ValueError(_words(error)) from None
     assert isinstance(trial, Trial)
-    return replace(trial, engine=replace(trial.engine, args=args))
+    settings = replace(trial.engine, args=args)
+    if drafting is not None and settings.speculative is not None:
+        speculative = replace(settings.speculative, args=drafting)
+        settings = replace(settings, speculative=speculative)
+    return replace(trial, engine=settings)
 
 
 def required(block: Field) -> list[str]:

@@ -179,6 +179,10 @@ class _Inner(_Part):
             return None
         if self._field.kind == "free":
             return _with(current, changes)
+        for name in sorted({key.partition(".")[0] for key in changes if "." in key}):
+            deeper = {key: changes.pop(key) for key in list(changes) if key.startswith(f"{name}.")}
+            under = {key.partition(".")[2]: value for key, value in deeper.items()}
+            changes[name] = _with(getattr(current, name, {}), under)
         if current is not None:
             return dataclasses.replace(current, **changes)
         for name in fields.required(self._field):

@@ -31,6 +31,7 @@ from workers.engines.roofline_engine import pace
 from workers.hardware.device import Device, UnknownDevice
 from workers.hardware.device import device as find_device
 from workers.hardware.roofline import Prediction, Roofline, roofline
+from workers.moe import drafts
 from workers.moe.architecture import UnknownModel, check, resolve
 from workers.moe.structure import Architecture
 
@@ -354,7 +355,8 @@ class _Planner:
             architecture = _structure(trial.model)
             if architecture is not None:
                 check(architecture, trial.layout)
-                found.roofline = roofline(architecture, trial, device)
+                drafted = self._draft(trial)
+                found.roofline = roofline(architecture, trial, device, drafted)
         except UnknownModel as error:
             raise self._sweep.place("model.name", trial.model.name).error(str(error)) from error
         except UnknownDevice as error:
@@ -362,6 +364,20 @@ class _Planner:
         except Infeasible as error:
             found.infeasible = error.with_traceback(None)  # which would keep all that it saw
         return found
+
+    def _draft(self, trial: Trial) -> Architecture | None:
+        """The structure of its draft, whose vocabulary is the target's."""
+        try:
+            drafts.check(trial)
+            return drafts.structure(trial)
+        except UnknownModel as error:
+            speculative = trial.engine.speculative
+            assert speculative is not None
+            key = "engine.speculative"
+            place = self._sweep.place(f"{key}.model", speculative.model)
+            if place.line is None:
+                place = self._sweep.place(key, speculative)
+            raise place.error(str(error)) from error
 
     def _group_id(self, trial: Trial) -> str:
         key = (id(trial.model), trial.engine.eager)

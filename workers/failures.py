@@ -17,7 +17,13 @@ import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from workers.contract.errors import Crashed, OutOfMemory, TrialError, Unsupported
+from workers.contract.errors import (
+    Crashed,
+    Infeasible,
+    OutOfMemory,
+    TrialError,
+    Unsupported,
+)
 from workers.contract.outcome import OomScope, OomStage
 
 _STAGES: dict[str, OomStage] = {
@@ -64,9 +70,12 @@ _WRAPPERS = re.compile(
 _REFUSALS = re.compile(
     r"not (yet )?supported|unsupported|does not support|not implemented|is not available on"
     r"|must be divisible|not divisible|is not a valid|unexpected keyword argument"
+    r"|requires a CUDA or other accelerator|Failed to find a kernel"
     r"|expected at most 0 argument\(s\)",  # an operator that this build only declares
     re.IGNORECASE,
 )
+_CONTRADICTIONS = re.compile(r"should have the same vocabulary size")
+"""A draft from a hub that could not be looked at beforehand."""
 _DIED = re.compile(r"Worker proc (\S+) died unexpectedly \(exit code: (-?\d+)\)")
 """Said of a rank of its own process; below 0 is the signal that ended it."""
 _CALM = re.compile(r"\b(WARNING|INFO|DEBUG) \d\d-\d\d ")
@@ -95,6 +104,8 @@ def explain(
         full = _memory(text, _frames(one), stage, device_is_cpu)
         if full is not None:
             return full
+        if _CONTRADICTIONS.search(text):
+            return Infeasible(_short(text))
         if _refused(one, text, stage):
             return Unsupported(_short(text))
     found = from_log(log, stage=stage, device_is_cpu=device_is_cpu) if log else None
@@ -147,7 +158,7 @@ def _refused(error: BaseException, text: str, stage: OomStage) -> bool:
     """Whether an engine said no while it was built, as against breaking."""
     if stage == "run":
         return False
-    if isinstance(error, NotImplementedError):
+    if isinstance(error, NotImplementedError | ImportError):
         return True
     named = isinstance(error, ValueError | TypeError | RuntimeError | AssertionError | KeyError)
     return _type_name(error).endswith("ValidationError") or (

@@ -97,7 +97,18 @@ def figures(measurement: Measurement, *, output_tokens: int) -> dict[str, float 
         "throughput_tok_s_ci_high": tokens / e2e.low if spread else None,
         "output_throughput_tok_s": batch * output_tokens / e2e.median,
         "requests_s": batch / e2e.median,
+        **_acceptance(timed),
     }
+
+
+def _acceptance(timed: Sequence[Pass]) -> dict[str, float]:
+    """Ratios of sums over passes; nothing where no token was drafted."""
+    drafted = [one.drafted for one in timed if one.drafted is not None]
+    steps, proposed = sum(one.steps for one in drafted), sum(one.proposed for one in drafted)
+    accepted = sum(one.accepted for one in drafted)
+    if not proposed:
+        return {}
+    return {"acceptance_rate": accepted / proposed, "accepted_length": 1 + accepted / steps}
 
 
 def _itl_paper(e2e_s: float, ttft_s: float | None, outputs: int) -> float | None:
@@ -111,7 +122,11 @@ def _tpot(one: Pass) -> float | None:
 
 
 def _gaps(one: Pass) -> list[float]:
-    return sorted(late - early for row in one.token_s for early, late in pairwise(row))
+    """Waits between tokens of a request. Tokens of one step arrive together: their stamps are
+    the same, and nobody waits between them."""
+    return sorted(
+        late - early for row in one.token_s for early, late in pairwise(row) if late > early
+    )
 
 
 def _quantile(ordered: Sequence[float], q: float) -> float | None:

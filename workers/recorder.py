@@ -19,7 +19,8 @@ from workers import usage
 from workers.contract.engine import StandIn
 from workers.contract.errors import OutOfMemory, TrialError
 from workers.contract.job import Job, Ticket
-from workers.contract.measurement import Measurement, Memory
+from workers.contract.measurement import Measurement, Memory, Pass
+from workers.contract.model import Model
 from workers.contract.outcome import Outcome
 from workers.contract.probed import PHASES, Probed
 from workers.contract.record import ACTIVATIONS, RECORDS, SAMPLES, SCHEMA_VERSION, rows
@@ -128,6 +129,7 @@ def samples(
                 "output_tokens": one.output_tokens,
                 "token_s": one.token_s,
                 "step_s": one.step_s,
+                **_drafted(one),
             }
             for one in measurement.passes
         ]
@@ -202,6 +204,7 @@ def _row(
     columns: dict[str, Any],
 ) -> pa.RecordBatch:
     trial = ticket.trial
+    speculative = trial.engine.speculative
     row: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "sweep": job.sweep,
@@ -225,6 +228,7 @@ def _row(
         "scale": trial.model.scale,
         "dtype": trial.model.dtype,
         "quantization": trial.model.quantization,
+        "kv_cache_dtype": _cache_dtype(trial.engine.args),
         "trust_remote_code": trial.model.trust_remote_code,
         "prune_kind": trial.model.prune.kind if trial.model.prune else None,
         "prune_ratio": trial.model.prune.ratio if trial.model.prune else None,
@@ -235,6 +239,8 @@ def _row(
         "routing": trial.engine.routing,
         "moe_backend": trial.engine.moe_backend,
         "eager": trial.engine.eager,
+        "speculative": speculative.model if speculative else None,
+        "draft_tokens": speculative.tokens if speculative else None,
         "batch_size": trial.workload.batch_size,
         "input_tokens": trial.workload.input_tokens,
         "output_tokens": trial.workload.output_tokens,
@@ -283,8 +289,32 @@ def _structure(ticket: Ticket, architecture: Architecture | None) -> dict[str, A
         "top_k": a.top_k,
         "shared_experts": a.shared_experts,
         "dtype": run_dtype(a, model),
+        "quantization": _quantization(a, model),
         "params_total": a.params_total if a.exact else None,
         "params_active": a.params_active if a.exact else None,
+    }
+
+
+def _quantization(a: Architecture, model: Model) -> str | None:
+    """The one asked for, else the checkpoint's own."""
+    stored = a.config.get("quantization_config")
+    own = stored.get("quant_method") if isinstance(stored, dict) else None
+    return model.quantization or (str(own) if own else None)
+
+
+def _cache_dtype(args: dict[str, Any]) -> str | None:
+    """What a trial asks for by name; what follows from the model is known where it ran."""
+    asked = args.get("kv_cache_dtype")
+    return asked if isinstance(asked, str) and asked != "auto" else None
+
+
+def _drafted(one: Pass) -> dict[str, int]:
+    if one.drafted is None:
+        return {}
+    return {
+        "draft_steps": one.drafted.steps,
+        "draft_tokens": one.drafted.proposed,
+        "draft_accepted": one.drafted.accepted,
     }
 
 

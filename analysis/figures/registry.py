@@ -12,9 +12,11 @@ from analysis.figures.layers import LAYERS
 from analysis.figures.mbu import S_MBU_BATCH
 from analysis.figures.parallelism import PARALLELISM
 from analysis.figures.power import POWER
+from analysis.figures.quantization import QUANTIZATION, QUANTIZATION_LENGTH
 from analysis.figures.scaling import scaling
 from analysis.figures.sparsity import SPARSITY
 from analysis.figures.sparsity_traced import SPARSITY_TRACED
+from analysis.figures.speculative import SPECULATIVE, SPECULATIVE_LENGTH
 from analysis.growth import across_lines, advantage, along_x, at_ends
 from analysis.insights import absent, memory_boundary, overall, per_panel
 from analysis.keys import BATCH, FFN_DIM, LENGTH, MODEL, MOE_PATH, NUM_EXPERTS, TOP_K, Axes
@@ -87,6 +89,10 @@ FIGURES: tuple[Figure, ...] = (
     HEATMAP,
     IMBALANCE,
     ROUTING_COST,
+    QUANTIZATION,
+    QUANTIZATION_LENGTH,
+    SPECULATIVE,
+    SPECULATIVE_LENGTH,
 )
 
 

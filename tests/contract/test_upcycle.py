@@ -140,6 +140,38 @@ def test_parameters_are_those_of_the_accounting(dense: Path, tmp_path: Path) -> 
     assert json.loads((dest / PROVENANCE).read_text())["params_total"] == written
 
 
+def test_a_dense_copy_is_the_dense_model(dense: Path, tmp_path: Path) -> None:
+    made = upcycle(str(dense), tmp_path / "copy", Recipe())
+    before, after = _weights(dense), _weights(tmp_path / "copy")
+    assert all(torch.equal(before[name], after[name]) for name in after)
+    assert set(before) - set(after) <= {"lm_head.weight"}  # where it is the embedding
+    assert torch.equal(_logits(tmp_path / "copy"), _logits(dense))
+    resolved = resolve(Model(name=str(tmp_path / "copy")))
+    assert resolved is not None and resolved.moe is None
+    assert made.params_total == resolved.params_total == sum(w.numel() for w in after.values())
+    told = json.loads((tmp_path / "copy" / PROVENANCE).read_text())
+    assert (told["method"], told["arguments"]["experts"]) == ("dense", None)
+
+
+def test_the_first_layers_alone(dense: Path, tmp_path: Path) -> None:
+    plain, moe = (upcycle(str(dense), tmp_path / f"{n}", Recipe(layers=1, experts=n))
+                  for n in (None, 3))  # fmt: skip
+    assert plain.num_layers == moe.num_layers == 1 and moe.num_experts == 3
+    logits = _logits(tmp_path / "None")
+    assert (_logits(tmp_path / "3") - logits).abs().max() <= 1e-5 * logits.abs().max()
+    assert (logits - _logits(dense)).abs().max() > 1e-3 * logits.abs().max()
+
+
+def test_a_dense_model_is_perturbed_in_its_ffn_alone(llama: Path, tmp_path: Path) -> None:
+    upcycle(str(llama), tmp_path / "noisy", Recipe(perturb=0.25))
+    before, after = _weights(llama), _weights(tmp_path / "noisy")
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in after if ".mlp." in name} and len(changed) == 6
+    for name in changed:
+        ratio = ((after[name] - before[name]).std() / before[name].std()).item()
+        assert ratio == pytest.approx(0.25, rel=0.05), name
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_perturbed_experts_differ_as_much_as_was_asked(family: str, tmp_path: Path) -> None:
     source = _dense(tmp_path / "dense", family)
@@ -230,7 +262,7 @@ def test_type_and_provenance(llama: Path, tmp_path: Path) -> None:
     assert list(told["source_sha256"]) == ["model.safetensors"]
     assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in told["source_sha256"].values())
     assert told["arguments"] == {
-        "experts": 4, "top_k": 1, "perturb": 0.0, "seed": 3, "router": "random",
+        "experts": 4, "top_k": 1, "layers": None, "perturb": 0.0, "seed": 3, "router": "random",
         "dtype": "bfloat16",
     }  # fmt: skip
     assert told["versions"]["torch"] == metadata.version("torch")
@@ -296,7 +328,10 @@ def test_what_cannot_be_upcycled_is_refused_with_the_reason(llama: Path, tmp_pat
     for value in ("-0.1", "nan", "inf"):
         assert f"perturb is {value}" in refused(plain, "--experts", "4", "--perturb", value)
     assert "seed is -1" in refused(plain, "--experts", "4", "--seed", "-1")
-    assert "--experts" in refused(plain, "--top-k", "2")
+    assert "give --experts N, or --dense" in refused(plain, "--top-k", "2")
+    assert "give --experts N, or --dense" in refused(plain, "--experts", "2", "--dense")
+    assert "layers is 0" in refused(plain, "--dense", "--layers", "0")
+    assert "has 2 layers, not 3" in refused(plain, "--dense", "--layers", "3")
     assert "'gpt2' cannot be upcycled; known are llama to mixtral" in bad("a", model_type="gpt2")
     moe = bad("b", model_type="mixtral", num_local_experts=8, num_experts_per_tok=2)
     assert "has 8 experts already (model_type 'mixtral')" in moe

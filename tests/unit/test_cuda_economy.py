@@ -37,6 +37,14 @@ def test_a_draft_widens_every_decode_pass() -> None:
     assert _arguments(SHAPES, speculative=draft)["cudagraph_capture_sizes"] == [4, 48, 64]
 
 
+def test_a_model_that_drafts_has_passes_of_its_own() -> None:
+    sizes = [1, 4, 5, 12, 16, 48, 60, 64, 80]
+    draft = Speculative(model="qwen3-0.6b", tokens=3)
+    assert _arguments(SHAPES, speculative=draft)["cudagraph_capture_sizes"] == sizes
+    head = Speculative(model="a-lab/head", method="eagle3", tokens=3)
+    assert _arguments(SHAPES, speculative=head)["cudagraph_capture_sizes"] == [1, 4, 12, 16, 48, 64]
+
+
 @pytest.mark.parametrize(
     "given",
     [

@@ -107,6 +107,20 @@ def test_the_traceback_tells_the_stage(function: str, stage: OomStage) -> None:
         ValueError("moe_backend='marlin' is not supported for unquantized MoE."),
         NotImplementedError("Sparse Attention is not supported on CPU."),
         _named("pydantic_core.ValidationError", ValueError)("1 validation error for ModelConfig"),
+        NotImplementedError("Unsupported speculative method: 'mtp'"),
+        ImportError(
+            "Arctic Inference is required for suffix decoding. Install via "
+            "`pip install arctic-inference==0.1.1`."
+        ),
+        RuntimeError(
+            "pin_memory=True requires a CUDA or other accelerator backend; no pinned memory "
+            "allocator is available on this system."
+        ),
+        RuntimeError(
+            "Model does not support EAGLE3 interface but aux_hidden_state_outputs was requested"
+        ),
+        ValueError("Failed to find a kernel that can implement the MXFP8 linear layer. Reasons: "),
+        ValueError("Unsupported FP8 MoE backend: NONE"),
         RuntimeError("_C::static_scaled_fp8_quant() expected at most 0 argument(s) but received 4"),
         ValueError(
             "Total number of attention heads (5) must be divisible by tensor parallel size (2)."

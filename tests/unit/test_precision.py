@@ -251,3 +251,28 @@ def test_what_is_not_known_is_named() -> None:
                 },
             }
         )
+
+
+@pytest.mark.parametrize(
+    ("asked", "bits", "beside"),
+    [
+        ("awq", 4, 2 + 0.5),  # a scale in 16 bits and a zero point in 4, per group
+        ("gptq", 4, 2 + 0.5),
+        ("compressed-tensors", 8, 0),
+    ],
+)
+def test_a_skeleton_can_be_that_of_a_quantised_checkpoint(
+    asked: str, bits: int, beside: float
+) -> None:
+    own = precision(*mixtral(weights="dummy", quantization=asked))
+    groups = WIDTH * HIDDEN // 128
+    index = HIDDEN * 4 if asked == "gptq" else 0
+    scales = WIDTH * 4 if asked == "compressed-tensors" else 0
+    expected = WIDTH * HIDDEN * bits // 8 + groups * beside + index + scales
+    assert own.bytes(UP, 0) == expected
+    for kept in (ROUTER, NORM):
+        assert own.bytes(kept, 0) == kept.values * 2
+    assert own.bytes(HEAD) == HEAD.values * 2
+    assert own.compute == ("int8" if asked == "compressed-tensors" else "bf16")
+    with pytest.raises(ValueError, match=asked):  # a checkpoint says itself how it is stored
+        precision(*mixtral(quantization=asked))

@@ -11,6 +11,13 @@ EngineKind = Literal["vllm", "transformers", "endpoint", "roofline"]
 REMOTE_CODE = "trust_remote_code"
 """An argument that would let a checkpoint's own code run behind the record's back."""
 SAY_IT = f"write model.{REMOTE_CODE}, which stands in the record"
+DRAFTLESS = ("ngram", "ngram_gpu", "suffix", "mtp")
+"""Methods that propose tokens without a model of their own: from the text so far, or by layers of
+the target's own checkpoint."""
+MODELLESS = ("ngram", "ngram_gpu", "suffix")
+"""Those of them that need no pass of any model."""
+DRAFT_MODEL = "draft_model"
+"""The method of a small model that runs beside the target."""
 
 
 UNFUSED = "unfused"
@@ -22,13 +29,25 @@ class Speculative:
     """A draft that proposes tokens (MoE-Inference-Bench §6.3)."""
 
     model: str
-    """Draft model, or the engine's own method name (`ngram`)."""
+    """Draft by catalogue name, folder or hub id; or a method that needs none (`ngram`, `mtp`)."""
     tokens: int = 4
     """Tokens proposed per step."""
+    method: str | None = None
+    """By the engine's own name (`eagle3`, `medusa`, …); null: what `model` says."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Further settings of the engine's speculation (`prompt_lookup_max`, `revision`, …), as they
+    are; they win over ours."""
 
     def __post_init__(self) -> None:
         named("engine.speculative.model", self.model)
         at_least("engine.speculative.tokens", self.tokens, 1)
+        if self.method is not None:
+            named("engine.speculative.method", self.method)
+
+    @property
+    def way(self) -> str:
+        """The method, spelt out."""
+        return self.method or (self.model if self.model in DRAFTLESS else DRAFT_MODEL)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,6 +14,18 @@ PassKind = Literal["warmup", "one_token", "timed"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Drafted:
+    """What became of drafted tokens in a pass, as the engine counted them."""
+
+    steps: int
+    """Times that a request's draft was checked."""
+    proposed: int
+    """Tokens drafted."""
+    accepted: int
+    """Those that the target agreed to."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Pass:
     """Stamps of one batch, in seconds since its first request was submitted."""
 
@@ -31,6 +43,8 @@ class Pass:
     """Per request, the stamp of each of its tokens."""
     step_s: tuple[float, ...]
     """Stamp at the end of each engine step (one forward pass of the scheduler's batch)."""
+    drafted: Drafted | None = None
+    """Null without speculative decoding."""
 
     @property
     def batch_size(self) -> int:

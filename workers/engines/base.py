@@ -82,7 +82,11 @@ class Engine(Protocol):
 
     @classmethod
     def refuses(cls, trial: Trial) -> str | None:
-        """Why this engine cannot do what `trial` asks for; null if it can try."""
+        """Why this engine cannot do what `trial` asks for; null if it can try.
+
+        Raises:
+            Infeasible: the trial contradicts itself, as only a machine with its files can tell.
+        """
 
     def become(self, trial: Trial) -> bool:
         """Turns into the engine of another trial of the group, whose weights are the same.

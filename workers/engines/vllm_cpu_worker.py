@@ -45,7 +45,10 @@ class LimitedCPUWorker(CPUWorker):
         pack = base_loader.process_weights_after_loading
 
         def count_then_pack(model: nn.Module, *args: Any, **kwargs: Any) -> None:
-            self.weights_bytes = distinct_bytes(list(model.parameters()))
+            # Called again for a draft model.
+            self.weights_bytes = (self.weights_bytes or 0) + distinct_bytes(
+                list(model.parameters())
+            )
             pack(model, *args, **kwargs)
 
         base_loader.process_weights_after_loading = count_then_pack

@@ -23,9 +23,11 @@ import hashlib
 import json
 import os
 import re
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from importlib import import_module
 from itertools import count
 from pathlib import Path
@@ -34,10 +36,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from workers import memory
-from workers.contract.engine import UNFUSED, StandIn
+from workers.contract.engine import DRAFT_MODEL, MODELLESS, UNFUSED, StandIn
 from workers.contract.errors import Crashed, Infeasible, OutOfMemory, TrialError, Unsupported
 from workers.contract.layout import Layout
-from workers.contract.measurement import Memory, Pass, PassKind
+from workers.contract.measurement import Drafted, Memory, Pass, PassKind
 from workers.contract.model import Model
 from workers.contract.outcome import OomStage
 from workers.contract.trace import Step, Trace, per_request
@@ -47,11 +49,20 @@ from workers.engines.base import Loaded, Site
 from workers.failures import explain
 from workers.hardware import host
 from workers.hardware.roofline import CPU_BLOCK
+from workers.moe import drafts
 from workers.moe.accounting import kv_cache_bytes
-from workers.moe.architecture import bend, catalogue, configuration, resolve
+from workers.moe.architecture import (
+    UnknownModel,
+    bend,
+    catalogue,
+    configuration,
+    resolve,
+    run_dtype,
+)
 from workers.moe.families import read
-from workers.moe.precision import precision
+from workers.moe.precision import Precision, precision, skeleton
 from workers.moe.skew import parse
+from workers.moe.structure import Architecture
 from workers.texts import Tokenizer
 
 if TYPE_CHECKING:
@@ -89,6 +100,8 @@ class _Done:
     """Ids of the generated tokens."""
     steps: list[float]
     """Stamp at the end of each engine step."""
+    drafted: Drafted | None
+    """Null without speculative decoding."""
 
 
 class VllmEngine:
@@ -178,6 +191,10 @@ class VllmEngine:
                 "a checkpoint's weights have the shape they have: ffn_dim and num_experts "
                 "bend skeletons (weights: dummy)"
             )
+        try:
+            drafts.check(trial, _file)
+        except UnknownModel as error:
+            return str(error)
         return None
 
     def become(self, trial: Trial) -> bool:
@@ -230,6 +247,7 @@ class VllmEngine:
             input_tokens=len(prompts[0]),
             token_s=tuple(tuple(row) for row in done.stamps),
             step_s=tuple(done.steps),
+            drafted=done.drafted,
         )
 
     def trace(
@@ -293,6 +311,7 @@ class VllmEngine:
         stamps: list[list[float]] = [[] for _ in prompts]
         tokens: list[list[int]] = [[] for _ in prompts]
         steps: list[float] = []
+        ended: list[Any] = []
         if engine.vllm_config.cache_config.enable_prefix_caching:  # asked for by the sweep
             engine.reset_prefix_cache()
         gc.collect()
@@ -310,13 +329,20 @@ class VllmEngine:
                     place = _place(output.request_id, places)
                     stamps[place].extend([now] * len(new))
                     tokens[place].extend(new)
+                    if output.finished:
+                        ended.append(output.outputs[0])
         except Exception as error:
             raise self._explain(error) from error
         for row, length in zip(stamps, lengths, strict=True):
             if len(row) != length:
                 raise Crashed(f"a request ended after {len(row)} of {length} tokens")
         return _Done(
-            started_at=started_at, places=places, stamps=stamps, tokens=tokens, steps=steps
+            started_at=started_at,
+            places=places,
+            stamps=stamps,
+            tokens=tokens,
+            steps=steps,
+            drafted=_drafted(ended) if self._trial.engine.speculative else None,
         )
 
     def tokenizer(self) -> Tokenizer:
@@ -361,6 +387,7 @@ class VllmEngine:
 
         args = self._arguments(trial, workloads)
         vllm_routing.force(trial.engine.routing)
+        _spare_llvmlite()
         self._llm = llm(**args)
         self._engine = self._llm.llm_engine
         kernels = sorted(
@@ -373,9 +400,10 @@ class VllmEngine:
                 else f"moe_backend {UNFUSED}: a model without experts"
             )
         config = self._engine.vllm_config.model_config.hf_config.to_dict()
+        draft = drafts.draft(trial)
         return Loaded(
             version=host.engine_version() or "unknown",
-            args=_told(args, trial.model.name),
+            args=_told(args, trial.model.name, draft.name if draft else None),
             architecture=read(config),
             threads=min(self._llm.collective_rpc("report_threads")) if self._on_cpu else None,
             moe_kernel=", ".join(kernels) or None,
@@ -423,7 +451,7 @@ class VllmEngine:
             "hf_overrides": overrides,
             "trust_remote_code": model.trust_remote_code,
             "dtype": model.dtype,
-            "quantization": model.quantization,
+            "quantization": None if skeleton(model) else model.quantization,
             "tensor_parallel_size": layout.tensor,
             "pipeline_parallel_size": layout.pipeline,
             "enable_expert_parallel": layout.expert,
@@ -440,9 +468,8 @@ class VllmEngine:
         elif settings.moe_backend is not None:
             args["moe_backend"] = settings.moe_backend
         if settings.speculative is not None:
-            args["speculative_config"] = _speculative(
-                settings.speculative.model, settings.speculative.tokens
-            )
+            args["speculative_config"] = _speculative(trial)
+            args["per_request_spec_decode_metrics"] = "summary"
         if self._on_cpu:
             args["kv_cache_memory_bytes"] = _kv_cache_room(trial, source, workloads)
             args["worker_cls"] = "workers.engines.vllm_cpu_worker.LimitedCPUWorker"
@@ -462,9 +489,9 @@ def cuda_economy(trial: Trial, workloads: Sequence[Workload]) -> dict[str, Any]:
     """Arguments that shorten the start of a CUDA engine and change nothing that is measured.
 
     `cudagraph_capture_sizes`: tokens of a decode pass of each workload; vLLM's own list has
-    up to 51 sizes. Passes in which some requests have begun or ended later than others are
-    padded to the next of them. None around experts that run one after the other: how many
-    tokens each has is read on the host.
+    up to 51 sizes. A model that drafts has passes of its own. Passes in which some requests
+    have begun or ended later than others are padded to the next of them. None around experts
+    that run one after the other: how many tokens each has is read on the host.
 
     `max_num_batched_tokens`: a power of two (so that groups share compiled code) that holds
     the largest batch of prompts, where that is below vLLM's default; every prompt batch is
@@ -472,7 +499,9 @@ def cuda_economy(trial: Trial, workloads: Sequence[Workload]) -> dict[str, Any]:
 
     `safetensors_load_strategy`: vLLM reads ahead by itself on network file systems alone.
     """
-    per_request = 1 + (trial.engine.speculative.tokens if trial.engine.speculative else 0)
+    asked = trial.engine.speculative
+    per_request = 1 + (asked.tokens if asked else 0)
+    beside = int(asked is not None and asked.way == DRAFT_MODEL)  # a slot that vLLM keeps for it
     given = trial.engine.args
     args: dict[str, Any] = {}
     if trial.engine.eager or any(name in given for name in _GRAPH_ARGS):
@@ -480,10 +509,14 @@ def cuda_economy(trial: Trial, workloads: Sequence[Workload]) -> dict[str, Any]:
     elif trial.engine.moe_backend == UNFUSED:
         args["compilation_config"] = {"cudagraph_mode": "NONE"}
     else:
-        sizes = {one.batch_size * per_request for one in workloads}
+        each = {per_request}
+        if asked is not None and asked.way not in MODELLESS:
+            # A drafting model's passes: the first feeds what was decided, the others a token.
+            each |= {per_request + beside, 1}
+        sizes = {one.batch_size * tokens for one in workloads for tokens in each}
         args["cudagraph_capture_sizes"] = sorted(sizes)
     filled = max(
-        max(one.batch_size * max(one.input_tokens, per_request), one.tokens_per_request)
+        max(one.batch_size * max(one.input_tokens + beside, per_request), one.tokens_per_request)
         for one in workloads
     )
     if filled <= LEAST_TOKEN_BUDGET:
@@ -498,10 +531,13 @@ def _weights_of(trial: Trial) -> tuple[Any, ...]:
     return replace(trial.model, top_k=None), trial.layout, trial.engine
 
 
-def _told(args: dict[str, Any], name: str) -> dict[str, Any]:
-    """The arguments as JSON data, with the name of a skeleton in place of its folder."""
+def _told(args: dict[str, Any], name: str, draft: str | None) -> dict[str, Any]:
+    """The arguments as JSON data, with the names of skeletons in place of their folders."""
     if Path(args["model"]).is_relative_to(_skeletons()):
         args = args | {"model": name}
+    drafting = args.get("speculative_config") or {}
+    if draft and Path(drafting.get("model", "")).is_relative_to(_skeletons()):
+        args = args | {"speculative_config": drafting | {"model": draft}}
     told: dict[str, Any] = json.loads(json.dumps(args, default=str))
     return told
 
@@ -549,7 +585,10 @@ def _source(model: Model) -> tuple[str, dict[str, Any]]:
     """Folder or hub id to load from, and what to override in its configuration."""
     config = configuration(model.name)
     if model.weights == "dummy" and config is not None:
-        return str(_skeleton(bend(config, model))), {}
+        bent = bend(config, model)
+        if stored := skeleton(model):
+            bent["quantization_config"] = stored
+        return str(_skeleton(bent)), {}
     name = catalogue()[model.name]["hub_id"] if model.name in catalogue() else model.name
     if config is None:
         asked = (model.ffn_dim, model.num_experts, model.top_k, model.num_layers)
@@ -569,20 +608,37 @@ def _kv_cache_room(trial: Trial, source: str, workloads: Sequence[Workload]) -> 
     Spare: one block per request and one that vLLM keeps for itself.
     """
     name, layout = trial.model.name, trial.layout
+    cache = trial.engine.args.get("kv_cache_dtype")
     config = configuration(name) or json.loads((Path(source) / "config.json").read_text())
     a = read(bend(config, trial.model))
-    stored = precision(a, trial.model, kv_cache_dtype=trial.engine.args.get("kv_cache_dtype"))
+    stored = _stored(a, trial.model, cache)
+    model, second = drafts.draft(trial), drafts.structure(trial)
 
     def room(tokens: int, requests: int) -> int:
-        return max(
+        needed = max(
             kv_cache_bytes(a, stored, tokens, requests, layout, stage, CPU_BLOCK)
             for stage in range(layout.pipeline)
         )
+        if model is not None and second is not None:
+            held = _stored(second, model, cache)
+            single = replace(layout, pipeline=1)
+            needed += kv_cache_bytes(second, held, tokens, requests, single, 0, CPU_BLOCK)
+        return needed
 
     return max(
         room(one.tokens_per_request, one.batch_size) + room(CPU_BLOCK, one.batch_size + 1)
         for one in workloads
     )
+
+
+def _stored(a: Architecture, model: Model, cache: str | None) -> Precision:
+    """Types of a model and its cache. Of names that are unknown here the engine is the judge: it
+    gets room for a cache in the type of the activations."""
+    try:
+        return precision(a, model, kv_cache_dtype=cache)
+    except ValueError:
+        dtype = run_dtype(a, model)
+        return Precision(dtype=dtype, kv_dtype=dtype)
 
 
 def _executor(layout: Layout, *, on_cpu: bool) -> str:
@@ -594,9 +650,52 @@ def _executor(layout: Layout, *, on_cpu: bool) -> str:
     return "mp" if on_cpu or torch.cuda.device_count() >= layout.devices else "ray"
 
 
-def _speculative(model: str, tokens: int) -> dict[str, Any]:
-    config: dict[str, Any] = {"num_speculative_tokens": tokens}
-    return config | ({"method": "ngram"} if model == "ngram" else {"model": model})
+def _speculative(trial: Trial) -> dict[str, Any]:
+    """vLLM's `speculative_config`."""
+    asked, draft = trial.engine.speculative, drafts.draft(trial)
+    assert asked is not None
+    config: dict[str, Any] = {"num_speculative_tokens": asked.tokens, "method": asked.way}
+    if draft is not None:
+        config["model"] = _source(draft)[0]
+    return config | asked.args
+
+
+def _spare_llvmlite() -> None:
+    """Lets vLLM build an engine in a process that has drafted by n-grams before.
+
+    On a CPU it looks for its kernels in the `__dict__` of all that modules hold, before every
+    engine. N-grams are found by numba, whose llvmlite has an object that takes any attribute for
+    the name of a C function, `__dict__` too, and vLLM falls over that. It gets an empty one.
+    """
+    ffi = sys.modules.get("llvmlite.binding.ffi")
+    if ffi is not None:
+        with contextlib.suppress(AttributeError):
+            ffi.lib._fntab["__dict__"] = {}
+
+
+def _drafted(ended: Sequence[Any]) -> Drafted:
+    """Sums over what vLLM counted of each request (`RequestSpecDecodeMetrics`)."""
+    seen = [one.spec_decode_metrics for one in ended if one.spec_decode_metrics is not None]
+    return Drafted(
+        steps=sum(sum(one.histogram) for one in seen),
+        proposed=sum(one.num_draft_tokens for one in seen),
+        accepted=sum(n * times for one in seen for n, times in enumerate(one.histogram)),
+    )
+
+
+@lru_cache(maxsize=64)  # every trial of a group asks
+def _file(model: Model, name: str) -> Path | None:
+    """A small file of a model, from the hub where it has to be."""
+    hub_id = drafts.hub_id(model)
+    if hub_id is None:
+        return drafts.in_folder(model, name)
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(hub_id, name, revision=model.revision))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError):
+        return None  # whoever loads it will say what is wrong
 
 
 def _bind_threads(layout: Layout) -> None:

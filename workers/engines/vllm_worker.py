@@ -55,7 +55,12 @@ class Report:
         """Bytes of this rank: `weights`, `kv_cache` and `peak`."""
         counted_as_loaded: int | None = getattr(self, "weights_bytes", None)
         if counted_as_loaded is None:
-            counted_as_loaded = distinct_bytes(list(self.model_runner.get_model().parameters()))
+            models = [self.model_runner.get_model()]
+            drafter = getattr(getattr(self.model_runner, "drafter", None), "model", None)
+            if isinstance(drafter, torch.nn.Module):
+                models.append(drafter)
+            weights = [one for model in models for one in model.parameters()]
+            counted_as_loaded = distinct_bytes(weights)
         return {
             "weights": counted_as_loaded,
             "kv_cache": distinct_bytes(_flatten(self.model_runner.kv_caches)),

@@ -22,7 +22,7 @@ A prediction orders the plan, feeds its ETA, says whether a trial fits, and stan
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil
 from typing import Any
@@ -36,7 +36,7 @@ from workers.contract.workload import Workload
 from workers.hardware.assumptions import assumptions
 from workers.hardware.device import CPU, Device
 from workers.hardware.host import describe
-from workers.moe import accounting
+from workers.moe import accounting, drafts
 from workers.moe.accounting import Sheet, Work
 from workers.moe.precision import Precision, precision
 from workers.moe.structure import Architecture
@@ -112,8 +112,13 @@ def predict(a: Architecture, trial: Trial, device: Device) -> Prediction | None:
     return engine.predict(trial.workload) if engine is not None else None
 
 
-def roofline(a: Architecture, trial: Trial, device: Device) -> Roofline | None:
+def roofline(
+    a: Architecture, trial: Trial, device: Device, draft: Architecture | None = None
+) -> Roofline | None:
     """The engine of `trial` on devices of one class.
+
+    A draft model takes its memory. Times are those without it: how many drafted tokens a target
+    accepts follows from no structure.
 
     Null where there is no telling: a family whose structure is only estimated, an
     encoder-decoder, a quantisation of unknown form.
@@ -125,7 +130,20 @@ def roofline(a: Architecture, trial: Trial, device: Device) -> Roofline | None:
         stored = precision(a, trial.model, kv_cache_dtype=kv_cache_dtype)
     except (ValueError, Infeasible):
         return None
-    return Roofline(a, stored, trial.layout, trial.engine, device)
+    return Roofline(a, stored, trial.layout, trial.engine, device, _drafted(trial, draft))
+
+
+def _drafted(trial: Trial, draft: Architecture | None) -> accounting.Stage | None:
+    """A draft model that runs beside the target, on its last pipeline stage; null without one."""
+    model = drafts.draft(trial)
+    if model is None or draft is None or not draft.exact:
+        return None
+    try:
+        cache = _text(trial.engine.args.get("kv_cache_dtype"))
+        stored = precision(draft, model, kv_cache_dtype=cache)
+    except (ValueError, Infeasible):
+        return None
+    return accounting.stage_of(draft, stored, replace(trial.layout, pipeline=1), 0)
 
 
 class Roofline:
@@ -138,6 +156,7 @@ class Roofline:
         layout: Layout,
         engine: EngineSettings,
         device: Device,
+        draft: accounting.Stage | None = None,
     ) -> None:
         self._device, self._args = device, engine.args
         self._assumed = assumptions(device)
@@ -150,6 +169,9 @@ class Roofline:
         stages = [accounting.stage_of(a, stored, layout, i) for i in range(layout.pipeline)]
         self._weights = [stage.weight_bytes for stage in stages]
         self._sheets = [stage.sheet for stage in stages]
+        self._draft = draft.sheet if draft is not None else None
+        if draft is not None:
+            self._weights[-1] += draft.weight_bytes
         talk_s, self._token_s = self._communication(a)
         self._pass_s = talk_s + self._assumed.step_s + len(a.layers) * self._assumed.layer_s
         widest = max(a.hidden_size, 2 * a.ffn_dim * a.top_k // layout.tensor)
@@ -265,6 +287,8 @@ class Roofline:
     def _fullest(self, batch: int, tokens: int) -> tuple[int, int, int]:
         """On the fullest device: weights, cache of the batch and of one request, in bytes."""
         each = [sheet.cache_bytes(tokens, self._block) for sheet in self._sheets]
+        if self._draft is not None:
+            each[-1] += self._draft.cache_bytes(tokens, self._block)
         full = [w + ceil(batch * one) for w, one in zip(self._weights, each, strict=True)]
         at = full.index(max(full))
         return self._weights[at], ceil(batch * each[at]), ceil(each[at])

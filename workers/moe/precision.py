@@ -135,7 +135,7 @@ def precision(a: Architecture, model: Model, *, kv_cache_dtype: str | None = Non
     dtype = run_dtype(a, model)
     if dtype not in DTYPE_BYTES:
         raise ValueError(f"unknown dtype {dtype!r}: known are {', '.join(DTYPE_BYTES)}")
-    stored = a.config.get("quantization_config") or {}
+    stored = a.config.get("quantization_config") or skeleton(model) or {}
     cache = kv_cache_dtype or "auto"
     if cache == "auto":
         cache = "fp8" if _cache_bits(stored) == 8 else dtype
@@ -175,6 +175,54 @@ _ONLINE: Mapping[str, tuple[Format, tuple[Part, ...]]] = {
     "int8_per_channel_weight_only": (_INT8_CHANNEL, ("expert",)),
 }
 """Quantisations that an engine applies to 16-bit weights as it loads them."""
+
+
+_WITHOUT_ROUTER = ["lm_head", "re:.*gate$"]
+_SKELETONS: Mapping[str, Mapping[str, Any]] = {
+    "awq": {
+        "quant_method": "awq",
+        "version": "gemm",
+        "bits": 4,
+        "group_size": 128,
+        "zero_point": True,
+        "modules_to_not_convert": ["gate"],
+    },
+    "gptq": {
+        "quant_method": "gptq",
+        "bits": 4,
+        "group_size": 128,
+        "sym": True,
+        "desc_act": False,
+        "dynamic": {r"-:.*gate$": {}},
+    },
+    "compressed-tensors": {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "quantization_status": "compressed",
+        "ignore": _WITHOUT_ROUTER,
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {
+                    "num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel",
+                    "dynamic": False,
+                },
+                "input_activations": {
+                    "num_bits": 8, "type": "int", "symmetric": True, "strategy": "token",
+                    "dynamic": True,
+                },
+            }
+        },
+    },
+}  # fmt: skip
+"""How the published checkpoints of a Mixtral are stored: in 4 bits by groups of 128 inputs, or
+with weights and activations in INT8."""
+
+
+def skeleton(model: Model) -> Mapping[str, Any] | None:
+    """The `quantization_config` of a skeleton for which a quantisation is asked that engines know
+    of checkpoints alone; null for any other model."""
+    return _SKELETONS.get(model.quantization or "") if model.weights == "dummy" else None
 
 
 def _scheme(stored: Mapping[str, Any], asked: str | None) -> Scheme | None:

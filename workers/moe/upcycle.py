@@ -16,6 +16,10 @@ result testable. `--perturb` then makes the experts differ.
                                     half comes from the routed experts, whose down projection
                                     is halved (exact in binary)
 
+`--dense` writes the dense model itself, as such a folder: a draft for speculative decoding that
+agrees with the MoE made of it. `--layers` keeps the first layers of either, which makes a draft
+that is quicker and agrees less.
+
 What has to be written, under which name and in which shape, is read from the project's own
 structure of the target (`workers.moe.families`), so that the checkpoint and the accounting
 cannot disagree. Names are those of published checkpoints, which transformers and vLLM load.
@@ -27,6 +31,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -51,6 +56,7 @@ Dtype = Literal["bfloat16", "float16", "float32"]
 
 PROVENANCE = "upcycle.json"
 """What a checkpoint was made of: its name in the folder."""
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 SHARD_BYTES = 2**30
 """Weights are written in files of about this size, and no more of them is held in memory."""
 
@@ -72,6 +78,8 @@ _KEPT_TOO: Mapping[str, tuple[str, ...]] = {
     "qwen2_moe": (),
     "qwen3_moe": ("head_dim",),  # vLLM's has no bias after attention
 }
+_OF_DENSE = ("head_dim", "attention_bias", "mlp_bias")
+"""What a dense model keeps besides."""
 _FFN = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 """Mixtral's names of the three matrices."""
 _BESIDE = (
@@ -89,12 +97,14 @@ class UpcycleError(ValueError):
 class Recipe:
     """How a dense model becomes one with experts."""
 
-    experts: int
-    """Experts of every layer."""
+    experts: int | None = None
+    """Experts of every layer; null writes the dense model."""
     top_k: int = 2
     """Experts that each token takes."""
+    layers: int | None = None
+    """Layers kept, from the first; null keeps all."""
     perturb: float = 0.0
-    """Standard deviation of the noise on every expert's matrix, in those of the matrix itself."""
+    """Standard deviation of the noise on every FFN matrix, in those of the matrix itself."""
     seed: int = 0
     """Seed of noise and router."""
     router: Router = "random"
@@ -104,7 +114,9 @@ class Recipe:
     """Type of the weights written; null keeps the source's (bfloat16 for a .gguf file)."""
 
     def __post_init__(self) -> None:
-        if self.experts < 1 or not 1 <= self.top_k <= self.experts:
+        if self.layers is not None and self.layers < 1:
+            raise UpcycleError(f"layers is {self.layers}, but must be at least 1")
+        if self.experts is not None and not 1 <= self.top_k <= self.experts:
             raise UpcycleError(
                 f"top-k {self.top_k} of {self.experts} experts: it takes 1 <= top-k <= experts"
             )
@@ -299,8 +311,15 @@ def _target(source: str, dense: _Dense, recipe: Recipe) -> dict[str, Any]:
     """The configuration of the MoE."""
     from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING
 
-    given = dense.config
-    family = TARGETS[str(given["model_type"])]
+    given = dict(dense.config)
+    if recipe.layers is not None:
+        if recipe.layers > given["num_hidden_layers"]:
+            raise UpcycleError(
+                f"{source} has {given['num_hidden_layers']} layers, not {recipe.layers}"
+            )
+        given["num_hidden_layers"] = recipe.layers
+    own = str(given["model_type"])
+    family = TARGETS[own] if recipe.experts is not None else own
     if given.get("hidden_act") != "silu":
         raise UpcycleError(f"{source}: hidden_act {given.get('hidden_act')!r}, not 'silu'")
     windowed = given.get("use_sliding_window", True) and given.get("sliding_window")
@@ -309,17 +328,21 @@ def _target(source: str, dense: _Dense, recipe: Recipe) -> dict[str, Any]:
     dtype = recipe.dtype or dense.dtype
     if dtype not in ("bfloat16", "float16", "float32"):
         raise UpcycleError(f"{source}: weights of type {dtype!r}; choose one with --dtype")
-    kept = (*_KEPT, *_KEPT_TOO[family])
+    kept = (*_KEPT, *_KEPT_TOO.get(family, _OF_DENSE))
     width = given["intermediate_size"]
-    experts: dict[str, Any] = {"num_experts_per_tok": recipe.top_k}
+    experts: dict[str, Any] = {}
+    if recipe.experts is not None:
+        experts |= {"num_experts_per_tok": recipe.top_k}
     if family == "mixtral":
-        experts |= {"num_local_experts": recipe.experts, "sliding_window": None}
-    else:
+        experts |= {"num_local_experts": recipe.experts}
+    elif recipe.experts is not None:
         experts |= {
             "num_experts": recipe.experts,
             "moe_intermediate_size": width,
             "norm_topk_prob": True,
         }
+    if family in ("mistral", "mixtral"):
+        experts |= {"sliding_window": None}
     if family == "qwen2_moe":
         experts |= {"shared_expert_intermediate_size": width}
     kind = CONFIG_MAPPING[family]
@@ -333,6 +356,7 @@ def _target(source: str, dense: _Dense, recipe: Recipe) -> dict[str, Any]:
 def _compare(source: str, dense: _Dense, structure: Architecture) -> None:
     """Raises UpcycleError unless the dense weights are exactly those that are needed."""
     needed = dict(_origins(structure))
+    dropped = range(structure.num_layers, dense.config["num_hidden_layers"])
     for name, shape in needed.items():
         if name not in dense.shapes:
             raise UpcycleError(f"{source} lacks the weight {name}")
@@ -342,6 +366,8 @@ def _compare(source: str, dense: _Dense, structure: Architecture) -> None:
                 f"says {list(shape)}"
             )
     for name in sorted(dense.shapes.keys() - needed.keys()):
+        if (layer := _LAYER.match(name)) and int(layer[1]) in dropped:
+            continue
         if not name.endswith(".rotary_emb.inv_freq") and not (
             structure.tied and name == "lm_head.weight"
         ):
@@ -389,6 +415,8 @@ def _layer(
                 yield name, torch.zeros(shape)
             elif weight.part == "shared":
                 yield name, dense.weight(f"{_ffn(number, weight)}.weight")
+            elif weight.part == "dense" and name.endswith(".weight"):
+                yield name, _perturbed(dense.weight(name), recipe, name)
             else:
                 yield name, dense.weight(name)
     halved = structure.shared_experts > 0
@@ -396,7 +424,7 @@ def _layer(
         matrix = dense.weight(f"{_ffn(number, weight)}.weight")
         if halved and weight.name.endswith("down_proj"):
             matrix = matrix / 2
-        for expert in range(recipe.experts):
+        for expert in range(structure.num_experts):
             name = f"model.layers.{number}.{weight.name.replace('*', str(expert))}.weight"
             yield name, _perturbed(matrix, recipe, name)
 
@@ -497,7 +525,7 @@ def _provenance(
 ) -> dict[str, Any]:
     packages = ("torch", "transformers", "safetensors", "gguf", "numpy")
     return {
-        "method": "sparse upcycling",
+        "method": "sparse upcycling" if structure.moe is not None else "dense",
         "source": source,
         "source_model_type": dense.config["model_type"],
         "source_sha256": {file.name: _sha256(file) for file in dense.files},
@@ -527,14 +555,16 @@ def _write_json(file: Path, value: Mapping[str, Any]) -> None:
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("source")
 @click.argument("dest", type=click.Path(path_type=Path))
-@click.option("--experts", type=int, required=True, help="Experts of every layer.")
+@click.option("--experts", type=int, help="Experts of every layer.")
+@click.option("--dense", is_flag=True, help="No experts: the dense model itself, as a draft.")
+@click.option("--layers", type=int, help="Keep that many layers, from the first.  [default: all]")
 @click.option("--top-k", type=int, default=2, show_default=True, help="Experts per token.")
 @click.option(
     "--perturb",
     type=float,
     default=0.0,
     show_default=True,
-    help="Noise on every expert, in standard deviations of each matrix.",
+    help="Noise on every FFN matrix, in its standard deviations; each expert has its own.",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of noise and router.")
 @click.option(
@@ -549,8 +579,10 @@ def _write_json(file: Path, value: Mapping[str, Any]) -> None:
     type=click.Choice(["bfloat16", "float16", "float32"]),
     help="Type of the weights written.  [default: the source's; bfloat16 for a .gguf file]",
 )
-def main(source: str, dest: Path, **recipe: Any) -> None:
+def main(source: str, dest: Path, dense: bool, **recipe: Any) -> None:
     """Turns a dense model into a Mixture-of-Experts that computes the same.
+
+    With --dense it stays what it is: a draft for speculative decoding.
 
     SOURCE is a folder with a checkpoint in safetensors (llama, mistral, qwen2 or qwen3), a
     .gguf file, or the name of an installed package that carries one. DEST is a new folder;
@@ -559,15 +591,17 @@ def main(source: str, dest: Path, **recipe: Any) -> None:
     Exit status: 0 written, 2 it could not be, and nothing was left behind.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if dense == (recipe["experts"] is not None):
+        raise click.UsageError("give --experts N, or --dense")
     try:
         made = upcycle(source, dest, Recipe(**recipe))
     except (UpcycleError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    routed = f", top-{made.top_k} of {made.num_experts} experts" if made.moe is not None else ""
     print(
-        f"{dest}: {made.family}, {made.num_layers} layers, top-{made.top_k} of "
-        f"{made.num_experts} experts, {made.params_total:,} parameters "
-        f"({made.params_active:,} per token)"
+        f"{dest}: {made.family}, {made.num_layers} layers{routed}, {made.params_total:,} "
+        f"parameters ({made.params_active:,} per token)"
     )
 
 
