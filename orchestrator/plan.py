@@ -25,7 +25,7 @@ from workers.contract.engine import EngineSettings
 from workers.contract.errors import Infeasible, Unsupported
 from workers.contract.fingerprint import Fingerprints
 from workers.contract.layout import Layout
-from workers.contract.model import Model
+from workers.contract.model import Model, Prune
 from workers.contract.trial import Trial
 from workers.engines.roofline_engine import pace
 from workers.hardware.device import Device, UnknownDevice
@@ -432,7 +432,7 @@ def _top_k(planned: Planned) -> int:
     return architecture.top_k if architecture is not None else 0
 
 
-_shape = attrgetter("name", "ffn_dim", "num_experts", "top_k", "num_layers", "scale")
+_shape = attrgetter("name", "ffn_dim", "num_experts", "top_k", "num_layers", "scale", "prune")
 """All of a model that its structure follows from."""
 
 
@@ -448,6 +448,7 @@ def _resolved(
     top_k: int | None,
     num_layers: int | None,
     scale: float,
+    prune: Prune | None,
 ) -> Architecture | None:
     return resolve(
         Model(
@@ -458,5 +459,6 @@ def _resolved(
             top_k=top_k,
             num_layers=num_layers,
             scale=scale,
+            prune=prune,
         )
     )
