@@ -15,7 +15,7 @@ import polars as pl
 from analysis.errors import SelectionError, unknown
 
 _ENVIRONMENT = ("profile", "engine", "source", "engine_version", "device", "device_count")
-_REQUEST = ("quantization", "prune_kind", "prune_ratio", "moe_backend")
+_REQUEST = ("quantization", "prune_kind", "prune_ratio", "prune_criterion", "moe_backend")
 
 CONDITIONS: tuple[str, ...] = (
     *_ENVIRONMENT,

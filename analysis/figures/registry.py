@@ -12,6 +12,7 @@ from analysis.figures.layers import LAYERS
 from analysis.figures.mbu import S_MBU_BATCH
 from analysis.figures.parallelism import PARALLELISM
 from analysis.figures.power import POWER
+from analysis.figures.pruning import PRUNING
 from analysis.figures.scaling import scaling
 from analysis.figures.sparsity import SPARSITY
 from analysis.figures.sparsity_traced import SPARSITY_TRACED
@@ -87,6 +88,7 @@ FIGURES: tuple[Figure, ...] = (
     HEATMAP,
     IMBALANCE,
     ROUTING_COST,
+    PRUNING,
 )
 
 

@@ -44,6 +44,7 @@ from workers.contract.trace import Step, Trace, per_request
 from workers.contract.trial import Trial
 from workers.contract.workload import Workload
 from workers.engines.base import Loaded, Site
+from workers.engines.pruned import pruned_folder
 from workers.failures import explain
 from workers.hardware import host
 from workers.hardware.roofline import CPU_BLOCK
@@ -51,6 +52,7 @@ from workers.moe.accounting import kv_cache_bytes
 from workers.moe.architecture import bend, catalogue, configuration, resolve
 from workers.moe.families import read
 from workers.moe.precision import precision
+from workers.moe.pruning import cache
 from workers.moe.skew import parse
 from workers.texts import Tokenizer
 
@@ -149,7 +151,6 @@ class VllmEngine:
     def refuses(cls, trial: Trial) -> str | None:
         asked = {
             "workload.arrivals": trial.workload.arrivals,
-            "model.prune": trial.model.prune,
             "measure.accuracy": trial.measure.accuracy,
             "measure.energy": trial.measure.energy,
         }
@@ -499,8 +500,8 @@ def _weights_of(trial: Trial) -> tuple[Any, ...]:
 
 
 def _told(args: dict[str, Any], name: str) -> dict[str, Any]:
-    """The arguments as JSON data, with the name of a skeleton in place of its folder."""
-    if Path(args["model"]).is_relative_to(_skeletons()):
+    """The arguments as JSON data, with the model's name in place of a folder of our caches."""
+    if any(Path(args["model"]).is_relative_to(ours) for ours in (_skeletons(), cache.folder())):
         args = args | {"model": name}
     told: dict[str, Any] = json.loads(json.dumps(args, default=str))
     return told
@@ -550,6 +551,8 @@ def _source(model: Model) -> tuple[str, dict[str, Any]]:
     config = configuration(model.name)
     if model.weights == "dummy" and config is not None:
         return str(_skeleton(bend(config, model))), {}
+    if model.prune is not None and model.weights == "checkpoint":
+        return _source(replace(model, name=str(pruned_folder(model)), prune=None))
     name = catalogue()[model.name]["hub_id"] if model.name in catalogue() else model.name
     if config is None:
         asked = (model.ffn_dim, model.num_experts, model.top_k, model.num_layers)
@@ -570,7 +573,7 @@ def _kv_cache_room(trial: Trial, source: str, workloads: Sequence[Workload]) -> 
     """
     name, layout = trial.model.name, trial.layout
     config = configuration(name) or json.loads((Path(source) / "config.json").read_text())
-    a = read(bend(config, trial.model))
+    a = read(bend(config, replace(trial.model, prune=None)))  # the cache is that of all experts
     stored = precision(a, trial.model, kv_cache_dtype=trial.engine.args.get("kv_cache_dtype"))
 
     def room(tokens: int, requests: int) -> int:
