@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from workers.contract.engine import EngineSettings
+from workers.contract.errors import Unsupported
 from workers.contract.model import Model, Prune, PruneKind
 from workers.contract.record import ACTIVATIONS, rows
 from workers.contract.trial import Trial
@@ -627,10 +628,9 @@ def test_memory_stays_below_twice_the_largest_file(kind: str, split: Path, tmp_p
     )
 
 
-def _engine(folder: Path, scratch: Path) -> VllmEngine:
+def _engine(model: Model, scratch: Path) -> VllmEngine:
     settings = EngineSettings(eager=True, args={"max_logprobs": -1})
     workload = Workload(batch_size=3, input_tokens=24, output_tokens=1)
-    model = Model(name=str(folder), dtype="float32")
     trial = Trial(model=model, workload=workload, engine=settings)
     return VllmEngine(trial, [workload], Site(scratch=scratch, device="cpu"))
 
@@ -642,7 +642,7 @@ def _in_vllm(
     first: logits but for a constant."""
     from vllm import SamplingParams
 
-    engine = _engine(folder, scratch)
+    engine = _engine(Model(name=str(folder), dtype="float32"), scratch)
     try:
         if change is not None:
             engine._llm.apply_model(change)
@@ -672,6 +672,44 @@ def test_vllm_computes_the_same(
     found = _in_vllm(target, tmp_path / "scratch")
     expected = _log_probabilities(_masked(source, target, monkeypatch))
     assert (found - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+def test_vllm_computes_with_what_a_trial_asks_for(
+    folders: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    checkpoint = Model(
+        name=str(folders["olmoe"]), dtype="float32", top_k=1, prune=Prune(criterion="norm")
+    )
+    skeleton = Model(
+        name="olmoe-1b-7b", weights="dummy", scale=0.125, num_layers=1, prune=Prune(kind="intra")
+    )
+    for model, experts, width, top_k in ((checkpoint, 4, 64, 1), (skeleton, 64, 64, 8)):
+        engine = _engine(model, tmp_path / "scratch")
+        try:
+            runs, asked = engine.loaded.architecture, resolve(model)
+            assert (runs.num_experts, runs.ffn_dim, runs.top_k) == (experts, width, top_k)
+            assert asked is not None and asked.params_total == runs.params_total
+            assert engine.loaded.args["model"] == model.name
+            engine.generate(IDS.tolist(), 1, kind="timed", repeat=0)
+            assert engine.memory().weights == pytest.approx(
+                runs.params_total * (4 if model is checkpoint else 2), rel=0.1
+            )
+        finally:
+            engine.close()
+    (made,) = (tmp_path / "cache" / "moe-sweep" / "pruned").glob("*/pruning.json")
+    assert json.loads(made.read_text())["source"] == str(folders["olmoe"])
+
+
+def test_vllm_refuses_a_checkpoint_that_cannot_be_pruned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = _moe(tmp_path / "moe", "mixtral")
+    (folder / "model.safetensors").write_bytes(b"torn")
+    asked = Model(name=str(folder), dtype="float32", prune=Prune(criterion="norm"))
+    with pytest.raises(Unsupported, match=r"model\.prune: .*model\.safetensors cannot be read"):
+        _engine(asked, tmp_path / "scratch")
 
 
 def _mask_gates(kept: Mapping[str, list[int]]) -> Callable[[torch.nn.Module], None]:
