@@ -378,7 +378,7 @@ def _group(group_id: str, trials: list[Planned]) -> Group:
     if together:
         trials.sort(key=_top_k)
     parts = [
-        f"{name} {value}"
+        f"{name} {_in_words(value)}"
         for key, value in first.axes.items()
         if (name := _engine_field(key)) and not (together and key == TOP_K)
     ]
@@ -388,6 +388,11 @@ def _group(group_id: str, trials: list[Planned]) -> Group:
         trials=tuple(trials),
         label=" · ".join(parts) or first.trial.model.name,
     )
+
+
+def _in_words(value: Any) -> str:
+    """A value of an axis; of a block its values alone."""
+    return " ".join(map(str, value.values())) if isinstance(value, Mapping) else str(value)
 
 
 @cache

@@ -381,6 +381,33 @@ def test_reconstruction_keeps_the_set_with_the_least_error(readable: Path, tmp_p
     assert errors[chosen] <= min(errors.values()) * (1 + 1e-5)
 
 
+def _block_outputs(folder: Path, layer: int) -> torch.Tensor:
+    """What the experts of one layer add, shared ones included."""
+    model, found = _load(folder), []
+    model.model.layers[layer].mlp.register_forward_hook(lambda _, __, answer: found.append(answer))
+    _logits(model)
+    return found[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "deepseek_v3"])
+def test_reconstruction_loses_less_than_the_others_in_every_family(
+    family: str,
+    kind: PruneKind,
+    folders: Mapping[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(calibration, "tokens", lambda *_: IDS.tolist())
+    first = min(open_checkpoint(folders[family]).places.layers)  # the same states reach it in all
+    whole, lost = _block_outputs(folders[family], first), {}
+    for criterion in ("reconstruction", "norm", "random"):
+        prune(folders[family], tmp_path / criterion, _cut(kind, 0.5, criterion))
+        error = _block_outputs(tmp_path / criterion, first) - whole
+        lost[criterion] = float(error.square().sum())
+    assert lost["reconstruction"] < min(lost["norm"], lost["random"])
+
+
 def test_of_many_experts_the_worst_goes_first(
     readable: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

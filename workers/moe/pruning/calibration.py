@@ -142,15 +142,28 @@ def _drop(_: object) -> None:
 
 def _weight(name: str, place: Place | None, published: dict[str, Stored]) -> Any:
     """A parameter of transformers by its name there, in float32."""
-    import torch
 
     if place is not None and name.endswith(".experts.gate_up_proj"):
-        rows = [[one for _, one in expert[:2]] for expert in place.expert]
-        return torch.stack([torch.cat([_tensor(one) for one in row]) for row in rows])
+        return _stacked([[one for _, one in expert[:2]] for expert in place.expert])
     if place is not None and name.endswith(".experts.down_proj"):
-        return torch.stack([_tensor(expert[2][1]) for expert in place.expert])
+        return _stacked([[expert[2][1]] for expert in place.expert])
     other = name.replace(".mlp.", ".block_sparse_moe.")
     return _tensor(published.get(name) or published[other])
+
+
+def _stacked(rows: list[list[Stored]]) -> Any:
+    """Matrices of each expert below each other, experts behind each other; read into place,
+    so that no more than one matrix is held twice."""
+    import torch
+
+    height = sum(one.shape[0] for one in rows[0])
+    whole = torch.empty((len(rows), height, rows[0][0].shape[1]), dtype=torch.float32)
+    for expert, row in zip(whole, rows, strict=True):
+        start = 0
+        for one in row:
+            expert[start : start + one.shape[0]] = _tensor(one)
+            start += one.shape[0]
+    return whole
 
 
 def _tensor(one: Stored) -> Any:
