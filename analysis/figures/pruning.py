@@ -204,7 +204,6 @@ def _chart(frame: pl.DataFrame) -> alt.TopLevelMixin:
             title=f"{'Predicted throughput' if predicted else 'Throughput'} (tokens/s)",
             form=",~f",
         ),
-        shared=frame.get_column("model").n_unique() == 1,
         lines="Pruning",
     )
 
