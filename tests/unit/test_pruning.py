@@ -12,8 +12,17 @@ from typing import Any
 
 import pytest
 
-from workers.contract.engine import EngineSettings
+from analysis import load as read
+from analysis.figures.figure import RecordsFigure
+from analysis.figures.registry import find
+from orchestrator.grid import expand
+from orchestrator.plan import build, own_dimensions
+from orchestrator.sweep import load
+from tests.unit.test_analysis_dataset import write
+from workers import runner
 from workers.contract.errors import Infeasible
+from workers.contract.job import Job, Ticket
+from workers.contract.message import Finished
 from workers.contract.model import Model, Prune
 from workers.contract.trial import Trial
 from workers.hardware.device import device
@@ -237,11 +246,51 @@ def test_what_cannot_be_pruned_says_so_and_leaves_nothing(source: Path) -> None:
     assert [path.suffix for path in cache.folder().iterdir()] == [".lock"]
 
 
-def test_no_engine_refuses_pruning_any_more() -> None:
-    from workers.engines.roofline_engine import RooflineEngine
-
-    trial = Trial(
-        model=Model(name="olmoe-1b-7b", weights="dummy", prune=Prune()),
-        engine=EngineSettings(kind="roofline"),
-    )
-    assert RooflineEngine.refuses(trial) is None
+def test_records_hold_what_is_left(tmp_path: Path) -> None:
+    """The whole grid of the paper, predicted: every group through the runner."""
+    args = ("base.engine.kind=roofline",)
+    sweep = load(ROOT / "sweeps/pruning.yaml", args, "h100")
+    plan = build(sweep, expand(sweep, own_dimensions), device("h100"))
+    found: list[dict[str, Any]] = []
+    for group in plan.groups:
+        tickets = tuple(
+            Ticket(trial=one.trial, trial_id=one.trial_id, axes=one.axes) for one in group.trials
+        )
+        job = Job(sweep="p", run_id="r", group_id=group.group_id, profile="h100", tickets=tickets)
+        found += (
+            row
+            for one in runner.run(job)
+            if isinstance(one, Finished)
+            for row in one.record.to_pylist()
+        )
+    assert len(found) == 7 * (8 + 4)
+    assert {row["outcome"] for row in found} == {"ok"}
+    assert {row["prune_criterion"] for row in found} == {None}, "weights are random"
+    shapes = {
+        (row["model"], row["prune_kind"], row["prune_ratio"]): (row["num_experts"], row["ffn_dim"])
+        for row in found
+    }
+    assert shapes == {
+        ("olmoe-1b-7b", None, None): (64, 1024),
+        ("olmoe-1b-7b", "inter", 0.125): (56, 1024),
+        ("olmoe-1b-7b", "inter", 0.25): (48, 1024),
+        ("olmoe-1b-7b", "inter", 0.5): (32, 1024),
+        ("olmoe-1b-7b", "intra", 0.125): (64, 896),
+        ("olmoe-1b-7b", "intra", 0.25): (64, 768),
+        ("olmoe-1b-7b", "intra", 0.5): (64, 512),
+        ("qwen1.5-moe-a2.7b", None, None): (60, 1408),
+        ("qwen1.5-moe-a2.7b", "inter", 0.125): (53, 1408),
+        ("qwen1.5-moe-a2.7b", "inter", 0.25): (45, 1408),
+        ("qwen1.5-moe-a2.7b", "inter", 0.5): (30, 1408),
+        ("qwen1.5-moe-a2.7b", "intra", 0.125): (60, 1232),
+        ("qwen1.5-moe-a2.7b", "intra", 0.25): (60, 1056),
+        ("qwen1.5-moe-a2.7b", "intra", 0.5): (60, 704),
+    }
+    write(tmp_path, found)
+    figure = find("fig11")
+    assert isinstance(figure, RecordsFigure)
+    frame = figure.prepare(read(tmp_path))
+    assert len(frame) == 2 * 4 * (8 + 4)
+    said = figure.insight(frame)
+    assert "olmoe-1b-7b, intra (narrower experts): at top-k 8" in said
+    assert "qwen1.5-moe-a2.7b, inter (fewer experts): at top-k 4" in said
