@@ -249,6 +249,13 @@ def test_shared_experts_keep_what_they_compute(folders: Mapping[str, Path], tmp_
         assert found.shape[1] == width and not found[:, 128:].any()
 
 
+def test_shared_experts_may_have_biases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = _moe(tmp_path / "moe", "deepseek_v2", mlp_bias=True)
+    assert any(name.endswith("shared_experts.up_proj.bias") for name in _weights(source))
+    prune(source, tmp_path / "pruned", _cut("intra", 0.25))
+    _near(_logits(_load(tmp_path / "pruned")), _masked(source, tmp_path / "pruned", monkeypatch))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_stacked_tensors_are_read_as_well(
     family: str, folders: Mapping[str, Path], tmp_path: Path
@@ -640,7 +647,7 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("kind", KINDS)
 def test_memory_stays_below_twice_the_largest_file(kind: str, split: Path, tmp_path: Path) -> None:
     sizes = [file.stat().st_size for file in split.glob("*.safetensors")]
-    assert len(sizes) > 4 and sum(sizes) > 3 * 2 * max(sizes) / 2
+    assert len(sizes) > 4 and sum(sizes) > 4 * max(sizes)
     done = subprocess.run(
         [sys.executable, "-c", SHARDS, str(split), str(tmp_path / "out"), kind],
         capture_output=True, text=True, timeout=120, env=os.environ, check=False,

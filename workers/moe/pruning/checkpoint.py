@@ -25,11 +25,11 @@ from workers.moe.families import read
 from workers.moe.fields import UnknownModel
 from workers.moe.pruning import selection, shards
 from workers.moe.pruning.errors import PruneError
-from workers.moe.pruning.places import Place, Places, locate
+from workers.moe.pruning.places import Place, Places, locate, tensors
 from workers.moe.pruning.selection import Indices, Kept
 from workers.moe.pruning.shape import groups, remaining
 from workers.moe.pruning.shards import Written
-from workers.moe.structure import Architecture
+from workers.moe.structure import Architecture, Experts
 
 PROVENANCE = "pruning.json"
 """What a checkpoint was cut from, and how: its name in the folder."""
@@ -218,10 +218,12 @@ def _narrower(place: Place, channels: tuple[Indices, ...]) -> Iterator[Written]:
         yield Written(name=name.replace("*", str(number)), source=one, columns=kept)
 
 
-def _shared(place: Place, after: Any) -> Iterator[Written]:
+def _shared(place: Place, after: Experts | None) -> Iterator[Written]:
     """Shared experts as they are, with channels of zeros where the configuration cannot say
     their width otherwise: a channel of zeros adds nothing."""
-    shapes = [w.shape for w in after.shared_weights if w.cut != "none"]
+    assert after is not None, "a layer with experts has some left"
+    wide = [weight for weight in after.shared_weights if weight.cut != "none"]
+    shapes = [shape for weight in wide for _, shape in tensors(weight)]
     for (name, one), shape in zip(place.shared, shapes, strict=True):
         yield Written(name=name, source=one, padded=None if one.shape == shape else shape)
 

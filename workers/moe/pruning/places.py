@@ -54,7 +54,7 @@ class Places:
     """Layers beyond the model (multi-token prediction), which have experts of their own."""
 
 
-def locate(a: Architecture, tensors: Mapping[str, Stored]) -> Places:
+def locate(a: Architecture, stored: Mapping[str, Stored]) -> Places:
     """Finds every tensor of `a`.
 
     Raises:
@@ -63,7 +63,7 @@ def locate(a: Architecture, tensors: Mapping[str, Stored]) -> Places:
     if a.family not in FAMILIES or not a.exact:
         known = ", ".join(FAMILIES)
         raise PruneError(f"model_type {a.family!r} cannot be pruned; known are {known}")
-    left = dict(tensors)
+    left = dict(stored)
     outside = [*a.embedding, *a.final, *(() if a.tied else (a.head,))]
     others = [one for weight in outside for one in _take(left, "", weight)]
     layers: dict[int, Place] = {}
@@ -94,8 +94,8 @@ def _number(name: str) -> int:
     return int(found[1]) if found else -1
 
 
-def _tensors(weight: Weight) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names below the prefix, with shapes."""
+def tensors(weight: Weight) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names below the prefix of the tensors of `weight`, with shapes."""
     if weight.name.endswith("e_score_correction_bias"):
         yield weight.name, weight.shape
         return
@@ -107,7 +107,7 @@ def _tensors(weight: Weight) -> Iterator[tuple[str, tuple[int, ...]]]:
 def _take(left: dict[str, Stored], prefix: str, weight: Weight) -> list[tuple[str, Stored]]:
     """The tensors of `weight`, taken out of `left`."""
     found = []
-    for name, shape in _tensors(weight):
+    for name, shape in tensors(weight):
         whole = prefix + name
         other = whole.replace(_MIXTRAL, _STACKED)
         one = left.pop(whole, None) or left.pop(other, None)
