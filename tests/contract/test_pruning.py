@@ -34,7 +34,7 @@ from workers.contract.workload import Workload
 from workers.engines.base import Site
 from workers.engines.vllm_engine import VllmEngine
 from workers.moe.architecture import configuration, resolve
-from workers.moe.pruning import calibration, checkpoint, shards
+from workers.moe.pruning import cache, calibration, checkpoint, shards
 from workers.moe.pruning.__main__ import main
 from workers.moe.pruning.checkpoint import PROVENANCE, Cut, open_checkpoint, prune
 from workers.moe.pruning.errors import PruneError
@@ -714,14 +714,15 @@ def test_vllm_computes_the_same(
 def test_vllm_computes_with_what_a_trial_asks_for(
     folders: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(cache, "folder", lambda: tmp_path / "cache")
     checkpoint = Model(
         name=str(folders["olmoe"]), dtype="float32", top_k=1, prune=Prune(criterion="norm")
     )
     skeleton = Model(
-        name="olmoe-1b-7b", weights="dummy", scale=0.125, num_layers=1, prune=Prune(kind="intra")
-    )
-    for model, experts, width, top_k in ((checkpoint, 4, 64, 1), (skeleton, 64, 64, 8)):
+        name="olmoe-1b-7b", weights="dummy", scale=0.125, num_layers=1, num_experts=8, top_k=2,
+        prune=Prune(kind="intra"),
+    )  # fmt: skip
+    for model, experts, width, top_k in ((checkpoint, 4, 64, 1), (skeleton, 8, 64, 2)):
         engine = _engine(model, tmp_path / "scratch")
         try:
             runs, asked = engine.loaded.architecture, resolve(model)
@@ -734,14 +735,14 @@ def test_vllm_computes_with_what_a_trial_asks_for(
             )
         finally:
             engine.close()
-    (made,) = (tmp_path / "cache" / "moe-sweep" / "pruned").glob("*/pruning.json")
+    (made,) = (tmp_path / "cache").glob("*/pruning.json")
     assert json.loads(made.read_text())["source"] == str(folders["olmoe"])
 
 
 def test_vllm_refuses_a_checkpoint_that_cannot_be_pruned(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(cache, "folder", lambda: tmp_path / "cache")
     folder = _moe(tmp_path / "moe", "mixtral")
     (folder / "model.safetensors").write_bytes(b"torn")
     asked = Model(name=str(folder), dtype="float32", prune=Prune(criterion="norm"))
