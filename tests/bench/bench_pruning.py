@@ -82,7 +82,9 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--ratio", type=float, default=0.5)
     parser.add_argument("--stretches", type=int, default=16, help="of held-out text")
+    parser.add_argument("--cut", action="append", help="KIND:CRITERION, repeatable; default all")
     asked = parser.parse_args()
+    cuts = [tuple(one.split(":")) for one in asked.cut] if asked.cut else CUTS
     tokenizer = AutoTokenizer.from_pretrained(asked.model)
     workload = Workload(batch_size=16, input_tokens=128, dataset="builtin")  # as calibration's
     ids = text_ids(workload, tokenizer, index=1)[: asked.stretches]
@@ -95,7 +97,7 @@ def main() -> None:
     whole, said, params = look(asked.model)
     print(f"{len(ids)} stretches of 128 tokens; {asked.ratio:.1%} removed", flush=True)
     print(f"unpruned: {params:,} parameters, {whole.mean():.3f} nats per token; {said!r}")
-    for kind, criterion in CUTS:
+    for kind, criterion in cuts:
         with tempfile.TemporaryDirectory() as folder:
             target = Path(folder) / "pruned"
             cost = pruned(asked.model, target, kind, criterion, asked.ratio)
