@@ -87,7 +87,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "deepseek_v2": LATENT | {"q_lora_rank": None, "n_group": 1, "topk_group": 1},
     "deepseek_v3": LATENT
-    | {"q_lora_rank": 32, "n_group": 2, "topk_group": 1, "norm_topk_prob": True},
+    | {
+        "q_lora_rank": 32,
+        "n_group": 2,
+        "topk_group": 1,
+        "norm_topk_prob": True,
+        "topk_method": "noaux_tc",  # by these two vLLM knows the correction bias
+        "scoring_func": "sigmoid",
+    },
 }
 GROUPED = {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2}
 KINDS: tuple[PruneKind, ...] = ("inter", "intra")
@@ -615,13 +622,15 @@ def test_layers_of_another_prediction_are_left_out(
 
 
 SHARDS = """
-import resource, sys
+import sys
 from pathlib import Path
 from workers.contract.model import Prune
 from workers.moe.pruning.checkpoint import Cut, prune
 import safetensors, numpy
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # not ru_maxrss, which begins with that of the process that this one was forked from
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition("VmHWM:")[2].split()[0])
 before = peak()
 prune(Path(sys.argv[1]), Path(sys.argv[2]), Cut(prune=Prune(kind=sys.argv[3], criterion="norm")))
 print(peak() - before)
@@ -654,7 +663,7 @@ def test_memory_stays_below_twice_the_largest_file(kind: str, split: Path, tmp_p
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     grown = int(done.stdout)
-    assert grown < 2 * max(sizes), (grown, max(sizes))
+    assert 2**20 < grown < 2 * max(sizes), (grown, max(sizes))
     written = [file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors")]
     assert len(written) > 1 and max(written) <= max(sizes) + 2**16
     assert _weights(tmp_path / "out").keys() == set(
