@@ -3,7 +3,7 @@
 What an expert is worth depends on what is read, so two criteria need the states that reach it.
 The model is built without memory behind it, by transformers, so that every family's attention
 and routing are what they are; each layer gets its weights when the text arrives there and
-gives them back when it has passed. All of the text goes through a layer at once.
+gives them back when it has passed. All of the text goes through a layer before the next.
 
 The states of a layer are those of the unpruned model: layers are judged apart.
 """
@@ -113,10 +113,15 @@ def run(given: Checkpoint, ids: list[list[int]], visit: Visit) -> None:
 def _lend(
     layer: Any, number: int, given: Checkpoint, published: dict[str, Stored], visit: Visit
 ) -> None:
-    """Weights for `layer` while it runs, and `visit` before its experts do."""
-    place = given.places.layers.get(number)
+    """Makes `layer` take its weights when it is called, go through the texts one by one, show
+    its experts to `visit` with the states that reached them, and give the weights back."""
+    import torch
 
-    def before(*_: Any) -> None:
+    place = given.places.layers.get(number)
+    seen: list[Any] = []
+    forward = layer.forward
+
+    def one_by_one(states: Any, *rest: Any, **more: Any) -> Any:
         layer.load_state_dict(
             {
                 name: _weight(f"model.layers.{number}.{name}", place, published)
@@ -124,20 +129,19 @@ def _lend(
             },
             assign=True,
         )
+        answer = torch.cat([forward(text, *rest, **more) for text in states.split(1)])
+        if place is not None:
+            visit(number, place, layer.mlp, torch.cat(seen))
+            seen.clear()
+        layer.to("meta")
+        return answer
 
-    def look(block: Any, arguments: tuple[Any, ...]) -> None:
-        assert place is not None, "only layers with experts are looked at"
-        states = arguments[0]
-        visit(number, place, block, states.reshape(-1, states.shape[-1]))
+    def look(_: Any, arguments: tuple[Any, ...]) -> None:
+        seen.append(arguments[0].flatten(0, -2))
 
-    layer.register_forward_pre_hook(before)
-    layer.register_forward_hook(lambda *_: _drop(layer.to("meta")))
+    layer.forward = one_by_one
     if place is not None:
         layer.mlp.register_forward_pre_hook(look)
-
-
-def _drop(_: object) -> None:
-    """A hook's answer would stand for the layer's."""
 
 
 def _weight(name: str, place: Place | None, published: dict[str, Stored]) -> Any:
