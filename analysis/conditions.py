@@ -19,6 +19,7 @@ _REQUEST = (
     "quantization",
     "prune_kind",
     "prune_ratio",
+    "prune_criterion",
     "moe_backend",
     "speculative",
     "draft_tokens",

@@ -38,6 +38,7 @@ _WORDS = {
     "quantization": "{}",
     "prune_kind": "{}-expert pruning",
     "prune_ratio": "pruned by {}",
+    "prune_criterion": "pruned {}",
 }
 """What may differ between series, in the order of a label; `{}` stands for the value."""
 _NOTHING = {

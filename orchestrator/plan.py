@@ -25,7 +25,7 @@ from workers.contract.engine import EngineSettings
 from workers.contract.errors import Infeasible, Unsupported
 from workers.contract.fingerprint import Fingerprints
 from workers.contract.layout import Layout
-from workers.contract.model import Model
+from workers.contract.model import Model, Prune
 from workers.contract.trial import Trial
 from workers.engines.roofline_engine import pace
 from workers.hardware.device import Device, UnknownDevice
@@ -394,7 +394,7 @@ def _group(group_id: str, trials: list[Planned]) -> Group:
     if together:
         trials.sort(key=_top_k)
     parts = [
-        f"{name} {value}"
+        f"{name} {_in_words(value)}"
         for key, value in first.axes.items()
         if (name := _engine_field(key)) and not (together and key == TOP_K)
     ]
@@ -404,6 +404,11 @@ def _group(group_id: str, trials: list[Planned]) -> Group:
         trials=tuple(trials),
         label=" · ".join(parts) or first.trial.model.name,
     )
+
+
+def _in_words(value: Any) -> str:
+    """A value of an axis; of a block its values alone."""
+    return " ".join(map(str, value.values())) if isinstance(value, Mapping) else str(value)
 
 
 @cache
@@ -448,7 +453,7 @@ def _top_k(planned: Planned) -> int:
     return architecture.top_k if architecture is not None else 0
 
 
-_shape = attrgetter("name", "ffn_dim", "num_experts", "top_k", "num_layers", "scale")
+_shape = attrgetter("name", "ffn_dim", "num_experts", "top_k", "num_layers", "scale", "prune")
 """All of a model that its structure follows from."""
 
 
@@ -464,6 +469,7 @@ def _resolved(
     top_k: int | None,
     num_layers: int | None,
     scale: float,
+    prune: Prune | None,
 ) -> Architecture | None:
     return resolve(
         Model(
@@ -474,5 +480,6 @@ def _resolved(
             top_k=top_k,
             num_layers=num_layers,
             scale=scale,
+            prune=prune,
         )
     )

@@ -205,6 +205,7 @@ def _row(
 ) -> pa.RecordBatch:
     trial = ticket.trial
     speculative = trial.engine.speculative
+    prune = trial.model.prune
     row: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         "sweep": job.sweep,
@@ -230,8 +231,11 @@ def _row(
         "quantization": trial.model.quantization,
         "kv_cache_dtype": _cache_dtype(trial.engine.args),
         "trust_remote_code": trial.model.trust_remote_code,
-        "prune_kind": trial.model.prune.kind if trial.model.prune else None,
-        "prune_ratio": trial.model.prune.ratio if trial.model.prune else None,
+        "prune_kind": prune.kind if prune else None,
+        "prune_ratio": prune.ratio if prune else None,
+        "prune_criterion": prune.criterion
+        if prune and trial.model.weights == "checkpoint"
+        else None,
         "tensor_parallel": trial.layout.tensor,
         "pipeline_parallel": trial.layout.pipeline,
         "data_parallel": trial.layout.data,

@@ -12,6 +12,7 @@ from analysis.figures.layers import LAYERS
 from analysis.figures.mbu import S_MBU_BATCH
 from analysis.figures.parallelism import PARALLELISM
 from analysis.figures.power import POWER
+from analysis.figures.pruning import PRUNING
 from analysis.figures.quantization import QUANTIZATION, QUANTIZATION_LENGTH
 from analysis.figures.scaling import scaling
 from analysis.figures.sparsity import SPARSITY
@@ -89,6 +90,7 @@ FIGURES: tuple[Figure, ...] = (
     HEATMAP,
     IMBALANCE,
     ROUTING_COST,
+    PRUNING,
     QUANTIZATION,
     QUANTIZATION_LENGTH,
     SPECULATIVE,

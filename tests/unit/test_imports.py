@@ -17,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("orchestrator", "workers", "analysis")
 ENGINE_LIBRARIES = ("vllm", "torch", "transformers")
-COMMANDS = {"workers/moe/upcycle.py"}
+COMMANDS = {"workers/moe/pruning/calibration.py", "workers/moe/upcycle.py"}
 """Commands that work on weights: torch and transformers inside their functions, never vLLM."""
 RAY_MODULES = {
     "orchestrator/cluster.py",

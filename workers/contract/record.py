@@ -74,7 +74,8 @@ _RECORD: tuple[tuple[str, pa.DataType, str], ...] = (
     ("quantization", _STR, "Weight quantisation."),
     ("trust_remote_code", _BOOL, "Whether the checkpoint's own Python code was allowed to run."),
     ("prune_kind", _STR, "inter | intra."),
-    ("prune_ratio", _FLOAT, "Share pruned."),
+    ("prune_ratio", _FLOAT, "Share to remove; what is left stands in num_experts and ffn_dim."),
+    ("prune_criterion", _STR, "What decided on what stays; null where weights are random."),
     ("params_total", _INT, "Parameters."),
     ("params_active", _INT, "Parameters that one token uses, input embedding included."),
     # layout

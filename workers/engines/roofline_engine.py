@@ -81,7 +81,6 @@ class RooflineEngine:
     def refuses(cls, trial: Trial) -> str | None:
         asked = {
             "workload.arrivals": trial.workload.arrivals,
-            "model.prune": trial.model.prune,
             "engine.routing": trial.engine.routing,
             "engine.speculative": trial.engine.speculative,
             "measure.activation": trial.measure.activation,

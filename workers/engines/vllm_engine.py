@@ -46,6 +46,7 @@ from workers.contract.trace import Step, Trace, per_request
 from workers.contract.trial import Trial
 from workers.contract.workload import Workload
 from workers.engines.base import Loaded, Site
+from workers.engines.pruned import pruned_folder
 from workers.failures import explain
 from workers.hardware import host
 from workers.hardware.roofline import CPU_BLOCK
@@ -61,6 +62,7 @@ from workers.moe.architecture import (
 )
 from workers.moe.families import read
 from workers.moe.precision import Precision, precision, skeleton
+from workers.moe.pruning import cache
 from workers.moe.skew import parse
 from workers.moe.structure import Architecture
 from workers.texts import Tokenizer
@@ -162,7 +164,6 @@ class VllmEngine:
     def refuses(cls, trial: Trial) -> str | None:
         asked = {
             "workload.arrivals": trial.workload.arrivals,
-            "model.prune": trial.model.prune,
             "measure.accuracy": trial.measure.accuracy,
             "measure.energy": trial.measure.energy,
         }
@@ -532,8 +533,8 @@ def _weights_of(trial: Trial) -> tuple[Any, ...]:
 
 
 def _told(args: dict[str, Any], name: str, draft: str | None) -> dict[str, Any]:
-    """The arguments as JSON data, with the names of skeletons in place of their folders."""
-    if Path(args["model"]).is_relative_to(_skeletons()):
+    """The arguments as JSON data, with models' names in place of folders of our caches."""
+    if any(Path(args["model"]).is_relative_to(ours) for ours in (_skeletons(), cache.folder())):
         args = args | {"model": name}
     drafting = args.get("speculative_config") or {}
     if draft and Path(drafting.get("model", "")).is_relative_to(_skeletons()):
@@ -589,6 +590,8 @@ def _source(model: Model) -> tuple[str, dict[str, Any]]:
         if stored := skeleton(model):
             bent["quantization_config"] = stored
         return str(_skeleton(bent)), {}
+    if model.prune is not None and model.weights == "checkpoint":
+        return _source(replace(model, name=str(pruned_folder(model)), prune=None))
     name = catalogue()[model.name]["hub_id"] if model.name in catalogue() else model.name
     if config is None:
         asked = (model.ffn_dim, model.num_experts, model.top_k, model.num_layers)
@@ -608,10 +611,10 @@ def _kv_cache_room(trial: Trial, source: str, workloads: Sequence[Workload]) -> 
     Spare: one block per request and one that vLLM keeps for itself.
     """
     name, layout = trial.model.name, trial.layout
-    cache = trial.engine.args.get("kv_cache_dtype")
+    kv_dtype = trial.engine.args.get("kv_cache_dtype")
     config = configuration(name) or json.loads((Path(source) / "config.json").read_text())
-    a = read(bend(config, trial.model))
-    stored = _stored(a, trial.model, cache)
+    a = read(bend(config, replace(trial.model, prune=None)))  # the cache is that of all experts
+    stored = _stored(a, trial.model, kv_dtype)
     model, second = drafts.draft(trial), drafts.structure(trial)
 
     def room(tokens: int, requests: int) -> int:
@@ -620,7 +623,7 @@ def _kv_cache_room(trial: Trial, source: str, workloads: Sequence[Workload]) -> 
             for stage in range(layout.pipeline)
         )
         if model is not None and second is not None:
-            held = _stored(second, model, cache)
+            held = _stored(second, model, kv_dtype)
             single = replace(layout, pipeline=1)
             needed += kv_cache_bytes(second, held, tokens, requests, single, 0, CPU_BLOCK)
         return needed

@@ -18,10 +18,11 @@ from typing import Any
 
 from workers.contract.errors import Infeasible
 from workers.contract.layout import Layout
-from workers.contract.model import Model
+from workers.contract.model import Model, Prune
 from workers.moe.families import read
 from workers.moe.fields import NESTED, Fields
 from workers.moe.fields import UnknownModel as UnknownModel
+from workers.moe.pruning.shape import remaining, shared_width
 from workers.moe.structure import Architecture, Part
 
 DTYPE_BYTES: Mapping[str, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -36,6 +37,7 @@ _OTHER_WIDTHS = (
     "shared_intermediate_size",
 )
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_SHARED = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
 _TOP_K = ("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k", "num_selected_experts")
 _LAYERS = ("num_hidden_layers", "n_layers", "num_layers")
 _HEADS = ("num_attention_heads", "n_heads", "num_heads")
@@ -112,16 +114,17 @@ def catalogue_name(name: str) -> str | None:
 
 
 def bend(config: Mapping[str, Any], model: Model) -> dict[str, Any]:
-    """`config` with the shape overrides of `model`, then its scale, applied.
+    """`config` with the shape overrides of `model`, then its scale, then its pruning, applied.
 
     Only the language model is bent. The scale multiplies every width (hidden, FFN, shared
     experts, vocabulary) and the numbers of heads, and keeps the head dimension and the ranks
     of latents, so that the shares of attention, experts and embeddings stay roughly what
     they were. FFN widths asked for are scaled too: a grid keeps its ratios. A scaled model
-    is not quantised.
+    is not quantised. Pruning comes last, so that its ratio is one of what runs.
 
     Raises:
-        Infeasible: the configuration has no place for an override, or does not follow it.
+        Infeasible: the configuration has no place for an override, or does not follow it; or
+            pruning does not come out (`workers.moe.pruning.shape`).
     """
     return _bent(config, model)[0]
 
@@ -143,7 +146,29 @@ def _bent(config: Mapping[str, Any], model: Model) -> tuple[Tree, Architecture |
         # Its blocks and groups are made for the widths of the checkpoint.
         bent.pop("quantization_config", None)
         structure = None
+    if model.prune is not None:
+        structure = _prune(bent, structure or read(bent), model.prune, model.name)
     return bent, structure
+
+
+def _prune(bent: Tree, a: Architecture, prune: Prune, name: str) -> Architecture:
+    """Writes what pruning leaves; the shared experts keep at least their width."""
+    left = remaining(a, prune)
+    assert a.moe is not None, "pruning asks for experts"
+    asked = {"num_experts" if prune.kind == "inter" else "ffn_dim": left}
+    _override(bent, asked, name)
+    text, width = _language(bent), shared_width(a.moe)
+    key = next((key for key in _SHARED if text.get(key)), None)
+    follows = (now := read(bent).moe) is not None and shared_width(now) < width
+    if follows and key is not None:
+        # DeepSeek counts the width of shared experts in widths of routed ones.
+        text[key] = -(-width // left)
+    pruned = _confirm(bent, bent, asked, name)
+    if pruned.moe is not None and shared_width(pruned.moe) < width:
+        raise Infeasible(
+            f"the shared experts of {name} have the width of the routed ones: they would be cut too"
+        )
+    return pruned
 
 
 def check(architecture: Architecture, layout: Layout) -> None:
