@@ -242,7 +242,7 @@ def _override(text: str, draft: Draft) -> Draft:
     """What one `KEY=VALUE` of the command line says; an item of a list is put into `draft`'s."""
     place = Place(None, None, hide_arguments([text])[0])
     if any("\ud800" <= one <= "\udfff" for one in text):  # how Python hands on bytes that are none
-        raise place.error("is not text in UTF-8")
+        raise place.error("this is not UTF-8 text")
     key, equals, value = text.partition("=")
     if not equals:
         raise place.error("expected KEY=VALUE, such as base.workload.batch_size=4")

@@ -543,7 +543,12 @@ def test_two_stages_are_put_together_by_their_layers() -> None:
 
     late, early = stage((4,), 0.5), stage((1, 2), 0.25)
     done = _Done(
-        started_at=0.0, places={"7": 0, "8": 1}, stamps=[[], []], tokens=[[1], [2, 3]], steps=[]
+        started_at=0.0,
+        places={"7": 0, "8": 1},
+        stamps=[[], []],
+        tokens=[[1], [2, 3]],
+        steps=[],
+        drafted=None,
     )
     trace = _trace([late, None, early], done, top_k=2, lengths=[3, 6])
     assert (trace.layers, trace.tokens) == ((1, 2, 4), ((1,), (2, 3)))

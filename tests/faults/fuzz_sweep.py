@@ -44,6 +44,9 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 1.0
 """CPU time of one input."""
+INSTRUMENTED = 3
+"""Times as long as code may take that libFuzzer watches line by line: the slowest input found so
+took 1.5 s watched and 0.43 s not."""
 HANG_S = 10.0
 """CPU time after which an input is cut off, so that the others can run."""
 STUCK_S = 120.0
@@ -204,10 +207,11 @@ def _inside(event: str, path: Any) -> None:
 class Target:
     """Runs inputs; everything that they may write lies in one folder."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, patience_s: float = PATIENCE_S) -> None:
         from orchestrator import sweep
         from orchestrator.store import Dataset
 
+        self._patience_s = patience_s
         self._folder = folder.resolve()
         self._file = self._folder / "input.yaml"
         self._out = self._folder / "out"
@@ -253,7 +257,7 @@ class Target:
         self.statuses[status] += 1
         if broken:
             raise Failure(f"outside the folder: {broken[0]}")
-        if took > PATIENCE_S:
+        if took > self._patience_s:
             raise Failure(f"slow: {took:.1f} s")
         self._look_at(status, out.getvalue(), err.getvalue(), as_json)
         return status
@@ -602,7 +606,7 @@ def guided(seconds: int, seed: int, corpus: Path, failures: Path, folder: Path) 
         import orchestrator.__main__
         import orchestrator.plan
         import orchestrator.request  # noqa: F401
-    target = Target(folder)
+    target = Target(folder, INSTRUMENTED * PATIENCE_S)
     corpus.mkdir(parents=True, exist_ok=True)
     failures.mkdir(parents=True, exist_ok=True)
     for number, data in enumerate(seeds()):

@@ -4,10 +4,19 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
 
 import pytest
 
 from orchestrator.signals import deaf, interruptible
+
+
+@pytest.fixture(autouse=True)
+def hearing() -> Iterator[None]:
+    """What a shell starts in the background ignores SIGINT from its birth."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def test_sigterm_interrupts_as_ctrl_c_does_and_only_inside() -> None:
