@@ -8,6 +8,7 @@ cannot share a terminal.
 
 from __future__ import annotations
 
+import math
 import os
 import secrets
 import socket
@@ -183,7 +184,7 @@ class Cluster:
     """Nodes that are alive, those without a device included."""
     _asked: dict[str, Any] = field(default_factory=dict)
     """New nodes that have not described themselves yet."""
-    _looked_at: float = 0.0
+    _looked_at: float = -math.inf
     _own: _Session | None = None
     """What goes with a cluster of our own; null if it was there before us."""
     _head: _Head | None = None
@@ -239,6 +240,10 @@ class Cluster:
         waits for it within Ray. Called in another thread; must end the process."""
         if self._head is not None:
             self._head.last_words = last_words
+
+    def look_now(self) -> None:
+        """Has the next call of `changes` look, however short ago the last one did."""
+        self._looked_at = -math.inf
 
     def changes(self) -> Changes:
         """Nodes that came and went; looks every `LOOK_S` and never waits for a node.

@@ -295,6 +295,9 @@ class _Run:
                         devices=self._pool.devices_of(lane_id),
                         at=self._at(),
                     )
+                    if happening.retry:  # or the next try goes to a node that is gone
+                        self._cluster.look_now()
+                        self._look_at_nodes()
                     self._on(lost, happening.error)
             self._pool.stand_by(self._schedule.ahead())
             self._display.update(self._tracker.snapshot())
