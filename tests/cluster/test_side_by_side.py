@@ -88,6 +88,7 @@ def test_engines_that_share_cores_run_one_at_a_time(address: str, tmp_path: Path
     assert list(lines[0]["side_by_side"].values()) == [False]
 
 
+@pytest.mark.slow
 def test_processes_that_do_not_notice_each_other_may_share(address: str) -> None:
     """Paced engines only wait: their passes take as long beside others as alone."""
     import ray

@@ -54,6 +54,7 @@ def test_experts_are_chosen_as_the_sweep_says(routing: str, tmp_path: Path) -> N
         assert (np.abs(shares - chances) <= allowed).all(), (shares, chances)
 
 
+@pytest.mark.slow
 def test_an_engine_after_it_has_its_own_router_again(tmp_path: Path) -> None:
     prompts = random_ids(WORKLOAD, vocab_size=500, index=0)
     found = []

@@ -51,7 +51,13 @@ SMALL = Workload(batch_size=1, input_tokens=6, output_tokens=4)
 TOP_KS = (1, 2, 4)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(
+    scope="module",
+    params=[
+        "mixtral",
+        *(pytest.param(one, marks=pytest.mark.slow) for one in ("qwen3_moe", "olmoe")),
+    ],
+)
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -165,6 +165,7 @@ def test_no_canary_leaves_an_engine_that_prints_its_arguments(tmp_path: Path) ->
     assert all("***" in reason for reason in reasons), reasons
 
 
+@pytest.mark.slow
 @pytest.mark.engine
 def test_what_a_killed_driver_left_in_its_logs_is_scrubbed_by_the_next(tmp_path: Path) -> None:
     (tmp_path / "file").mkdir()

@@ -92,7 +92,7 @@ def test_a_sweep_ends_every_point_in_one_record_and_leaves_nothing(tmp_path: Pat
     assert records(tmp_path / "tiny").height == 16
 
 
-@pytest.mark.parametrize("presses", [1, 2])
+@pytest.mark.parametrize("presses", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_ctrl_c_keeps_what_finished_and_leaves_nothing(tmp_path: Path, presses: int) -> None:
     before = footprint()
     path = sweep_file(tmp_path, grid={"model.top_k": [1, 2], "model.num_experts": [4, 8]})
