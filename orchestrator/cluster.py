@@ -208,7 +208,7 @@ class Cluster:
                 ray = _join(wanted)
             else:
                 own, ray = _begin(preloads)
-        except (ConnectionError, RuntimeError, ValueError, OSError, NotStarted) as error:
+        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             place = wanted if wanted and wanted != "local" else "this machine"
             raise ClusterError(f"no Ray cluster at {place}: {_first_line(error)}") from error
         cluster = cls(nodes=(), hosts={}, driver_node=None, _own=own)
@@ -410,16 +410,12 @@ def _import_ray() -> ModuleType:
     return ray
 
 
-class NotStarted(Exception):
-    """Ray's services did not come up in the time that Ray gives them."""
-
-
 def _begin(preloads: Sequence[str]) -> tuple[_Session, ModuleType]:
     """A cluster of our own. Ray gives its services 30 s, which a crowded machine exceeds while it
     reads their modules for the first time; then everything is put away and begun anew.
 
     Raises:
-        NotStarted: not at the last try either.
+        TimeoutError: not at the last try either.
     """
     for left in reversed(range(STARTS)):
         own = _Session.begin(preloads)
@@ -430,7 +426,7 @@ def _begin(preloads: Sequence[str]) -> tuple[_Session, ModuleType]:
             if type(error) is not Exception:  # Ray has no class for this one
                 raise
             if not left:
-                raise NotStarted(f"{_first_line(error)} Tried {STARTS} times") from error
+                raise TimeoutError(f"{_first_line(error)} Tried {STARTS} times") from error
     raise AssertionError
 
 
