@@ -11,7 +11,7 @@ death means for the trials is the schedule's.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,8 @@ GATHER_S = 0.02
 much as one."""
 LEAVE_S = 5.0
 """Wait for idle hosts to remove their temporary files, seconds."""
+MEMORY_WAIT_S = 60.0
+"""Time that a node short of memory is given before it counts as unfit, seconds."""
 CHECK_POLL_S = 0.1
 """Wait between two looks at the checks of nodes, seconds."""
 HOST_GRACE_S = 150.0
@@ -76,6 +78,17 @@ class Compared:
 
 
 Happening = Progress | Finished | Released | Lost | Compared | Found
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Inspection:
+    """Of a lane's devices."""
+
+    ask: Callable[[], list[Any]]
+    answers: list[Any]
+    """To come, one for each node."""
+    until: float
+    """So long it is made again where Ray kills it for want of memory."""
 
 
 class _Host:
@@ -160,8 +173,8 @@ class Pool:
         """Node → hosts without a lane."""
         self._checks: dict[str, tuple[Any, list[_Process]]] = {}
         """Node → answer to come of a check, and what takes part."""
-        self._inspections: dict[int, list[Any]] = {}
-        """Lane → answers to come of an inspection of its devices."""
+        self._inspections: dict[int, _Inspection] = {}
+        """By lane."""
         self._compared: dict[str, Packing | None] = {}
         """Node on which engines may run side by side → what was found, if it was checked."""
 
@@ -206,12 +219,18 @@ class Pool:
             job = replace(job, log=job.log and str(Path(job.log).with_name("inspection.log")))
             wait_s = one.trial.measure.timeout_s + GRACE_S
             process.host = self._host(process.lane, process.placement)
-        self._inspections[asked.lane_id] = [
-            inspect_devices.options(scheduling_strategy=on_node(node_id)).remote(
-                pid, process.placement.devices, process.host.actor, job, wait_s
-            )
-            for node_id in nodes_of(process.lane)
-        ]
+
+        def ask() -> list[Any]:
+            return [
+                inspect_devices.options(scheduling_strategy=on_node(node_id)).remote(
+                    pid, process.placement.devices, process.host.actor, job, wait_s
+                )
+                for node_id in nodes_of(process.lane)
+            ]
+
+        self._inspections[asked.lane_id] = _Inspection(
+            ask=ask, answers=ask(), until=time.monotonic() + MEMORY_WAIT_S
+        )
 
     def _host(self, lane: Lane, placement: Placement) -> _Host:
         """A new host for a lane."""
@@ -423,13 +442,18 @@ class Pool:
 
     def _inspected(self) -> Iterator[tuple[int, Happening]]:
         """Inspections that ended. One that could not be made speaks against the devices."""
-        for lane_id, answers in list(self._inspections.items()):
-            if len(ray.wait(answers, num_returns=len(answers), timeout=0)[0]) < len(answers):
+        for lane_id, one in list(self._inspections.items()):
+            due = len(one.answers)
+            if len(ray.wait(one.answers, num_returns=due, timeout=0)[0]) < due:
                 continue
             del self._inspections[lane_id]
             try:
-                problems = [problem for found in ray.get(answers) for problem in found]
+                problems = [problem for found in ray.get(one.answers) for problem in found]
             except ray.exceptions.RayError as error:
+                short = isinstance(error, ray.exceptions.OutOfMemoryError)
+                if short and time.monotonic() < one.until:
+                    self._inspections[lane_id] = replace(one, answers=one.ask())
+                    continue
                 problems = [f"it could not be inspected: {_short(error)}"]
             yield lane_id, Found(problems=tuple(problems))
 

@@ -93,7 +93,8 @@ def execute(request: Request) -> Summary:
 
     Raises:
         SweepError, UnknownDevice: before anything is started.
-        ClusterError: no cluster, or one that can never run a trial of this sweep.
+        ClusterError: no cluster, or one that can never run a trial of this sweep, or this one's
+            own, when all of its devices are withheld; what was measured is on disk.
         HeadLost: the cluster's head died; what was measured is on disk.
         StoreError: the dataset cannot be opened or written.
     """
@@ -342,7 +343,9 @@ class _Run:
             self._stranded_at = None
             self._note_node(node.node_id)
             self._on(events.NodeJoined(node=node, at=self._at()))
-        if not self._schedule.stranded:
+        if self._cluster.session is not None and self._schedule.stuck:
+            raise ClusterError(f"no device is left that could go on; {self.safe()}")
+        if not self._schedule.stranded or self._cluster.session is not None:
             self._stranded_at = None
         elif self._stranded_at is None:
             self._stranded_at = time.monotonic()

@@ -240,6 +240,13 @@ class Schedule:
             if queue and not self._home(kind)
         )
 
+    @property
+    def stuck(self) -> bool:
+        """All that is left waits for nodes that are not there."""
+        busy = self._running or self._inspected or self._checking
+        waits = any(queue and self._home(kind) for kind, queue in self._queues.items())
+        return bool(self._waiting) and not busy and not waits
+
     def ahead(self) -> dict[str, int]:
         """Node → lanes that may be open there at once, for what runs and what waits.
 

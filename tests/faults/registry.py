@@ -283,6 +283,17 @@ def crowded_memory(scene: Scene) -> Iterator[None]:
     yield
 
 
+@contextmanager
+def full_memory(scene: Scene) -> Iterator[None]:
+    """Ray's memory monitor, with a threshold below what is in use without this run."""
+    scene.environment |= {"RAY_memory_usage_threshold": "0.01"}
+    yield
+
+
+def roomy_memory(scene: Scene) -> None:
+    del scene.environment["RAY_memory_usage_threshold"]
+
+
 # --- the disk
 
 
@@ -827,6 +838,19 @@ FAULTS = {
                 Expected(outcome="oom", scope="host", stage="load", axes={"model.scale": 0.5})
             ],
             status=(0,),
+        ),
+        Fault(
+            name="memory-full",
+            what="others keep the node's memory full, then leave it",
+            sweep=SHORT | {"grid": {"model.num_experts": [4, 8]}},
+            inject=nothing,
+            prepare=full_memory,
+            mend=roomy_memory,
+            expected=[
+                Expected(outcome="oom", scope="host", stage="load", axes={"model.num_experts": 8})
+            ],
+            status=(3,),
+            says="no device is left that could go on",
         ),
         Fault(
             name="disk-full",

@@ -167,10 +167,12 @@ def test_devices_that_stay_dirty_are_withheld_and_their_node_counts_as_smaller()
     assert isinstance(withheld, Withhold) and withheld.lane.devices == 2
     assert state.nodes["n"].devices == 6 and state.free == {"n": 2}
     assert state.stranded == (Need(8, None, 1),)  # no node of 8 is left
+    assert not state.stuck  # others still run
     state.on(TrialEnded(lane_id=0, trial_id="a0"))
     assert state.on(GroupEnded(lane_id=0, clean=False)) == [Inspect(lane_id=0)]
     state.on(Inspected(lane_id=0, sound=False))
     assert state.free == {"n": 2}
+    assert state.stuck
     (gone,) = state.on(Overdue())
     assert isinstance(gone, Abandon) and "needs 8 devices, but the cluster has 2" in gone.reason
     assert state.finished
