@@ -219,13 +219,7 @@ def _frame(
 ) -> pl.DataFrame:
     """What `chosen` draws: from datasets or from the catalogues, never from both."""
     from analysis import load
-    from analysis.figures.figure import (
-        CatalogueFigure,
-        PassesFigure,
-        RecordsFigure,
-        SampledFigure,
-        TracedFigure,
-    )
+    from analysis.figures.figure import CatalogueFigure, RecordsFigure
 
     if isinstance(chosen, CatalogueFigure):
         if datasets or only:
@@ -234,18 +228,12 @@ def _frame(
                 f"figure {chosen.name!r} comes from the catalogues: it takes no {given}"
             )
         return chosen.frame(options)
-    assert isinstance(chosen, RecordsFigure | TracedFigure | SampledFigure | PassesFigure)
+    assert isinstance(chosen, RecordsFigure)
     if not datasets:
         raise OptionError(f"figure {chosen.name!r} is drawn from records: name a DATASET")
     options.over(Options(), takes=(), what=f"figure {chosen.name!r}")
     records = _records(datasets, only, every=every)
-    if isinstance(chosen, TracedFigure):
-        return chosen.prepare(records, load.activations(*datasets))
-    if isinstance(chosen, SampledFigure):
-        return chosen.prepare(records, load.samples(*datasets))
-    if isinstance(chosen, PassesFigure):
-        return chosen.prepare(records, load.activations(*datasets), load.samples(*datasets))
-    return chosen.prepare(records)
+    return chosen.prepare(records, *(load.table(one, *datasets) for one in chosen.beside))
 
 
 def _records(

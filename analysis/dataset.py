@@ -19,7 +19,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import polars as pl
 
@@ -29,6 +29,8 @@ from workers.contract.order import in_order
 from workers.contract.record import SCHEMA_VERSION, TABLES
 
 Folder = str | os.PathLike[str]
+Beside = Literal["samples", "activations"]
+"""Tables beside the records."""
 T = TypeVar("T")
 
 _IDENTITY = {
@@ -68,12 +70,16 @@ class Loader:
         return records.lazy().with_columns(DERIVED)
 
     def samples(self, *datasets: Folder) -> pl.LazyFrame:
-        """Raw stamps, one row per pass. Read when collected; raises as `load` does."""
-        return _settled(lambda: _table("samples", datasets, pl.scan_ipc))
+        """Raw stamps, one row per pass; as `table`."""
+        return self.table("samples", *datasets)
 
     def activations(self, *datasets: Folder) -> pl.LazyFrame:
-        """Expert choices, one row per trial, phase, layer and expert; as `samples`."""
-        return _settled(lambda: _table("activations", datasets, pl.scan_ipc))
+        """Expert choices, one row per trial, phase, layer and expert; as `table`."""
+        return self.table("activations", *datasets)
+
+    def table(self, name: Beside, *datasets: Folder) -> pl.LazyFrame:
+        """A table beside the records. Read when collected; raises as `load` does."""
+        return _settled(lambda: _table(name, datasets, pl.scan_ipc))
 
 
 load = Loader()

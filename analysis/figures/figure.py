@@ -4,9 +4,8 @@
 a function of the prepared frame alone. So the CSV beside a picture holds exactly what the
 picture shows, and a sentence can be checked against it.
 
-The question goes to datasets (`RecordsFigure`, `TracedFigure`, `SampledFigure`, `PassesFigure`)
-or to the catalogues of models and devices (`CatalogueFigure`); what comes after `prepare` does
-not know which.
+The question goes to datasets (`RecordsFigure`) or to the catalogues of models and devices
+(`CatalogueFigure`); what comes after `prepare` does not know which.
 """
 
 from __future__ import annotations
@@ -21,6 +20,8 @@ from analysis.options import Options
 
 if TYPE_CHECKING:
     import altair as alt
+
+    from analysis.dataset import Beside
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,38 +56,14 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RecordsFigure(Figure):
-    """A figure of what trials gave."""
+    """A figure of what trials gave: their records and, where it looks closer, other tables."""
 
-    prepare: Callable[[pl.LazyFrame], pl.DataFrame]
-    """From records as `load` gives them to exactly what is drawn, one row per point.
-    Raises SelectionError where the records do not make one figure."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TracedFigure(Figure):
-    """A figure of which experts ran: records, and the counts of their probes."""
-
-    prepare: Callable[[pl.LazyFrame, pl.LazyFrame], pl.DataFrame]
-    """From records and activations as `load` gives them to exactly what is drawn.
-    Raises SelectionError where no record has counts, or they do not make one figure."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SampledFigure(Figure):
-    """A figure of single passes: records, and what was observed pass by pass."""
-
-    prepare: Callable[[pl.LazyFrame, pl.LazyFrame], pl.DataFrame]
-    """From records and samples as `load` gives them to exactly what is drawn.
-    Raises SelectionError where no sample has what is asked, or they make no one figure."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PassesFigure(Figure):
-    """A traced figure that looks into single forward passes too."""
-
-    prepare: Callable[[pl.LazyFrame, pl.LazyFrame, pl.LazyFrame], pl.DataFrame]
-    """From records, activations and samples as `load` gives them to exactly what is drawn.
-    Raises SelectionError as a `TracedFigure`."""
+    beside: tuple[Beside, ...] = ()
+    """Those tables, read from the same datasets."""
+    prepare: Callable[..., pl.DataFrame]
+    """From records as `load` gives them, and the tables `beside` in their order, to exactly what
+    is drawn, one row per point. Raises SelectionError where they lack what is asked for or do not
+    make one figure."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
-from analysis.figures.figure import Pivot, TracedFigure
+from analysis.figures.figure import Pivot, RecordsFigure
 from analysis.keys import enumeration
 from analysis.traces import PHASES, SHOWN, VARIED, counts, shares
 from workers.moe.activation import chance, distance
@@ -188,11 +188,12 @@ def _chart(frame: pl.DataFrame) -> alt.TopLevelMixin:
     return draw(frame, title=_TITLE, insight=insight(frame))
 
 
-HEATMAP = TracedFigure(
+HEATMAP = RecordsFigure(
     name="activation-heatmap",
     aliases=("fig15",),
     title=_TITLE,
     paper="MoE-Inference-Bench, Figure 15",
+    beside=("activations",),
     prepare=prepare,
     chart=_chart,
     pivots=pivots,

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from analysis.errors import SelectionError
-from analysis.figures.figure import PassesFigure, Pivot, TracedFigure
+from analysis.figures.figure import Pivot, RecordsFigure
 from analysis.keys import enumeration
 from analysis.traces import IF_SPREAD, PHASES, SHOWN, SPREADS, balances, counts, series, under_title
 from workers.moe.balance import MEASURES
@@ -334,21 +334,23 @@ def _chart_cost(frame: pl.DataFrame) -> alt.TopLevelMixin:
     )
 
 
-IMBALANCE = PassesFigure(
+IMBALANCE = RecordsFigure(
     name="imbalance",
     aliases=(),
     title=_TITLE,
     paper="MoE-Inference-Bench §8.3, as figures of each layer",
+    beside=("activations", "samples"),
     prepare=prepare,
     chart=_chart,
     pivots=pivots,
     insight=insight,
 )
-ROUTING_COST = TracedFigure(
+ROUTING_COST = RecordsFigure(
     name="routing-cost",
     aliases=(),
     title=_COST,
     paper="neither paper; what imbalance costs",
+    beside=("activations",),
     prepare=prepare_cost,
     chart=_chart_cost,
     pivots=pivots_cost,

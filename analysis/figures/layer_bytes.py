@@ -17,7 +17,7 @@ import polars as pl
 
 from analysis.conditions import refuse_mixed, refuse_repeated
 from analysis.errors import SelectionError
-from analysis.figures.figure import Pivot, SampledFigure
+from analysis.figures.figure import Pivot, RecordsFigure
 from analysis.insights import percent
 from analysis.traces import SHOWN, VARIED, series, under_title, with_optional
 from workers.moe.accounting import distinct_experts
@@ -193,11 +193,12 @@ def _chart(frame: pl.DataFrame) -> alt.TopLevelMixin:
     )
 
 
-LAYER_BYTES = SampledFigure(
+LAYER_BYTES = RecordsFigure(
     name="layer-bytes",
     aliases=(),
     title=_TITLE,
     paper="MoE-CAP, Figures 8 and 9",
+    beside=("samples",),
     prepare=prepare,
     chart=_chart,
     pivots=pivots,

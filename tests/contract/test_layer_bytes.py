@@ -14,30 +14,18 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.contract import tiny
 from workers.contract.model import Model
 from workers.contract.workload import Workload
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(240)]
 
-COMMON = {
-    "vocab_size": 256,
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.2,
-}
+WIDE = {"hidden_size": 256, "intermediate_size": 512}
+NARROW = {"num_experts": 16, "moe_intermediate_size": 256}
 FAMILIES: dict[str, dict[str, Any]] = {
-    "mixtral": {"num_local_experts": 8, "head_dim": 64},
-    "qwen2_moe": {
-        "num_experts": 16,
-        "moe_intermediate_size": 256,
-        "shared_expert_intermediate_size": 512,
-    },
-    "qwen3_moe": {"num_experts": 16, "moe_intermediate_size": 256, "head_dim": 64},
+    "mixtral": {"head_dim": 64},
+    "qwen2_moe": NARROW | {"shared_expert_intermediate_size": 512},
+    "qwen3_moe": NARROW | {"head_dim": 64},
 }
 BATCHES = (1, 4, 16)
 OUTPUT = 4
@@ -66,19 +54,10 @@ def test_the_marks_of_pages_are_exact() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_bytes_of_a_layer_are_those_that_are_read(family: str, tmp_path: Path) -> None:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     from tests.bench.bench_bytes import Ear, built, points
 
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(family, **COMMON | FAMILIES[family])
-    )
-    for name, weight in model.named_parameters():
-        if name.endswith("gate.weight"):
-            torch.nn.init.normal_(weight, std=0.2)
-    model.to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    changes = WIDE | FAMILIES[family]
+    tiny.checkpoint(tmp_path / "model", family, dtype="bfloat16", **changes)
     largest = Workload(batch_size=max(BATCHES), input_tokens=12, output_tokens=OUTPUT)
     rng = np.random.default_rng(1)
     with built(Model(name=str(tmp_path / "model")), largest) as engine:

@@ -15,6 +15,8 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
+from tests.contract import tiny
+from tests.contract.tiny import EXPERTS, SHAPE, TOP_K
 from workers import runner
 from workers.contract.engine import EngineSettings
 from workers.contract.job import Job, Ticket
@@ -27,15 +29,14 @@ from workers.moe.activation import uniform_distinct
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(240)]
 
-LAYERS, EXPERTS, TOP_K = 2, 8, 2
+LAYERS = SHAPE["num_hidden_layers"]
 WORKLOAD = Workload(batch_size=4, input_tokens=24, output_tokens=6)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import torch
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     from workers.texts import texts_of
 
@@ -45,23 +46,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["?"])
     words.train_from_iterator([one.text for one in texts_of("builtin:en")], trainer)
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?").save_pretrained(folder)
-    config = AutoConfig.for_model(
-        "mixtral",
-        vocab_size=512,
-        hidden_size=128,
-        intermediate_size=96,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,
-        num_local_experts=EXPERTS,
-        num_experts_per_tok=TOP_K,
-        max_position_embeddings=256,
-        initializer_range=0.2,
-    )
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
-    return folder
+    return tiny.checkpoint(folder, "mixtral", dtype="bfloat16", vocab_size=512)
 
 
 def _run(*trials: Trial, sheets: pa.RecordBatch | None = None) -> dict[str, Finished]:

@@ -25,6 +25,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from tests.contract import tiny
 from workers.contract.engine import EngineSettings
 from workers.contract.errors import Unsupported
 from workers.contract.model import Model, Prune, PruneKind
@@ -41,22 +42,14 @@ from workers.moe.pruning.errors import PruneError
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(240)]
 
-TINY: dict[str, Any] = {
-    "vocab_size": 256,
-    "hidden_size": 128,
+TINY: dict[str, Any] = tiny.SHAPE | {
     "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.2,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
     "dtype": "float32",
 }
 LATENT: dict[str, Any] = {
-    "intermediate_size": 96,
     "moe_intermediate_size": 64,
     "num_key_value_heads": 4,
     "kv_lora_rank": 512,  # with the rotary part 576, which alone the kernel for CPUs takes
@@ -70,21 +63,9 @@ LATENT: dict[str, Any] = {
 }
 FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 8, "intermediate_size": 64, "sliding_window": None},
-    "olmoe": {"num_experts": 8, "intermediate_size": 64, "norm_topk_prob": False},
-    "qwen2_moe": {
-        "num_experts": 8,
-        "moe_intermediate_size": 64,
-        "shared_expert_intermediate_size": 96,
-        "intermediate_size": 96,
-        "mlp_only_layers": [1],
-    },
-    "qwen3_moe": {
-        "num_experts": 8,
-        "moe_intermediate_size": 64,
-        "intermediate_size": 96,
-        "head_dim": 32,
-        "norm_topk_prob": True,
-    },
+    "olmoe": tiny.FAMILIES["olmoe"] | {"intermediate_size": 64},
+    "qwen2_moe": tiny.FAMILIES["qwen2_moe"] | {"mlp_only_layers": [1]},
+    "qwen3_moe": tiny.FAMILIES["qwen3_moe"],
     "deepseek_v2": LATENT | {"q_lora_rank": None, "n_group": 1, "topk_group": 1},
     "deepseek_v3": LATENT
     | {

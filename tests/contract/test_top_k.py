@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from tests.contract import tiny
+from tests.contract.tiny import TOP_K
 from workers import runner
 from workers.contract.engine import EngineSettings
 from workers.contract.job import Job, Ticket
@@ -29,23 +31,6 @@ from workers.engines.vllm_engine import VllmEngine
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(240)]
 
-TINY = {
-    "vocab_size": 256,
-    "hidden_size": 128,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.2,
-}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "mixtral": {"num_local_experts": 8},
-    "qwen3_moe": {"num_experts": 8, "moe_intermediate_size": 64, "norm_topk_prob": True},
-    "olmoe": {"num_experts": 8, "norm_topk_prob": False},
-}
 WORKLOAD = Workload(batch_size=3, input_tokens=12, output_tokens=8)
 SMALL = Workload(batch_size=1, input_tokens=6, output_tokens=4)
 TOP_KS = (1, 2, 4)
@@ -59,14 +44,8 @@ TOP_KS = (1, 2, 4)
     ],
 )
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     folder = tmp_path_factory.mktemp(request.param)
-    config = AutoConfig.for_model(request.param, **TINY | FAMILIES[request.param])
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
-    return folder
+    return tiny.checkpoint(folder, request.param, dtype="bfloat16")
 
 
 def _trial(model: Model, top_k: int | None, **changes: Any) -> Trial:
@@ -103,10 +82,10 @@ def test_after_becoming_it_speaks_as_the_engine_built_for_that_top_k(
     try:
         for top_k in (*TOP_KS[1:], None):
             assert engine.become(_trial(model, top_k))
-            runs = top_k or TINY["num_experts_per_tok"]
+            runs = top_k or TOP_K
             assert engine.loaded.architecture.top_k == runs
             asked = engine.loaded.args["hf_overrides"].get("num_experts_per_tok")
-            assert asked == (None if runs == TINY["num_experts_per_tok"] else runs)
+            assert asked == (None if runs == TOP_K else runs)
             became.setdefault(runs, _said(engine))
             assert became[runs] == _said(engine)
             memory[runs] = engine.memory()

@@ -21,6 +21,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from tests.contract import tiny
+from tests.contract.tiny import EXPERTS, SHAPE
 from workers.contract.engine import EngineSettings
 from workers.contract.errors import Crashed, Unsupported
 from workers.contract.layout import Layout
@@ -36,35 +38,11 @@ from workers.moe.utilisation import Peaks, traced_utilisation
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(240)]
 
-EXPERTS = 8
-TINY = {
-    "vocab_size": 256,
-    "hidden_size": 128,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.2,
-}
 FAMILIES: dict[str, dict[str, Any]] = {
-    "mixtral": {"num_local_experts": EXPERTS, "head_dim": 32},
-    "qwen2_moe": {
-        "num_experts": EXPERTS,
-        "moe_intermediate_size": 64,
-        "shared_expert_intermediate_size": 96,
-        "mlp_only_layers": [1],
-    },
-    "qwen3_moe": {
-        "num_experts": EXPERTS,
-        "moe_intermediate_size": 64,
-        "norm_topk_prob": True,
-        "head_dim": 32,
-        "mlp_only_layers": [0],
-    },
+    "mixtral": {},
+    "qwen2_moe": {"mlp_only_layers": [1]},
+    "qwen3_moe": {"mlp_only_layers": [0]},
 }
-OLMOE: dict[str, Any] = {"num_experts": EXPERTS}
 MOE_LAYERS = {"mixtral": (0, 1, 2), "qwen2_moe": (0, 2), "qwen3_moe": (1, 2)}
 LARGEST = Workload(batch_size=5, input_tokens=40, output_tokens=8)
 OUTPUT = 6
@@ -76,24 +54,14 @@ BUDGET = 32
 
 def _prompts(*lengths: int) -> list[list[int]]:
     rng = np.random.default_rng(7)
-    return [rng.integers(1, TINY["vocab_size"], size).tolist() for size in lengths]
+    return [rng.integers(1, SHAPE["vocab_size"], size).tolist() for size in lengths]
 
 
 MIXED = _prompts(37, 5, 20, 1, 11)
 
 
 def _checkpoint(family: str, folder: Path) -> Path:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.for_model(family, **TINY | FAMILIES.get(family, OLMOE))
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
-    for name, weight in model.named_parameters():
-        if name.endswith("gate.weight"):  # zeros where the family's own start has none
-            torch.nn.init.normal_(weight, std=0.2)
-    model.save_pretrained(folder)
-    return folder
+    return tiny.checkpoint(folder, family, num_hidden_layers=3, **FAMILIES.get(family, {}))
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -250,7 +218,7 @@ def test_lengths_that_are_none_are_refused(engine: VllmEngine) -> None:
             engine.trace(MIXED, asked)
 
 
-LAYER_SIZES: dict[str, dict[str, int]] = {  # parameters, written out from the widths above
+LAYER_SIZES: dict[str, dict[str, int]] = {  # parameters, written out from the widths in `tiny`
     "mixtral": {
         "attention": 128 * 128 + 2 * (64 * 128) + 128 * 128,
         "expert": 3 * 96 * 128,

@@ -15,29 +15,18 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from tests.contract import tiny
+from tests.contract.tiny import EXPERTS, SHAPE, TOP_K
 from workers.contract.errors import Crashed, Unsupported
 from workers.contract.trace import Trace
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(240)]
 
-EXPERTS, TOP_K = 8, 2
-COMMON = {
-    "vocab_size": 256,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_experts_per_tok": TOP_K,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.2,
-}
-NARROW = {"num_experts": EXPERTS, "moe_intermediate_size": 48}
 FAMILIES: dict[str, dict[str, Any]] = {
-    "mixtral": {"num_local_experts": EXPERTS},
-    "qwen2_moe": NARROW | {"shared_expert_intermediate_size": 96, "mlp_only_layers": [1]},
-    "qwen3_moe": NARROW | {"norm_topk_prob": True, "head_dim": 16, "mlp_only_layers": [0]},
-    "olmoe": {"num_experts": EXPERTS},
+    "mixtral": {},
+    "qwen2_moe": {"mlp_only_layers": [1]},
+    "qwen3_moe": {"mlp_only_layers": [0]},
+    "olmoe": {},
     "deepseek_v2": {
         "n_routed_experts": EXPERTS,
         "n_shared_experts": 1,
@@ -64,7 +53,7 @@ LENGTHS, OUTPUTS = (13, 1, 6, 9), (3, 7, 1, 5)
 
 def _prompts() -> list[list[int]]:
     rng = np.random.default_rng(3)
-    return [rng.integers(1, COMMON["vocab_size"], size).tolist() for size in LENGTHS]
+    return [rng.integers(1, SHAPE["vocab_size"], size).tolist() for size in LENGTHS]
 
 
 PROMPTS = _prompts()
@@ -75,18 +64,13 @@ def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+def _model(family: str) -> Any:
+    return tiny.model(family, num_hidden_layers=3, **FAMILIES[family]).eval()
+
+
 @pytest.fixture(scope="module")
 def model(family: str) -> Any:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **COMMON | FAMILIES[family])
-    made = AutoModelForCausalLM.from_config(config).eval()
-    for name, weight in made.named_parameters():
-        if name.endswith("gate.weight"):  # zeros where the family's own start has none
-            torch.nn.init.normal_(weight, std=0.2)
-    return made
+    return _model(family)
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +233,7 @@ def test_what_cannot_be_read_is_refused() -> None:
 
     from workers.engines import transformers_probe
 
-    llama = {name: value for name, value in COMMON.items() if name != "num_experts_per_tok"}
+    llama = {name: value for name, value in SHAPE.items() if name != "num_experts_per_tok"}
     dense = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **llama))
     with pytest.raises(Unsupported, match="no router"):
         transformers_probe.trace(dense, PROMPTS, 2)
@@ -257,9 +241,8 @@ def test_what_cannot_be_read_is_refused() -> None:
     class Strange(torch.nn.Linear):
         """A router that answers with logits alone."""
 
-    config = AutoConfig.for_model("mixtral", **COMMON | FAMILIES["mixtral"])
-    odd = AutoModelForCausalLM.from_config(config).eval()
-    odd.model.layers[1].mlp.gate = Strange(64, EXPERTS)
+    odd = _model("mixtral")
+    odd.model.layers[1].mlp.gate = Strange(SHAPE["hidden_size"], EXPERTS)
     with pytest.raises(Unsupported, match="Strange does not answer with ids"):
         transformers_probe.trace(odd, PROMPTS, 2)
     assert _hooked(odd) == 0

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.contract import tiny
 from workers.contract.engine import UNFUSED, EngineSettings
 from workers.contract.errors import Unsupported
 from workers.contract.layout import Layout
@@ -26,31 +27,7 @@ from workers.engines.vllm_engine import VllmEngine
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(240)]
 
-TINY = {
-    "vocab_size": 256,
-    "hidden_size": 128,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.2,
-}
-FAMILIES: dict[str, dict[str, Any]] = {
-    "mixtral": {"num_local_experts": 8, "head_dim": 32},
-    "qwen2_moe": {
-        "num_experts": 8,
-        "moe_intermediate_size": 64,
-        "shared_expert_intermediate_size": 96,
-    },
-    "qwen3_moe": {
-        "num_experts": 8,
-        "moe_intermediate_size": 64,
-        "norm_topk_prob": True,
-        "head_dim": 32,
-    },
-    "olmoe": {"num_experts": 8, "norm_topk_prob": False, "head_dim": 32},
+OTHERS: dict[str, dict[str, Any]] = {
     "deepseek_v2": {
         "n_routed_experts": 8,
         "n_shared_experts": 2,
@@ -68,6 +45,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "routed_scaling_factor": 1.5,
     },
 }
+FAMILIES = (*tiny.FAMILIES, *OTHERS)
 IN_PLACE = ("mixtral", "qwen3_moe", "olmoe")
 """Families that change their top-k where they stand (`tests/contract/test_top_k.py`)."""
 ARGUMENTS = {"deepseek_v2": {"attention_backend": "CPU_MLA"}}
@@ -80,23 +58,9 @@ PROMPTS = [[17 * i + j for j in range(length)] for i, length in ((1, 24), (2, 7)
 Said = list[tuple[Sequence[int], list[dict[int, float]]]]
 
 
-def _checkpoint(family: str, folder: Path) -> Path:
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.for_model(family, **TINY | FAMILIES[family])
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
-    for name, weight in model.named_parameters():
-        if name.endswith("gate.weight"):  # zeros where the family's own start has none
-            torch.nn.init.normal_(weight, std=0.2)
-    model.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _checkpoint("mixtral", tmp_path_factory.mktemp("mixtral"))
+    return tiny.checkpoint(tmp_path_factory.mktemp("mixtral"), "mixtral")
 
 
 def _trial(folder: Path, settings: EngineSettings, **changes: Any) -> Trial:
@@ -154,7 +118,7 @@ def _apart(one: Said, other: Said) -> float:
 )
 def test_one_by_one_is_what_the_fused_kernel_says(family: str, tmp_path: Path) -> None:
     """The probe hears the same choices around either, and both become another top-k."""
-    folder = _checkpoint(family, tmp_path / "model")
+    folder = tiny.checkpoint(tmp_path / "model", family, **OTHERS.get(family, {}))
     said, became, traces, kernels = [], [], [], []
     for settings in (FUSED, ONE_BY_ONE):
         trial = _trial(folder, replace(settings, args=ARGUMENTS.get(family, {})))

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from analysis import load
 from analysis.__main__ import main
 from analysis.errors import SelectionError
-from analysis.figures.figure import Figure, PassesFigure, RecordsFigure, TracedFigure
+from analysis.figures.figure import Figure, RecordsFigure
 from analysis.figures.registry import find
 from analysis.figures.write import write as write_figure
 from analysis.traces import balances, counts, shares
@@ -83,12 +83,8 @@ def dataset(tmp_path: Path) -> Path:
 
 def drawn(name: str, folder: Path) -> tuple[Figure, pl.DataFrame]:
     figure = find(name)
-    if isinstance(figure, PassesFigure):
-        return figure, figure.prepare(load(folder), load.activations(folder), load.samples(folder))
-    if isinstance(figure, TracedFigure):
-        return figure, figure.prepare(load(folder), load.activations(folder))
     assert isinstance(figure, RecordsFigure)
-    return figure, figure.prepare(load(folder))
+    return figure, figure.prepare(load(folder), *(load.table(one, folder) for one in figure.beside))
 
 
 def texts(figure: Figure, frame: pl.DataFrame, folder: Path) -> list[str]:
