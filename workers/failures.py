@@ -62,6 +62,7 @@ _OUT_OF_MEMORY = (
     _Words(re.compile(r"ScratchPadManager: aligned_alloc failed"), None, None),
     _Words(re.compile(r"std::bad_alloc|\bMemoryError\b"), None, None),
     _Words(re.compile(r"\[Errno 12\] Cannot allocate memory"), None, None),
+    _Words(re.compile(r"unable to mmap .*Cannot allocate memory \(12\)"), None, None),
 )
 _WRAPPERS = re.compile(
     r"Engine core initialization failed|WorkerProc initialization failed"
@@ -79,7 +80,7 @@ _CONTRADICTIONS = re.compile(r"should have the same vocabulary size")
 _DIED = re.compile(r"Worker proc (\S+) died unexpectedly \(exit code: (-?\d+)\)")
 """Said of a rank of its own process; below 0 is the signal that ended it."""
 _CALM = re.compile(r"\b(WARNING|INFO|DEBUG) \d\d-\d\d ")
-_SIZE = re.compile(r"[Tt]ried to allocate ([\d.]+) ?(bytes|KiB|MiB|GiB)?")
+_SIZE = re.compile(r"(?:[Tt]ried to allocate|unable to mmap) ([\d.]+) ?(bytes|KiB|MiB|GiB)?")
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 _FRAME = re.compile(r"File \"[^\"]+\", line \d+, in (\w+)")
 

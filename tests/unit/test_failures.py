@@ -20,6 +20,9 @@ CUDA_OOM = (
     "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.11 GiB of "
     "which 1.20 GiB is free."
 )
+NO_ROOM_TO_MAP = (
+    "unable to mmap 746995752 bytes from file <model.safetensors>: Cannot allocate memory (12)"
+)
 
 
 def _named(name: str, base: type[Exception] = RuntimeError) -> type[Exception]:
@@ -37,6 +40,7 @@ def _named(name: str, base: type[Exception] = RuntimeError) -> type[Exception]:
         (MemoryError(), True, "load", "device", None),
         (RuntimeError("std::bad_alloc"), True, "load", "device", None),
         (OSError(12, "Cannot allocate memory"), True, "load", "device", None),
+        (RuntimeError(NO_ROOM_TO_MAP), True, "load", "device", 746995752),
         (
             RuntimeError("Failed to load model - not enough GPU memory. Try lowering"),
             False,
