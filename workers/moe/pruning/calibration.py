@@ -11,6 +11,8 @@ The states of a layer are those of the unpruned model: layers are judged apart.
 from __future__ import annotations
 
 import copy
+import math
+import mmap
 from collections.abc import Callable, Iterator
 from itertools import combinations
 from math import comb
@@ -157,11 +159,16 @@ def _weight(name: str, place: Place | None, published: dict[str, Stored]) -> Any
 
 def _stacked(rows: list[list[Stored]]) -> Any:
     """Matrices of each expert below each other, experts behind each other; read into place,
-    so that no more than one matrix is held twice."""
+    so that no more than one matrix is held twice.
+
+    The pages are its own: what malloc gave for a layer it kept when the layer was gone, below
+    something small that stayed, and the next layer took as much again."""
     import torch
 
     height = sum(one.shape[0] for one in rows[0])
-    whole = torch.empty((len(rows), height, rows[0][0].shape[1]), dtype=torch.float32)
+    shape = (len(rows), height, rows[0][0].shape[1])
+    room = mmap.mmap(-1, 4 * math.prod(shape), flags=mmap.MAP_PRIVATE)
+    whole = torch.frombuffer(room, dtype=torch.float32).view(shape)
     for expert, row in zip(whole, rows, strict=True):
         start = 0
         for one in row:
