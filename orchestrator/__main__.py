@@ -9,6 +9,7 @@ from __future__ import annotations
 import json as jsonlib
 import os
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from functools import cache
@@ -160,6 +161,7 @@ def _explained(request: Request, *, dry_run: bool) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 3
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # another one would cut the way out short
         print("interrupted before the first trial", file=sys.stderr)
         return 130
 
