@@ -25,7 +25,7 @@ import psutil
 
 from orchestrator.errors import ClusterError, HeadLost
 from orchestrator.events import Need, Node
-from orchestrator.signals import deaf
+from orchestrator.signals import deaf, through_ray
 from workers.folders import Folder
 from workers.hardware.device import CPU
 from workers.hardware.host import Host, describe
@@ -101,10 +101,12 @@ class _Session:
         return self.held.path
 
     def abandon(self) -> None:
-        """Ends it with what Ray has started of it: that names the folder on its command line."""
+        """Ends it with what Ray has started of it: that names the folder on its command line, or
+        has given itself a title of Ray's."""
         for process in psutil.Process().children(recursive=True):
             with suppress(psutil.Error):
-                if any(str(self.folder) in word for word in process.cmdline()):
+                words = process.cmdline()
+                if any(str(self.folder) in word or word.startswith("ray::") for word in words):
                     process.kill()
                     process.wait(KILLED_S)
         self.end()
@@ -442,15 +444,16 @@ def _start(session: Path) -> ModuleType:
     before = os.environ.get("TMPDIR")
     os.environ["TMPDIR"] = str(session)
     try:
-        ray.init(
-            address="local",
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-            configure_logging=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            _temp_dir=str(session),
-        )
+        with through_ray():
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+                configure_logging=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                _temp_dir=str(session),
+            )
     finally:
         del os.environ["TMPDIR"]
         if before is not None:
@@ -468,13 +471,14 @@ def _join(address: str) -> ModuleType:
     unset = TRIES not in os.environ
     os.environ.setdefault(TRIES, "1")
     try:
-        ray.init(
-            address=address,
-            log_to_driver=False,
-            logging_level="ERROR",
-            configure_logging=False,
-            runtime_env={"py_modules": [str(package)]},
-        )
+        with through_ray():
+            ray.init(
+                address=address,
+                log_to_driver=False,
+                logging_level="ERROR",
+                configure_logging=False,
+                runtime_env={"py_modules": [str(package)]},
+            )
     finally:
         if unset:
             del os.environ[TRIES]

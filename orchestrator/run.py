@@ -117,7 +117,7 @@ def execute(request: Request) -> Summary:
             if request.profile is None and found != profile:
                 sweep, planned = prepare(request, found)
             display = choose(plain=request.plain, json=request.json, console=Console(file=terminal))
-            with display, interruptible():  # again: Ray sets a handler of its own
+            with display:
                 run = _Run(request, sweep, planned, dataset, cluster, display)
                 cluster.or_else(lambda: _end_stuck(run, errors))
                 return run.execute()

@@ -25,6 +25,20 @@ def interruptible() -> Iterator[None]:
 
 
 @contextmanager
+def through_ray() -> Iterator[None]:
+    """For `ray.init`, which sets a handler of its own for SIGTERM and leaves it: one that ends
+    the process. What it does meanwhile counts as an interrupt, and ours is put back."""
+    before: Any = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit as end:
+        raise (KeyboardInterrupt if end.code == signal.SIGTERM else end) from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
 def deaf() -> Iterator[None]:
     """A second Ctrl-C does not cut the cleaning up short. Threads never hear one."""
     if threading.current_thread() is not threading.main_thread():

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
 
-from orchestrator.signals import deaf, interruptible
+from orchestrator.signals import deaf, interruptible, through_ray
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +27,26 @@ def test_sigterm_interrupts_as_ctrl_c_does_and_only_inside() -> None:
     with pytest.raises(KeyboardInterrupt), interruptible():
         signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_what_ray_makes_of_sigterm_is_an_interrupt_and_ours_comes_back() -> None:
+    def ours(number: int, frame: object) -> None:
+        raise ValueError
+
+    def init() -> None:
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    before = signal.signal(signal.SIGTERM, ours)
+    try:
+        with pytest.raises(KeyboardInterrupt), through_ray():
+            init()
+        assert signal.getsignal(signal.SIGTERM) is ours
+        with pytest.raises(SystemExit), through_ray():
+            sys.exit(3)  # for another reason
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_nothing_interrupts_what_is_deaf_and_everything_does_afterwards() -> None:
