@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
@@ -155,15 +155,21 @@ def _explained(request: Request, *, dry_run: bool) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except HeadLost as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        os._exit(3)  # Ray's way out of the interpreter waits for the head, or crashes
+        _leave(f"error: {error}", 3)
     except ClusterError as error:
         print(f"error: {error}", file=sys.stderr)
         return 3
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # another one would cut the way out short
-        print("interrupted before the first trial", file=sys.stderr)
-        return 130
+        _leave("interrupted before the first trial", 130)
+
+
+def _leave(last_words: str, status: int) -> NoReturn:
+    """Ends the process at once. Ray's way out of the interpreter waits for a head that is gone,
+    and crashes after a beginning that was interrupted."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.stdout.flush()
+    print(last_words, file=sys.stderr, flush=True)
+    os._exit(status)
 
 
 def _run(request: Request) -> int:

@@ -424,7 +424,8 @@ def _begin(preloads: Sequence[str]) -> tuple[_Session, ModuleType]:
         try:
             return own, _start(own.folder)
         except BaseException as error:
-            own.abandon()
+            with deaf():
+                own.abandon()
             if type(error) is not Exception:  # Ray has no class for this one
                 raise
             if not left:
