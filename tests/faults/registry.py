@@ -147,6 +147,20 @@ def terminated(scene: Scene) -> None:
     scene.driver.send_signal(signal.SIGTERM)
 
 
+def interrupted_early(scene: Scene) -> None:
+    _while_ray_begins(scene)
+    scene.driver.send_signal(signal.SIGINT)
+
+
+def terminated_early(scene: Scene) -> None:
+    _while_ray_begins(scene)
+    scene.driver.send_signal(signal.SIGTERM)
+
+
+def _while_ray_begins(scene: Scene) -> None:
+    scene.sleep(2.0, 10.0)
+
+
 AT_ANY_MOMENT = (killed_driver, interrupted, interrupted_twice, terminated)
 """Faults whose moment is drawn from the whole length of a run."""
 
@@ -699,6 +713,26 @@ FAULTS = {
             inject=terminated,
             status=(0, 130, -signal.SIGTERM),  # the last one before anything was started
             says="goes on where this one stopped|interrupted before the first trial|6 of 6",
+        ),
+        Fault(
+            name="interrupted-early",
+            what="SIGINT of the driver while it starts Ray",
+            sweep=PACED,
+            arguments=H100,
+            inject=interrupted_early,
+            times=5,
+            status=(0, 130),
+            says="goes on where this one stopped|interrupted before the first trial|16 of 16",
+        ),
+        Fault(
+            name="terminated-early",
+            what="SIGTERM of the driver while it starts Ray",
+            sweep=PACED,
+            arguments=H100,
+            inject=terminated_early,
+            times=5,
+            status=(0, 130),
+            says="goes on where this one stopped|interrupted before the first trial|16 of 16",
         ),
         Fault(
             name="engine-killed-load",
