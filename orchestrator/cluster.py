@@ -26,7 +26,7 @@ import psutil
 from orchestrator.errors import ClusterError, HeadLost
 from orchestrator.events import Need, Node
 from orchestrator.signals import deaf, through_ray
-from workers.folders import Folder
+from workers.folders import Folder, clear
 from workers.hardware.device import CPU
 from workers.hardware.host import Host, describe
 from workers.nursery import USABLE, Nursery
@@ -112,10 +112,12 @@ class _Session:
         self.end()
 
     def end(self) -> None:
-        """Removes the folder, and the shared memory that is named after files in it."""
+        """Removes the folder and the shared memory that is named after files in it, and what
+        killed drivers left since this session began."""
         if self.nursery is not None:
             self.nursery.close()
         self.held.end()
+        clear(SESSION)
 
 
 class _Head:

@@ -37,10 +37,7 @@ class Folder:
         Args:
             prefix: how the names of its kind begin.
         """
-        for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
-            with suppress(OSError):  # held, another user's, or just gone
-                if time.time() - left.stat().st_mtime > FRESH_S:
-                    cls(path=left, lock=_held(left)).end()
+        clear(prefix)
         path = Path(tempfile.mkdtemp(prefix=prefix))
         return cls(path=path, lock=_held(path))
 
@@ -49,6 +46,15 @@ class Folder:
         memory.sweep_shared(self.path)
         shutil.rmtree(self.path, ignore_errors=True)
         os.close(self.lock)
+
+
+def clear(prefix: str) -> None:
+    """Removes the folders of a kind that nobody holds. What a dead owner started may write on
+    for a while, so it pays to do this again some time later."""
+    for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        with suppress(OSError):  # held, another user's, or just gone
+            if time.time() - left.stat().st_mtime > FRESH_S:
+                Folder(path=left, lock=_held(left)).end()
 
 
 def within(root: str | None, kind: str) -> Path:

@@ -36,6 +36,8 @@ def test_folders_of_dead_drivers_go_and_those_of_living_ones_stay(
     cluster._Session.begin(()).end()
     assert sorted(tmp_path.iterdir()) == sorted([living.folder, fresh, another])
     assert not segment.exists()
+    dead.mkdir()  # written by what the dead driver had started
+    os.utime(dead, (0, 0))
     living.end()
     assert sorted(tmp_path.iterdir()) == sorted([fresh, another])
 
