@@ -34,7 +34,7 @@ from orchestrator.cluster import SESSION
 from orchestrator.manifest import Manifest, read
 from orchestrator.request import Request, prepare
 from orchestrator.store import RESUME, Guard, settled
-from tests.integration.harness import command, forks_of, until
+from tests.integration.harness import command, forks_of, hear_ctrl_c, until
 from workers.folders import FRESH_S
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -209,6 +209,7 @@ class Scene:
                 stdout=out,
                 stderr=err,
                 process_group=0,
+                preexec_fn=hear_ctrl_c,
             )
 
     def printed(self, stream: str) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -52,14 +53,21 @@ def orchestrate(*arguments: object, timeout: float = 200) -> subprocess.Complete
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:
-    """Starts the orchestrator in a process group of its own, as a shell does."""
+    """Starts the orchestrator in a process group of its own, as a shell does, and so that it hears
+    Ctrl-C wherever these tests run."""
     return subprocess.Popen(
         command(*arguments),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         process_group=0,
+        preexec_fn=hear_ctrl_c,
     )
+
+
+def hear_ctrl_c() -> None:
+    """Undoes in a child what a shell does to programs in its background."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def records(folder: Path) -> pl.DataFrame:
