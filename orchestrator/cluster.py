@@ -25,7 +25,7 @@ import psutil
 
 from orchestrator.errors import ClusterError, HeadLost
 from orchestrator.events import Need, Node
-from orchestrator.signals import deaf, through_ray
+from orchestrator.signals import deaf, keeping_sigterm
 from workers.folders import Folder, clear
 from workers.hardware.device import CPU
 from workers.hardware.host import Host, describe
@@ -447,7 +447,7 @@ def _start(session: Path) -> ModuleType:
     before = os.environ.get("TMPDIR")
     os.environ["TMPDIR"] = str(session)
     try:
-        with through_ray():
+        with keeping_sigterm():
             ray.init(
                 address="local",
                 include_dashboard=False,
@@ -474,7 +474,7 @@ def _join(address: str) -> ModuleType:
     unset = TRIES not in os.environ
     os.environ.setdefault(TRIES, "1")
     try:
-        with through_ray():
+        with keeping_sigterm():
             ray.init(
                 address=address,
                 log_to_driver=False,

@@ -450,8 +450,8 @@ class Pool:
             try:
                 problems = [problem for found in ray.get(one.answers) for problem in found]
             except ray.exceptions.RayError as error:
-                short = isinstance(error, ray.exceptions.OutOfMemoryError)
-                if short and time.monotonic() < one.until:
+                starved = isinstance(error, ray.exceptions.OutOfMemoryError)
+                if starved and time.monotonic() < one.until:
                     self._inspections[lane_id] = replace(one, answers=one.ask())
                     continue
                 problems = [f"it could not be inspected: {_short(error)}"]

@@ -25,7 +25,7 @@ def interruptible() -> Iterator[None]:
 
 
 @contextmanager
-def through_ray() -> Iterator[None]:
+def keeping_sigterm() -> Iterator[None]:
     """For `ray.init`, which sets a handler of its own for SIGTERM and leaves it: one that ends
     the process. What it does meanwhile counts as an interrupt, and ours is put back."""
     before: Any = signal.getsignal(signal.SIGTERM)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from orchestrator.signals import deaf, interruptible, through_ray
+from orchestrator.signals import deaf, interruptible, keeping_sigterm
 
 
 @pytest.fixture(autouse=True)
@@ -40,10 +40,10 @@ def test_what_ray_makes_of_sigterm_is_an_interrupt_and_ours_comes_back() -> None
 
     before = signal.signal(signal.SIGTERM, ours)
     try:
-        with pytest.raises(KeyboardInterrupt), through_ray():
+        with pytest.raises(KeyboardInterrupt), keeping_sigterm():
             init()
         assert signal.getsignal(signal.SIGTERM) is ours
-        with pytest.raises(SystemExit), through_ray():
+        with pytest.raises(SystemExit), keeping_sigterm():
             sys.exit(3)  # for another reason
     finally:
         signal.signal(signal.SIGTERM, before)
