@@ -13,6 +13,7 @@ Nothing here imports an engine: the driver reads the logs of hosts that died.
 from __future__ import annotations
 
 import re
+import signal
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -79,6 +80,8 @@ _CONTRADICTIONS = re.compile(r"should have the same vocabulary size")
 """A draft from a hub that could not be looked at beforehand."""
 _DIED = re.compile(r"Worker proc (\S+) died unexpectedly \(exit code: (-?\d+)\)")
 """Said of a rank of its own process; below 0 is the signal that ended it."""
+_LAST_WORDS = re.compile(r"libgomp: Thread creation failed: Resource temporarily unavailable")
+"""Of a process whose memory limit leaves no room for a thread."""
 _CALM = re.compile(r"\b(WARNING|INFO|DEBUG) \d\d-\d\d ")
 _SIZE = re.compile(r"(?:[Tt]ried to allocate|unable to mmap) ([\d.]+) ?(bytes|KiB|MiB|GiB)?")
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -137,6 +140,35 @@ def from_log(log: str, *, stage: OomStage, device_is_cpu: bool) -> TrialError | 
         return None
     kind = Unsupported if stage != "run" and _REFUSALS.search(causes[0]) else Crashed
     return kind(_short(causes[0]))
+
+
+def of_death(
+    who: str,
+    code: int | None,
+    log: str,
+    *,
+    stage: OomStage,
+    limited: bool,
+    device_is_cpu: bool,
+) -> TrialError:
+    """Why a process that held an engine ended without a word.
+
+    Args:
+        who: the process, for people.
+        code: its exit status; below 0 the signal that ended it.
+        log: what it printed.
+        stage: where it was.
+        limited: whether its memory had a limit.
+        device_is_cpu: whether host memory is the device's memory.
+    """
+    if limited and (words := _LAST_WORDS.search(log)):
+        text = f"{words[0]} (no memory left for a thread's stack)"
+        return OutOfMemory(text, stage=stage, scope="device")
+    if found := from_log(log, stage=stage, device_is_cpu=device_is_cpu):
+        return found
+    if code is not None and code < 0:
+        return Crashed(f"{who} died: {signal.Signals(-code).name}")
+    return Crashed(f"{who} ended with status {code}")
 
 
 def _memory(

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import re
 import signal
 import sys
 import tempfile
@@ -37,7 +36,7 @@ from workers.contract.job import Job
 from workers.contract.message import Finished, Message, Progress, Stage
 from workers.contract.outcome import OomStage
 from workers.engines.base import Site
-from workers.failures import from_log
+from workers.failures import of_death
 from workers.packing import Rehearsal
 from workers.patience import patience_s
 
@@ -46,8 +45,6 @@ PRELOAD: dict[EngineKind, str] = {"vllm": "workers.engines.preload_vllm"}
 device, leaves nothing behind, and needs no process of its own."""
 EXIT_S = 20.0
 """Wait for a fork that has said its last to end, seconds."""
-_THREADS = re.compile(r"libgomp: Thread creation failed: Resource temporarily unavailable")
-"""Last words of a process whose memory limit leaves no room for a thread."""
 LOG_TAIL = 256 * 1024
 """Bytes at the end of a log in which a cause is looked for."""
 
@@ -340,16 +337,14 @@ def _cause(job: Job, devices: str | None, stage: str, code: int | None, kills: i
     oom = oom_stage(stage)
     if code == -signal.SIGKILL and memory.kernel_kills() > kills:
         return OutOfMemory("the kernel killed the engine's process", stage=oom, scope="host")
-    log = tail(job.log)
-    limited = any(ticket.trial.engine.memory_limit_gib for ticket in job.tickets)
-    if limited and (words := _THREADS.search(log)):
-        text = f"{words[0]} (no memory left for a thread's stack)"
-        return OutOfMemory(text, stage=oom, scope="device")
-    if found := from_log(log, stage=oom, device_is_cpu=devices is None):
-        return found
-    if code is not None and code < 0:
-        return Crashed(f"the engine's process died: {signal.Signals(-code).name}")
-    return Crashed(f"the engine's process ended with status {code}")
+    return of_death(
+        "the engine's process",
+        code,
+        tail(job.log),
+        stage=oom,
+        limited=any(ticket.trial.engine.memory_limit_gib for ticket in job.tickets),
+        device_is_cpu=devices is None,
+    )
 
 
 def tail(log: str | None) -> str:

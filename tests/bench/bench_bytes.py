@@ -117,7 +117,7 @@ class Ear:
     def __init__(self, engine: VllmEngine, layers: Sequence[int]) -> None:
         from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
-        worker = engine._llm.llm_engine.model_executor.driver_worker.worker
+        worker = engine._vllm.llm.llm_engine.model_executor.driver_worker.worker
         self._runner = worker.model_runner
         self.tensors: dict[int, dict[str, torch.nn.Parameter]] = {
             layer: {

@@ -62,7 +62,7 @@ class Theirs:
         from vllm.benchmarks import latency
         from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-        LLM.from_engine_args = staticmethod(lambda args: engine._llm)
+        LLM.from_engine_args = staticmethod(lambda args: engine._vllm.llm)
         parser = FlexibleArgumentParser()
         latency.add_cli_args(parser)
         self._out = folder / "theirs.json"

@@ -84,17 +84,17 @@ def main() -> None:
         def measured(index: int, *, probed: bool) -> dict[str, float]:
             prompts = random_ids(workload, vocab_size=runs.vocab_size, index=index)
             if probed:
-                engine._llm.collective_rpc(
+                engine._vllm.llm.collective_rpc(
                     "start_probe", args=(runs.num_experts, runs.top_k, False)
                 )
             try:
                 done = engine.generate(prompts, workload.output_tokens, kind="timed", repeat=index)
                 if probed:
-                    (account,) = engine._llm.collective_rpc("read_probe")
+                    (account,) = engine._vllm.llm.collective_rpc("read_probe")
                     assert account.failure is None
                     assert len(account.steps) == len(done.step_s)
             finally:
-                engine._llm.collective_rpc("stop_probe")
+                engine._vllm.llm.collective_rpc("stop_probe")
             return latencies(done)
 
         for index in range(WARMUP):

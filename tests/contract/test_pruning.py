@@ -672,10 +672,10 @@ def _in_vllm(
     engine = _engine(Model(name=str(folder), dtype="float32"), scratch)
     try:
         if change is not None:
-            engine._llm.apply_model(change)
+            engine._vllm.llm.apply_model(change)
         asked = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=-1, detokenize=False)
         prompts = [{"prompt_token_ids": row} for row in IDS.tolist()]
-        answers = engine._llm.generate(prompts, asked, use_tqdm=False)
+        answers = engine._vllm.llm.generate(prompts, asked, use_tqdm=False)
         return torch.tensor(
             [
                 [[at[token].logprob for token in range(256)] for at in one.prompt_logprobs[1:]]

@@ -23,6 +23,7 @@ from workers.contract.trial import Trial
 from workers.contract.workload import Workload
 from workers.engines.base import Site
 from workers.engines.vllm_engine import VllmEngine
+from workers.engines.vllm_stepper import Batch
 from workers.metrics import figures
 from workers.moe.architecture import resolve
 from workers.moe.upcycle import Recipe, upcycle
@@ -86,8 +87,9 @@ def _ran(models: Path, **speculative: Any) -> Ran:
         prompts = random_ids(WORKLOAD, vocab_size=256, index=0)
         # The second half of each is its first again, so that n-grams are found.
         prompts = [row[:12] + row[:12] for row in prompts]
+        batch = Batch(prompts=prompts, lengths=[13] * 3, temperature=0.0)
         return Ran(
-            tokens=engine._send(prompts, [13] * 3, 0.0).tokens,
+            tokens=engine._send(batch).tokens,
             timed=engine.generate(prompts, 13, kind="timed", repeat=0),
             memory=engine.memory(),
         )

@@ -66,7 +66,7 @@ def _said(engine: VllmEngine) -> list[tuple[Sequence[int], list[dict[int, float]
     )
     prompts = [{"prompt_token_ids": [17 * i + j for j in range(12)]} for i in range(1, 4)]
     told = []
-    for answer in engine._llm.generate(prompts, asked, use_tqdm=False):
+    for answer in engine._vllm.llm.generate(prompts, asked, use_tqdm=False):
         (one,) = answer.outputs
         rows = [{token: known.logprob for token, known in row.items()} for row in one.logprobs]
         told.append((tuple(one.token_ids), rows))
@@ -152,7 +152,7 @@ def test_it_becomes_nothing_but_another_top_k(skeleton: VllmEngine, other: dict[
 def test_a_compiled_engine_holds_its_top_k(
     skeleton: VllmEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = skeleton._engine.vllm_config
+    config = skeleton._vllm.engine.vllm_config
     monkeypatch.setattr(config.model_config, "enforce_eager", False)
     assert not skeleton.become(_trial(MIXTRAL, 1))
 
@@ -160,7 +160,7 @@ def test_a_compiled_engine_holds_its_top_k(
 def test_a_layer_of_an_unknown_kind_is_refused_before_any_is_changed(
     skeleton: VllmEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = skeleton._llm.llm_engine.model_executor.driver_worker.worker.get_model()
+    model = skeleton._vllm.llm.llm_engine.model_executor.driver_worker.worker.get_model()
     last = model.model.layers[-1].block_sparse_moe
     monkeypatch.setattr(last.experts.routed_experts, "scoring_func", "sigmoid")
     assert not skeleton.become(_trial(MIXTRAL, 1))
@@ -234,16 +234,16 @@ def test_nothing_cached_by_a_pass_serves_a_later_one(tmp_path: Path) -> None:
         engine = VllmEngine(
             _trial(MIXTRAL, 2, engine=settings), [long], Site(scratch=tmp_path, device="cpu")
         )
-        scheduler = engine._engine.engine_core.engine_core.scheduler
+        scheduler = engine._vllm.engine.engine_core.engine_core.scheduler
         cached: list[int] = []
-        step = engine._engine.step
+        step = engine._vllm.engine.step
 
         def watched(step: Any = step, cached: list[int] = cached) -> Any:
             outputs = step()
             cached += [one.num_cached_tokens for one in outputs]
             return outputs
 
-        engine._engine.step = watched
+        engine._vllm.engine.step = watched
         try:
             prompts = [list(range(1, 201)), list(range(301, 501))]
             for repeat, output_tokens in enumerate((4, 4, 1)):

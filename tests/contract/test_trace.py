@@ -32,7 +32,8 @@ from workers.contract.trial import Trial
 from workers.contract.workload import Workload
 from workers.engines.base import Site
 from workers.engines.roofline_engine import RooflineEngine
-from workers.engines.vllm_engine import VllmEngine, _Done, _trace
+from workers.engines.vllm_engine import VllmEngine
+from workers.engines.vllm_stepper import Done, trace_of
 from workers.moe.precision import Precision
 from workers.moe.utilisation import Peaks, traced_utilisation
 
@@ -302,7 +303,7 @@ def test_hooks_in_transformers_hear_the_same(checkpoint: Path, uneven: Trace) ->
 def _routers(engine: VllmEngine) -> list[Any]:
     from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
-    worker = engine._llm.llm_engine.model_executor.driver_worker.worker
+    worker = engine._vllm.llm.llm_engine.model_executor.driver_worker.worker
     modules = worker.get_model().modules()
     return [one.router for one in modules if isinstance(one, MoERunner)]
 
@@ -311,9 +312,9 @@ def test_a_trace_is_what_generate_does_and_leaves_nothing_behind(
     engine: VllmEngine, trace: Trace
 ) -> None:
     assert trace.routes is not None
-    worker = engine._llm.llm_engine.model_executor.driver_worker.worker
+    worker = engine._vllm.llm.llm_engine.model_executor.driver_worker.worker
     seen: list[bool] = []
-    step = engine._engine.step
+    step = engine._vllm.engine.step
 
     def watched() -> Any:
         seen.append(all(one.capture_fn is not None for one in _routers(engine)))
@@ -326,7 +327,7 @@ def test_a_trace_is_what_generate_does_and_leaves_nothing_behind(
             and worker.probe is None
         )
 
-    engine._engine.step = watched
+    engine._vllm.engine.step = watched
     try:
         again = engine.trace(MIXED, OUTPUT)
         assert all(seen) and len(seen) == len(trace.steps)
@@ -335,7 +336,7 @@ def test_a_trace_is_what_generate_does_and_leaves_nothing_behind(
         one = engine.generate(MIXED, OUTPUT, kind="timed", repeat=0)
         assert not any(seen) and len(seen) == len(one.step_s) == len(trace.steps)
     finally:
-        engine._engine.step = step
+        engine._vllm.engine.step = step
     assert again.routes is None
     assert again.tokens == trace.tokens
     for left, right in zip(again.steps, trace.steps, strict=True):
@@ -370,7 +371,7 @@ def test_it_follows_a_change_of_top_k(checkpoint: Path, engine: VllmEngine) -> N
 def test_drafts_are_refused_before_anything_runs(
     engine: VllmEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = engine._engine.vllm_config
+    config = engine._vllm.engine.vllm_config
     monkeypatch.setattr(config, "speculative_config", object())
     with pytest.raises(Unsupported, match="drafts"):
         engine.trace(MIXED, OUTPUT)
@@ -479,7 +480,7 @@ def test_compiled_code_that_holds_its_routers_is_passed_by(tmp_path: Path) -> No
     checkpoint = _checkpoint("mixtral", tmp_path / "mixtral")
     engine = _engine(_trial(checkpoint, eager=False), tmp_path)
     try:
-        worker = engine._llm.llm_engine.model_executor.driver_worker.worker
+        worker = engine._vllm.llm.llm_engine.model_executor.driver_worker.worker
         compiled = worker.get_model().model
         assert compiled.do_not_compile is False
         trace = engine.trace(MIXED, OUTPUT)
@@ -510,7 +511,7 @@ def test_two_stages_are_put_together_by_their_layers() -> None:
         return Account(layers=layers, steps=(one,), failure=None)
 
     late, early = stage((4,), 0.5), stage((1, 2), 0.25)
-    done = _Done(
+    done = Done(
         started_at=0.0,
         places={"7": 0, "8": 1},
         stamps=[[], []],
@@ -518,7 +519,7 @@ def test_two_stages_are_put_together_by_their_layers() -> None:
         steps=[],
         drafted=None,
     )
-    trace = _trace([late, None, early], done, top_k=2, lengths=[3, 6])
+    trace = trace_of([late, None, early], done, top_k=2, lengths=[3, 6])
     assert (trace.layers, trace.tokens) == ((1, 2, 4), ((1,), (2, 3)))
     (step,) = trace.steps
     assert step.request.tolist() == [1, 0]
@@ -532,9 +533,9 @@ def test_two_stages_are_put_together_by_their_layers() -> None:
     np.testing.assert_array_equal(second[5, 2:], late.steps[0].routes[0])
     assert (second[:5] == -1).all()
     with pytest.raises(Crashed, match="passes"):
-        _trace([late, replace(early, steps=())], done, top_k=2, lengths=None)
+        trace_of([late, replace(early, steps=())], done, top_k=2, lengths=None)
     with pytest.raises(Crashed, match="silence"):
-        _trace([late, replace(early, failure="silence")], done, top_k=2, lengths=None)
+        trace_of([late, replace(early, failure="silence")], done, top_k=2, lengths=None)
 
 
 def test_the_roofline_has_no_routing_to_trace(tmp_path: Path) -> None:

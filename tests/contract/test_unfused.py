@@ -82,7 +82,7 @@ def _said(engine: VllmEngine) -> Said:
     )
     prompts = [{"prompt_token_ids": ids} for ids in PROMPTS]
     told: Said = []
-    for answer in engine._llm.generate(prompts, asked, use_tqdm=False):
+    for answer in engine._vllm.llm.generate(prompts, asked, use_tqdm=False):
         (one,) = answer.outputs
         rows = [{token: known.logprob for token, known in row.items()} for row in one.logprobs]
         told.append((tuple(one.token_ids), rows))

@@ -420,7 +420,7 @@ def _said(engine: VllmEngine, tokens: int) -> list[Sequence[int]]:
 
     asked = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
     prompts = [{"prompt_token_ids": row} for row in IDS.tolist()]
-    answers = engine._llm.generate(prompts, asked, use_tqdm=False)
+    answers = engine._vllm.llm.generate(prompts, asked, use_tqdm=False)
     return [list(answer.outputs[0].token_ids) for answer in answers]
 
 

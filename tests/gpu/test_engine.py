@@ -88,7 +88,7 @@ def test_memory_is_that_of_the_structure(engine: VllmEngine) -> None:
 
 
 def test_only_what_the_workloads_need_is_captured(engine: VllmEngine) -> None:
-    config = engine._engine.vllm_config
+    config = engine._vllm.engine.vllm_config
     eager = config.model_config.enforce_eager
     sizes = config.compilation_config.cudagraph_capture_sizes
     assert sizes == ([] if eager else [3, 8])
@@ -96,7 +96,7 @@ def test_only_what_the_workloads_need_is_captured(engine: VllmEngine) -> None:
 
 
 def test_an_engine_with_graphs_keeps_its_top_k(engine: VllmEngine) -> None:
-    eager = engine._engine.vllm_config.model_config.enforce_eager
+    eager = engine._vllm.engine.vllm_config.model_config.enforce_eager
     other = replace(engine._trial, model=replace(MODEL, top_k=1))
     assert engine.become(other) is eager
     prompts = random_ids(SMALL, vocab_size=1000, index=0)
@@ -111,7 +111,7 @@ def test_experts_run_one_by_one_where_that_is_asked_for(eager: bool, tmp_path: P
     engine = _build(_trial(eager=eager, moe_backend=UNFUSED), tmp_path)
     try:
         assert engine.loaded.moe_kernel == "UnfusedExperts"
-        assert engine._engine.vllm_config.compilation_config.cudagraph_mode.name == "NONE"
+        assert engine._vllm.engine.vllm_config.compilation_config.cudagraph_mode.name == "NONE"
         prompts = random_ids(SMALL, vocab_size=1000, index=0)
         assert engine.generate(prompts, 4, kind="timed", repeat=0).output_tokens == 12
         assert engine.become(replace(engine._trial, model=replace(MODEL, top_k=1))) is eager

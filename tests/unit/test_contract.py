@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from workers.contract import record
 from workers.contract.engine import EngineSettings, Speculative
+from workers.contract.errors import Crashed, Infeasible, OutOfMemory, TrialError
 from workers.contract.fingerprint import canonical, fingerprint
 from workers.contract.layout import Layout
 from workers.contract.measure import Measure
@@ -128,6 +130,21 @@ def test_equal_data_have_equal_fingerprints(value: object) -> None:
 
 def test_integers_floats_and_booleans_are_told_apart() -> None:
     assert len({fingerprint(value) for value in (1, 1.0, True, "1")}) == 4
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OutOfMemory("7 GiB", stage="load", scope="device", requested_bytes=7 * 2**30),
+        OutOfMemory("no words", stage="run", scope="host"),
+        Crashed("signal 11"),
+        Infeasible("3 does not divide 32"),
+    ],
+    ids=lambda error: str(error),
+)
+def test_outcomes_travel_between_processes(error: TrialError) -> None:
+    other = pickle.loads(pickle.dumps(error))  # noqa: S301  our own
+    assert (type(other), str(other), vars(other)) == (type(error), str(error), vars(error))
 
 
 def test_records_survive_a_file() -> None:

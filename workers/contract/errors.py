@@ -15,7 +15,8 @@ the word that the record carries.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from functools import partial
+from typing import Any, ClassVar
 
 from workers.contract.outcome import OomScope, OomStage, Outcome
 
@@ -54,6 +55,13 @@ class OutOfMemory(EngineError):
         self.scope: OomScope = scope
         self.requested_bytes = requested_bytes
         """Size of the allocation that failed, in bytes, where the exception tells it."""
+
+    def __reduce__(self) -> Any:
+        """Lets it travel between processes: keywords are no `args` of an exception."""
+        again = partial(
+            OutOfMemory, stage=self.stage, scope=self.scope, requested_bytes=self.requested_bytes
+        )
+        return again, self.args
 
 
 class Unsupported(EngineError):

@@ -5,6 +5,10 @@ and its process group, and before the first weight. So it bounds weights, KV cac
 activations, which is what a device's memory means, and a rank of its own process has the
 same allowance as one inside the actor.
 
+Replicas that share experts gather each other's tokens before them and sum up behind them, any
+number of tokens each. vLLM 0.32 has that for its other devices; its CPU build announces it and
+raises NotImplementedError, so it is made here of what gloo has.
+
 Weights are counted as loaded: afterwards vLLM packs most of them into forms of oneDNN that
 are no tensors any more, and empties the parameters.
 """
@@ -14,7 +18,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import distributed, nn
+from vllm.distributed.device_communicators.base_device_communicator import (
+    DeviceCommunicatorBase,
+)
+from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 from vllm.model_executor.model_loader import base_loader
 from vllm.v1.worker.cpu_worker import CPUWorker
 
@@ -27,6 +35,47 @@ LIMIT_KEY = "memory_limit_bytes"
 
 _PARALLEL = 2**20
 """Elements that torch shares out among threads."""
+
+
+def all_gatherv(
+    self: CpuCommunicator,
+    input_: torch.Tensor | list[torch.Tensor],
+    dim: int = 0,
+    sizes: list[int] | None = None,
+) -> torch.Tensor | list[torch.Tensor]:
+    """Rows of all ranks, one rank after the other.
+
+    Args:
+        self: the ranks.
+        input_: this rank's rows; of a list each tensor by itself.
+        dim: 0.
+        sizes: rows of each rank; null where all have as many.
+    """
+    if not isinstance(input_, torch.Tensor):
+        return [all_gatherv(self, one, dim, sizes) for one in input_]
+    assert dim == 0, "tokens are rows"
+    sizes = sizes or [len(input_)] * self.world_size
+    padded = input_.new_zeros(max(sizes), *input_.shape[1:])
+    padded[: len(input_)] = input_
+    parts = [torch.empty_like(padded) for _ in sizes]
+    distributed.all_gather(parts, padded, group=self.device_group)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+def reduce_scatterv(
+    self: CpuCommunicator, input_: torch.Tensor, dim: int = -1, sizes: list[int] | None = None
+) -> torch.Tensor:
+    """This rank's rows of the sum over all ranks; arguments as of `all_gatherv`."""
+    assert dim == 0, "tokens are rows"
+    total = input_.clone()
+    distributed.all_reduce(total, group=self.device_group)
+    return total.split(sizes or len(total) // self.world_size)[self.rank_in_group]
+
+
+for _exchange in (all_gatherv, reduce_scatterv):
+    _name = _exchange.__name__
+    if getattr(CpuCommunicator, _name) is getattr(DeviceCommunicatorBase, _name):
+        setattr(CpuCommunicator, _name, _exchange)
 
 
 class LimitedCPUWorker(CPUWorker):

@@ -1,9 +1,10 @@
 """vLLM, on CPU and on CUDA, stepped by hand.
 
-The engine core runs in this process (`VLLM_ENABLE_V1_MULTIPROCESSING=0`): the root cause
-of a failure arrives as itself, a dead engine cannot leave the caller waiting on a queue,
-and the next engine is built in seconds because imports are already paid. Tensor- and
-pipeline-parallel ranks are processes of vLLM's own.
+The engine core runs in this process (`VLLM_ENABLE_V1_MULTIPROCESSING=0`, `vllm_stepper`): the
+root cause of a failure arrives as itself, a dead engine cannot leave the caller waiting on a
+queue, and the next engine is built in seconds because imports are already paid. Tensor- and
+pipeline-parallel ranks are processes of vLLM's own, data-parallel replicas of ours
+(`vllm_replicas`).
 
 Stepping it ourselves gives a stamp per token and per forward pass at the cost of one
 clock reading each. Lengths are exact: token ids in, end-of-sequence ignored, no tokenizer,
@@ -17,37 +18,30 @@ engines. Whatever a sweep says in `engine.args` wins.
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import hashlib
 import json
 import os
-import re
-import sys
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import lru_cache
 from importlib import import_module
-from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-
-from workers import memory
 from workers.contract.engine import DRAFT_MODEL, MODELLESS, UNFUSED, StandIn
-from workers.contract.errors import Crashed, Infeasible, OutOfMemory, TrialError, Unsupported
+from workers.contract.errors import Infeasible, TrialError, Unsupported
 from workers.contract.layout import Layout
-from workers.contract.measurement import Drafted, Memory, Pass, PassKind
+from workers.contract.measurement import Memory, Pass, PassKind
 from workers.contract.model import Model
 from workers.contract.outcome import OomStage
-from workers.contract.trace import Step, Trace, per_request
+from workers.contract.trace import Trace, per_request
 from workers.contract.trial import Trial
 from workers.contract.workload import Workload
 from workers.engines.base import Loaded, Site
 from workers.engines.pruned import pruned_folder
-from workers.failures import explain
+from workers.engines.vllm_replicas import Replicas
+from workers.engines.vllm_stepper import Batch, Done, Output, Stepper, clean, explained
 from workers.hardware import host
 from workers.hardware.roofline import CPU_BLOCK
 from workers.moe import drafts
@@ -67,9 +61,6 @@ from workers.moe.skew import parse
 from workers.moe.structure import Architecture
 from workers.texts import Tokenizer
 
-if TYPE_CHECKING:
-    from workers.engines.vllm_probe import Account
-
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_NO_USAGE_STATS": "1",
@@ -83,28 +74,6 @@ is twice that. A smaller budget is set only where no workload fills this one."""
 _GRAPH_ARGS = ("compilation_config", "cudagraph_capture_sizes", "max_cudagraph_capture_size")
 """Arguments that decide on captured sizes; vLLM refuses two of them together."""
 
-_THREADS = re.compile(r"Resource temporarily unavailable|can't start new thread")
-"""What is said when a thread cannot be made; under a memory limit, for want of a stack."""
-_STACK_BYTES = 16 * 2**20
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Done:
-    """A batch that was sent and has answered; lists are in the order of its prompts."""
-
-    started_at: float
-    """Unix time, in seconds."""
-    places: dict[str, int]
-    """Our name of each request, and its position."""
-    stamps: list[list[float]]
-    """Of each token, in seconds since the first submission."""
-    tokens: list[list[int]]
-    """Ids of the generated tokens."""
-    steps: list[float]
-    """Stamp at the end of each engine step."""
-    drafted: Drafted | None
-    """Null without speculative decoding."""
-
 
 class VllmEngine:
     """One vLLM engine; see `workers.engines.base.Engine`."""
@@ -113,14 +82,11 @@ class VllmEngine:
 
     def __init__(self, trial: Trial, workloads: Sequence[Workload], site: Site) -> None:
         self._stage: OomStage = "load"
-        self._ids = count()
-        self._output = _Output()
-        self._llm: Any = None
-        self._engine: Any = None
+        self._output = Output()
+        self._vllm: Stepper | Replicas | None = None
         self._tokenizer: Tokenizer | None = None
         self._trial = trial
         self.prepare()
-        from vllm import LLM
         from vllm.platforms import current_platform
 
         self._on_cpu = bool(current_platform.is_cpu())
@@ -129,7 +95,7 @@ class VllmEngine:
         self._limit_gib = trial.engine.memory_limit_gib
         failure: TrialError | None = None
         try:
-            self.loaded = self._build(LLM, trial, workloads)
+            self.loaded = self._build(trial, workloads)
         except Exception as error:  # noqa: BLE001  the edge: whatever comes becomes an outcome
             failure = self._explain(error)
         if failure is not None:
@@ -170,12 +136,6 @@ class VllmEngine:
         for key, value in asked.items():
             if value:
                 return f"engine vllm does not carry {key} in this version"
-        if trial.layout.data > 1:
-            return (
-                f"layout.data {trial.layout.data}: vLLM runs replicas as servers or programs of "
-                "their own (its LLM refuses data_parallel_size above 1 'for single-process usage'),"
-                " and this engine steps one in its own process"
-            )
         if trial.engine.moe_backend == UNFUSED and trial.model.quantization is not None:
             return (
                 f"engine.moe_backend {UNFUSED} multiplies by plain weights, and model.quantization "
@@ -208,13 +168,15 @@ class VllmEngine:
         wanted = resolve(trial.model)
         if wanted is None or _weights_of(trial) != _weights_of(before):
             return False
-        layout, config = trial.layout, self._engine.vllm_config
+        layout = trial.layout
         if layout.devices != layout.tensor or layout.expert or trial.engine.speculative:
             return False
+        assert isinstance(self._vllm, Stepper), "several replicas are more devices"
+        config = self._vllm.engine.vllm_config
         if config.compilation_config.mode.name != "NONE" or not config.model_config.enforce_eager:
             return False
         try:
-            answers = self._llm.collective_rpc("set_top_k", args=(wanted.top_k,))
+            answers = self._vllm.rpc("set_top_k", wanted.top_k)
         except Exception as error:  # noqa: BLE001  the engine goes, a new one will tell
             answers = [str(error)]
         if reasons := [one for one in answers if one is not None]:
@@ -239,7 +201,10 @@ class VllmEngine:
         temperature: float = 0.0,
     ) -> Pass:
         self._stage = "warmup" if kind == "warmup" else "run"
-        done = self._send(prompts, [output_tokens] * len(prompts), temperature)
+        batch = Batch(
+            prompts=prompts, lengths=[output_tokens] * len(prompts), temperature=temperature
+        )
+        done = self._send(batch)
         return Pass(
             kind=kind,
             repeat=repeat,
@@ -264,87 +229,34 @@ class VllmEngine:
         runs = self.loaded.architecture
         if runs.moe is None:
             raise Unsupported("a model without experts has no routing to trace")
+        batch = Batch(prompts=prompts, lengths=outputs, temperature=temperature)
+        with self._failing():
+            trace = self._running.trace(batch, runs.num_experts, runs.top_k, routes)
+        where = tuple(i for i, layer in enumerate(runs.layers) if layer.experts)
+        if trace.layers != where:  # a layer of a kind of its own would go unseen
+            raise Unsupported(f"vLLM routes in layers {trace.layers}, not in {where}")
+        return trace
+
+    def _send(self, batch: Batch) -> Done:
+        with self._failing():
+            if isinstance(self._running, Replicas):
+                return self._running.send(batch, self._stage)
+            return self._running.send(batch)
+
+    @property
+    def _running(self) -> Stepper | Replicas:
+        assert self._vllm is not None, "it is closed"
+        return self._vllm
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        """Has failures come out as what they stand for."""
         try:
-            asked = (runs.num_experts, runs.top_k, routes)
-            answers = self._llm.collective_rpc("start_probe", args=asked)
-            if reasons := [one for one in answers if one is not None]:
-                raise Unsupported(f"the experts that run cannot be counted: {reasons[0]}")
-            done = self._send(prompts, outputs, temperature)
-            accounts = self._llm.collective_rpc("read_probe")
-            lengths = [len(ids) + new - 1 for ids, new in zip(prompts, outputs, strict=True)]
-            trace = _trace(accounts, done, runs.top_k, lengths if routes else None)
-            where = tuple(i for i, layer in enumerate(runs.layers) if layer.experts)
-            if trace.layers != where:  # a layer of a kind of its own would go unseen
-                raise Unsupported(f"vLLM routes in layers {trace.layers}, not in {where}")
-            return trace
+            yield
         except TrialError:
             raise
         except Exception as error:
             raise self._explain(error) from error
-        finally:
-            with contextlib.suppress(Exception):  # a dead engine has none
-                self._llm.collective_rpc("stop_probe")
-
-    def _send(
-        self, prompts: Sequence[Sequence[int]], lengths: Sequence[int], temperature: float
-    ) -> _Done:
-        """Steps the engine from the first prompt to the last token of all.
-
-        Raises:
-            TrialError: what became of it, or a request that ended early.
-        """
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-
-        sampling = {
-            length: SamplingParams(
-                temperature=temperature,
-                max_tokens=length,
-                ignore_eos=True,
-                detokenize=False,
-                output_kind=RequestOutputKind.DELTA,
-            )
-            for length in set(lengths)
-        }
-        engine = self._engine
-        names = [f"{next(self._ids)}" for _ in prompts]
-        places = {name: place for place, name in enumerate(names)}
-        stamps: list[list[float]] = [[] for _ in prompts]
-        tokens: list[list[int]] = [[] for _ in prompts]
-        steps: list[float] = []
-        ended: list[Any] = []
-        if engine.vllm_config.cache_config.enable_prefix_caching:  # asked for by the sweep
-            engine.reset_prefix_cache()
-        gc.collect()
-        started_at = time.time()
-        start = time.perf_counter()
-        try:
-            for name, ids, length in zip(names, prompts, lengths, strict=True):
-                engine.add_request(name, {"prompt_token_ids": ids}, sampling[length])
-            while engine.has_unfinished_requests():
-                outputs = engine.step()
-                now = time.perf_counter() - start
-                steps.append(now)
-                for output in outputs:
-                    new = output.outputs[0].token_ids
-                    place = _place(output.request_id, places)
-                    stamps[place].extend([now] * len(new))
-                    tokens[place].extend(new)
-                    if output.finished:
-                        ended.append(output.outputs[0])
-        except Exception as error:
-            raise self._explain(error) from error
-        for row, length in zip(stamps, lengths, strict=True):
-            if len(row) != length:
-                raise Crashed(f"a request ended after {len(row)} of {length} tokens")
-        return _Done(
-            started_at=started_at,
-            places=places,
-            stamps=stamps,
-            tokens=tokens,
-            steps=steps,
-            drafted=_drafted(ended) if self._trial.engine.speculative else None,
-        )
 
     def tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:
@@ -365,70 +277,57 @@ class VllmEngine:
         return self._tokenizer
 
     def memory(self) -> Memory:
-        try:
+        with self._failing():
             return self._read_memory()
-        except Exception as error:
-            raise self._explain(error) from error
 
     def close(self) -> None:
-        llm, self._llm, self._engine = self._llm, None, None
-        with contextlib.suppress(Exception):
-            if llm is not None:
-                llm.llm_engine.engine_core.shutdown()
-        del llm
-        with contextlib.suppress(Exception):
-            from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+        if self._vllm is not None:
+            self._vllm.close()
+            self._vllm = None
+        clean()
 
-            cleanup_dist_env_and_memory()
-        memory.unlimit()
-        memory.trim()
-
-    def _build(self, llm: Any, trial: Trial, workloads: Sequence[Workload]) -> Loaded:
+    def _build(self, trial: Trial, workloads: Sequence[Workload]) -> Loaded:
         from workers.engines import vllm_routing
 
-        args = self._arguments(trial, workloads)
+        replicas = trial.layout.data
+        # Each has its share of every batch.
+        shares = [replace(one, batch_size=-(-one.batch_size // replicas)) for one in workloads]
+        args = self._arguments(trial, shares)
         vllm_routing.force(trial.engine.routing)
-        _spare_llvmlite()
-        self._llm = llm(**args)
-        self._engine = self._llm.llm_engine
-        kernels = sorted(
-            {one for rank in self._llm.collective_rpc("report_kernels") for one in rank}
-        )
+        if replicas == 1:
+            self._vllm = Stepper(args)
+        else:
+            structure = resolve(trial.model)
+            self._vllm = Replicas(
+                args,
+                trial.layout,
+                together=structure is None or structure.moe is not None,
+                on_cpu=self._on_cpu,
+                limited=self._limit_gib is not None,
+                output=self._output,
+            )
+            args["data_parallel_size"] = replicas
+        kernels = sorted({one for rank in self._vllm.rpc("report_kernels") for one in rank})
         if trial.engine.moe_backend == UNFUSED and kernels != ["UnfusedExperts"]:
             raise Unsupported(
                 f"moe_backend {UNFUSED} is for plain experts; these run {', '.join(kernels)}"
                 if kernels
                 else f"moe_backend {UNFUSED}: a model without experts"
             )
-        config = self._engine.vllm_config.model_config.hf_config.to_dict()
         draft = drafts.draft(trial)
         return Loaded(
             version=host.engine_version() or "unknown",
             args=_told(args, trial.model.name, draft.name if draft else None),
-            architecture=read(config),
-            threads=min(self._llm.collective_rpc("report_threads")) if self._on_cpu else None,
+            architecture=read(self._vllm.config),
+            threads=min(self._vllm.rpc("report_threads")) if self._on_cpu else None,
             moe_kernel=", ".join(kernels) or None,
         )
 
     def _explain(self, error: BaseException) -> TrialError:
-        failure = explain(
-            error, stage=self._stage, log=self._output.since(), device_is_cpu=self._on_cpu
-        )
-        if isinstance(failure, Crashed) and _THREADS.search(str(failure)) and self._is_full():
-            return OutOfMemory(
-                f"{failure} (no memory left for a thread's stack)",
-                stage=self._stage,
-                scope="device",
-            )
-        return failure
-
-    def _is_full(self) -> bool:
-        """Whether a thread's stack would no longer fit into the memory limit."""
-        room = memory.headroom()
-        return room is not None and room < _STACK_BYTES
+        return explained(error, stage=self._stage, output=self._output, on_cpu=self._on_cpu)
 
     def _read_memory(self) -> Memory:
-        ranks: list[dict[str, int]] = self._llm.collective_rpc("report_memory")
+        ranks: list[dict[str, int]] = self._running.rpc("report_memory")
         return Memory(
             weights=max(rank["weights"] for rank in ranks),
             kv_cache=max(rank["kv_cache"] for rank in ranks),
@@ -543,26 +442,6 @@ def _told(args: dict[str, Any], name: str, draft: str | None) -> dict[str, Any]:
     return told
 
 
-class _Output:
-    """What this process and its ranks have printed since the engine began to load.
-
-    A rank of its own process sends home a wrapper of its failure; the cause is printed.
-    """
-
-    def __init__(self) -> None:
-        path = Path(os.path.realpath("/proc/self/fd/2"))
-        self._path = path if path.is_file() else None
-        self._start = path.stat().st_size if self._path else 0
-
-    def since(self) -> str:
-        """The text; empty where output goes to no file."""
-        if self._path is None:
-            return ""
-        with self._path.open("rb") as file:
-            file.seek(self._start)
-            return file.read().decode(errors="replace")
-
-
 def _skeletons() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "moe-sweep/skeletons"
 
@@ -645,12 +524,23 @@ def _stored(a: Architecture, model: Model, cache: str | None) -> Precision:
 
 
 def _executor(layout: Layout, *, on_cpu: bool) -> str:
-    """In this process for one device, processes on this node, or Ray over several nodes."""
-    if layout.devices == 1:
-        return "uni"
+    """Of one replica: in this process for one device, processes on this node, or Ray over
+    several nodes.
+
+    Raises:
+        Unsupported: replicas that do not fit on this node.
+    """
     import torch
 
-    return "mp" if on_cpu or torch.cuda.device_count() >= layout.devices else "ray"
+    here = on_cpu or layout.devices == 1 or torch.cuda.device_count() >= layout.devices
+    if not here and layout.data > 1:
+        raise Unsupported(
+            f"layout.data {layout.data}: replicas are processes of one node, and "
+            f"{layout.devices} devices are more than the {torch.cuda.device_count()} of this one"
+        )
+    if layout.tensor * layout.pipeline == 1:
+        return "uni"
+    return "mp" if here else "ray"
 
 
 def _speculative(trial: Trial) -> dict[str, Any]:
@@ -661,29 +551,6 @@ def _speculative(trial: Trial) -> dict[str, Any]:
     if draft is not None:
         config["model"] = _source(draft)[0]
     return config | asked.args
-
-
-def _spare_llvmlite() -> None:
-    """Lets vLLM build an engine in a process that has drafted by n-grams before.
-
-    On a CPU it looks for its kernels in the `__dict__` of all that modules hold, before every
-    engine. N-grams are found by numba, whose llvmlite has an object that takes any attribute for
-    the name of a C function, `__dict__` too, and vLLM falls over that. It gets an empty one.
-    """
-    ffi = sys.modules.get("llvmlite.binding.ffi")
-    if ffi is not None:
-        with contextlib.suppress(AttributeError):
-            ffi.lib._fntab["__dict__"] = {}
-
-
-def _drafted(ended: Sequence[Any]) -> Drafted:
-    """Sums over what vLLM counted of each request (`RequestSpecDecodeMetrics`)."""
-    seen = [one.spec_decode_metrics for one in ended if one.spec_decode_metrics is not None]
-    return Drafted(
-        steps=sum(sum(one.histogram) for one in seen),
-        proposed=sum(one.num_draft_tokens for one in seen),
-        accepted=sum(n * times for one in seen for n, times in enumerate(one.histogram)),
-    )
 
 
 @lru_cache(maxsize=64)  # every trial of a group asks
@@ -718,55 +585,3 @@ def _bind_threads(layout: Layout) -> None:
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(
             ",".join(str(core) for core in part) for part in parts
         )
-
-
-def _place(request_id: str, places: dict[str, int]) -> int:
-    """Position of a request among the prompts; vLLM may append a suffix to its id."""
-    place = places.get(request_id)
-    return places[request_id.rsplit("-", 1)[0]] if place is None else place
-
-
-def _trace(
-    accounts: Sequence[Account | None], done: _Done, top_k: int, lengths: Sequence[int] | None
-) -> Trace:
-    """What the ranks counted, put together: every pipeline stage has its own layers.
-
-    `lengths`: tokens of each request that have routes; null where none were asked for.
-
-    Raises:
-        Crashed: a rank gave up counting, or two do not tell of the same passes.
-    """
-    told = sorted((one for one in accounts if one is not None), key=lambda one: one.layers)
-    if failures := [one.failure for one in told if one.failure is not None]:
-        raise Crashed(f"the experts that ran could not be counted: {failures[0]}")
-    if not told or len({len(one.steps) for one in told}) != 1:
-        raise Crashed(f"ranks counted {[len(one.steps) for one in told]} passes")
-    layers = tuple(layer for one in told for layer in one.layers)
-    routes = [np.full((length, len(layers), top_k), -1, dtype=np.int16) for length in lengths or ()]
-    steps = []
-    for stages in zip(*(one.steps for one in told), strict=True):
-        seen = stages[0]
-        places = [_place(one, done.places) for one in seen.requests]
-        if lengths is not None:
-            rows = np.concatenate([one.routes for one in stages], axis=1)
-            ends = np.cumsum(seen.new)
-            for place, new, before, end in zip(places, seen.new, seen.context, ends, strict=True):
-                routes[place][before : before + new] = rows[end - new : end]
-        steps.append(
-            Step(
-                request=np.array(places, dtype=np.int64),
-                new=seen.new,
-                context=seen.context,
-                decoding=seen.decoding,
-                prefill=np.concatenate([one.prefill for one in stages]),
-                decode=np.concatenate([one.decode for one in stages]),
-                seconds=max(one.seconds for one in stages),
-            )
-        )
-    return Trace(
-        layers=layers,
-        top_k=top_k,
-        steps=tuple(steps),
-        tokens=tuple(tuple(row) for row in done.tokens),
-        routes=None if lengths is None else tuple(routes),
-    )

@@ -33,8 +33,8 @@ given up with the reason: silence is never taken for zeros.
 
 On a GPU nothing of this has been run so far: the flags, the order of the V2 model runner's
 batch and the copy to the host were read in vLLM 0.32's sources, which both builds share.
-Kernels that route inside themselves, drafts, several replicas and prompts cut over ranks are
-refused.
+Kernels that route inside themselves, drafts and prompts cut over ranks are refused. Of several
+replicas each counts the tokens that it was sent, which its router sees before they are exchanged.
 """
 
 from __future__ import annotations
@@ -94,7 +94,8 @@ class Probe:
     steps: list[Seen] = field(default_factory=list)
     failure: str | None = None
     _rows: list[int | None] = field(default_factory=list)
-    """Per layer, the tokens that it has spoken for in this pass; null before it has."""
+    """Per layer, the tokens that it has spoken for in this pass, null before it has; empty between
+    passes."""
     _prompts: dict[str, int] = field(default_factory=dict)
     """Prompt tokens of every request met."""
     _undo: list[Callable[[], None]] = field(default_factory=list)
@@ -159,6 +160,8 @@ class Probe:
 
     def _capture(self, index: int, ids: torch.Tensor) -> None:
         """Of a router: the experts of every token of the pass, tokens × top-k."""
+        if not self._rows:
+            return  # a dummy token, fed while another replica is not done
         if self._rows[index] is not None or ids.shape[1] != self.buffer.shape[2]:
             self._fail(f"{self.layers[index].layer_name} chose {tuple(ids.shape)} out of turn")
             return
@@ -177,6 +180,7 @@ class Probe:
             and not kw.get("dummy_run")
         ):
             self._count(scheduled, began)
+        self._rows = []
         return result
 
     def _count(self, scheduled: Any, began: float) -> None:
@@ -229,8 +233,6 @@ def _refused(config: Any) -> str | None:
     parallel = config.parallel_config
     if config.speculative_config is not None:
         return "drafts, whose rejected tokens choose experts too"
-    if parallel.data_parallel_size > 1:
-        return "several replicas"
     if parallel.prefill_context_parallel_size > 1:
         return "prompts cut over ranks"
     return None

@@ -132,7 +132,8 @@ class UnfusedExperts(mk.FusedMoEExpertsModular):
 
     @staticmethod
     def _supports_parallel_config(moe_parallel_config: Any) -> bool:
-        return not moe_parallel_config.use_all2all_kernels
+        config = moe_parallel_config
+        return not config.use_all2all_kernels or config.use_ag_rs_all2all_kernels
 
     @staticmethod
     def _supports_routing_method(routing_method: Any, weight_key: Any, activation_key: Any) -> bool:
