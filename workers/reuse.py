@@ -73,6 +73,7 @@ def key_of(trial: Trial, a: Architecture, version: str) -> SheetKey:
     weights = content(model)
     if model.weights == "dummy":
         weights = f"drawn by {engine.kind} {version} for tensor {layout.tensor}"
+        weights += f", data {layout.data}" if layout.data > 1 else ""
         weights += ", experts spread" if layout.expert else ""
     args = {name: value for name, value in engine.args.items() if name not in _COST_ONLY}
     if model.trust_remote_code:
@@ -93,7 +94,7 @@ def key_of(trial: Trial, a: Architecture, version: str) -> SheetKey:
         texts=digest(workload.dataset) if workload.dataset is not None else None,
         routing=engine.routing,
         temperature=float(workload.temperature),
-        batch_size=-(-workload.batch_size // layout.data),
+        batch_size=workload.batch_size,
         input_tokens=workload.input_tokens,
         output_tokens=workload.output_tokens,
     )
@@ -157,9 +158,10 @@ def taken(
             f"which experts ran is not known, no activation sheet fits: {why_none(sheets, key)}; "
             "probe it with measure.activation: true, then repeat this with --fresh"
         )
+    passes = [usage.together(one, trial.layout.data) for one in timed]
     reasons = []
     for phase in PHASES:
-        theirs, ours = found.tokens_per_pass(phase), usage.tokens_per_pass(timed, phase)
+        theirs, ours = found.tokens_per_pass(phase), usage.tokens_per_pass(passes, phase)
         if theirs is not None and ours is not None and not alike(theirs, ours):
             reasons.append(f"{phase} passes of {theirs:g} tokens, here they have {ours:g}")
             found = _without(found, phase)

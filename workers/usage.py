@@ -3,7 +3,8 @@
 The forward passes of a timed batch are read off the stamps: up to the last request's
 first token the engine prefills, after it every step decodes one token of each request
 that is not done. Steps that do both (long prompts in chunks) belong to neither phase, so
-that no phase is charged with the other's time. What a pass had to read and compute comes
+that no phase is charged with the other's time. Data-parallel replicas are put in step first
+(`together`). What a pass had to read and compute comes
 from `workers.moe.accounting`; sums over all timed passes are divided, never ratios averaged
 (MoE-CAP Eq 6).
 
@@ -20,7 +21,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import Any
 
 import numpy as np
@@ -88,6 +89,7 @@ def _utilisations(
     if device is None:
         return {}
     layout = trial.layout
+    timed = [together(one, layout.data) for one in timed]
     try:
         stored = precision(a, trial.model, kv_cache_dtype=trial.engine.args.get("kv_cache_dtype"))
     except ValueError:
@@ -110,7 +112,7 @@ def _utilisations(
             stored,
             layout,
             peaks,
-            batch=-(-timed[0].batch_size // layout.data),
+            batch=timed[0].batch_size,
             input_tokens=timed[0].input_tokens,
             output_tokens=len(timed[0].token_s[0]),
             seconds=sum(one.e2e_s - _prefilled_s(one) for one in timed) / len(timed),
@@ -163,9 +165,7 @@ def _forced(trial: Trial, a: Architecture, passes: Sequence[Observed]) -> list[O
         return list(passes)
     skew, moe = parse(trial.engine.routing), sum(layer.experts is not None for layer in a.layers)
     chances = inclusion(probabilities(skew, a.num_experts), a.top_k).chances
-    tokens = [
-        trial.layout.data * sum(one.sequences * one.new for one in this.slices) for this in passes
-    ]
+    tokens = [sum(one.sequences * one.new for one in this.slices) for this in passes]
     numbers = expected_distinct(chances, tokens)
     return [
         replace(this, activated=spread(a, [float(number)] * moe))
@@ -253,12 +253,36 @@ def steps_of(traces: Iterable[Trace], phase: Phase) -> list[Step]:
     return found
 
 
+def together(one: Pass, replicas: int) -> Pass:
+    """A pass of data-parallel replicas with the stamps of all of them put in step.
+
+    Request i ran on replica i modulo `replicas`. The k-th stamp of any of them becomes that of
+    the last of them, so that the forward passes of all count as one that the whole batch shares.
+    Replicas that exchange tokens are hardly apart; of others it is the slowest one's time.
+    """
+    if replicas == 1:
+        return one
+    own = [
+        sorted({stamp for row in one.token_s[rank::replicas] for stamp in row})
+        for rank in range(replicas)
+    ]
+    shared = [max(stamps) for stamps in zip_longest(*own, fillvalue=0.0)]
+    at = [dict(zip(stamps, shared, strict=False)) for stamps in own]
+    return replace(
+        one,
+        token_s=tuple(
+            tuple(at[index % replicas][stamp] for stamp in row)
+            for index, row in enumerate(one.token_s)
+        ),
+    )
+
+
 def tokens_per_pass(timed: Sequence[Pass], phase: Phase) -> float | None:
     """Tokens of a forward pass of that phase, on average; null where there was none.
 
     Unlike `prefills` it counts every pass that fed a part of a prompt.
     """
-    tokens, passes = 0, 0
+    tokens, passes = 0.0, 0
     for one in timed:
         if phase == "decode" and _lockstep(one):
             steps = len(one.token_s[0]) - 1

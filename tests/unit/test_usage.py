@@ -16,7 +16,7 @@ from workers.contract.workload import Workload
 from workers.hardware.device import device
 from workers.moe.accounting import Slice
 from workers.moe.architecture import resolve
-from workers.usage import columns, decodes, prefills
+from workers.usage import columns, decodes, prefills, together
 
 TRIAL = Trial(model=Model(name="mixtral-8x7b", weights="dummy"))
 ARCHITECTURE = resolve(TRIAL.model)
@@ -68,6 +68,26 @@ def test_a_mixed_step_is_charged_to_neither_phase() -> None:
     assert [step.latency_s for step in steps] == [1.0, 1.0, 1.0]
     assert {(s.sequences, s.context) for s in steps[0].slices} == {(1, 11), (1, 10)}
     assert steps[2].slices == (Slice(sequences=1, new=1, context=12),)
+
+
+def test_replicas_are_put_in_step() -> None:
+    """Requests 0 and 2 ran on one replica, 1 and 3 on the other, which was a little later."""
+    one = _pass((1.0, 2.0, 3.0), (1.1, 2.1, 2.9), (1.0, 2.0, 3.0), (1.1, 2.1, 2.9))
+    step = together(one, 2)
+    assert step.token_s == ((1.1, 2.1, 3.0),) * 4
+    assert together(step, 2) == step and together(one, 1) is one
+    alone = _pass((1.0, 2.0), prompt=4)  # the other replica had nothing to do
+    assert together(alone, 2) == alone
+
+
+def test_replicas_use_what_one_device_does_in_twice_the_time() -> None:
+    rows = ((1.0, 2.0, 3.0), (0.9, 1.9, 2.9)) * 4
+    two = replace(TRIAL, layout=Layout(data=2))
+    split, alone = _columns(_pass(*rows), trial=two), _columns(_pass(*rows[::2], *rows[::2]))
+    for name in ("mbu", "mfu", "s_mbu_paper", "s_mfu", "prefill_s_mfu"):
+        assert split[name] == pytest.approx(alone[name] / 2), name  # type: ignore[operator]
+    assert isinstance(split["s_mbu"], float) and isinstance(split["s_mbu_paper"], float)
+    assert split["s_mbu"] > split["s_mbu_paper"]  # attention is read by both
 
 
 def test_the_closed_form_and_the_sum_over_passes_agree() -> None:

@@ -156,13 +156,11 @@ def test_passes_that_mix_prefill_and_decode_by_hand() -> None:
     assert got.s_mbu_paper != pytest.approx(sum(means) / 3 / 10_000, rel=0.05)
 
 
-def test_a_trace_has_a_time_per_pass_and_one_replica() -> None:
+def test_a_trace_has_a_time_per_pass() -> None:
     step = _step([0], [1], [0], [1, 1, 0, 0], [0, 0, 0, 0], 0.5)
     trace = Trace(layers=(0,), top_k=2, steps=(step,), tokens=((1,),))
     with pytest.raises(ValueError, match="2 times for 1 passes"):
         traced_utilisation(read(SMALL), BF16, ONE, H100, trace, seconds=[1.0, 1.0])
-    with pytest.raises(ValueError, match="one replica"):
-        traced_utilisation(read(SMALL), BF16, Layout(data=2), H100, trace)
 
 
 def test_experts_are_those_that_were_traced() -> None:
@@ -220,12 +218,15 @@ def test_all_devices_of_a_layout_are_counted() -> None:
     assert repeated.s_mbu_paper == pytest.approx(one.s_mbu_paper)
 
 
-def test_replicas_each_have_their_own_batch() -> None:
-    passes = [Observed(slices=decode(4, 100), latency_s=0.02)]
-    whole = [Observed(slices=decode(8, 100), latency_s=0.02)]
+@pytest.mark.parametrize("batch", [8, 7, 1])
+def test_replicas_share_the_batch(batch: int) -> None:
+    passes = [Observed(slices=decode(batch, 100), latency_s=0.02)]
     two = utilisation(mixtral(), BF16, Layout(data=2, expert=True), H100, passes)
-    one = utilisation(mixtral(), BF16, ONE, H100, whole)
+    one = utilisation(mixtral(), BF16, ONE, H100, passes)
     assert two.s_mfu is not None and two.s_mbu is not None
     assert one.s_mfu is not None and one.s_mbu is not None
     assert two.s_mfu == pytest.approx(one.s_mfu / 2)
-    assert two.s_mbu > one.s_mbu / 2  # attention and head are read by both
+    assert two.s_mbu_paper == pytest.approx(one.s_mbu_paper / 2 if one.s_mbu_paper else 0)
+    # What is no expert is read by both.
+    again = 32 * (2 * 4096 * 4096 + 2 * 1024 * 4096 + 8 * 4096 + 2 * 4096) + 4096 + 32000 * 4096
+    assert two.s_mbu - one.s_mbu / 2 == pytest.approx(2 * again / (2 * 0.02 * 3350e9), rel=1e-6)

@@ -284,7 +284,8 @@ class VllmEngine:
         if self._vllm is not None:
             self._vllm.close()
             self._vllm = None
-        clean()
+        if self._trial.layout.data == 1:  # replicas are processes of their own
+            clean()
 
     def _build(self, trial: Trial, workloads: Sequence[Workload]) -> Loaded:
         from workers.engines import vllm_routing
@@ -569,7 +570,8 @@ def _file(model: Model, name: str) -> Path | None:
 
 
 def _bind_threads(layout: Layout) -> None:
-    """Gives each CPU rank an equal share of the cores this process may use.
+    """Gives each CPU rank an equal share of the cores this process may use, or a core that it
+    shares with other ranks where there are more of them than cores.
 
     `OMP_NUM_THREADS` is for ranks that are processes of their own. Here it comes too late: torch
     was imported before the fork, by a process that Ray or the nursery had told one thread.
@@ -578,10 +580,9 @@ def _bind_threads(layout: Layout) -> None:
 
     cores = sorted(os.sched_getaffinity(0))
     share = max(1, len(cores) // layout.devices)
-    parts = [cores[i * share : (i + 1) * share] for i in range(layout.devices)]
+    parts = [cores[i * share % len(cores) :][:share] for i in range(layout.devices)]
     os.environ["OMP_NUM_THREADS"] = str(share)
     torch.set_num_threads(share)
-    if all(parts):
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(
-            ",".join(str(core) for core in part) for part in parts
-        )
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(
+        ",".join(str(core) for core in part) for part in parts
+    )

@@ -353,7 +353,7 @@ def _settle(place: Place, on_cpu: bool) -> None:
     """Gives this process its devices, and tells vLLM of the other replicas."""
     mine = slice(place.rank * place.devices, (place.rank + 1) * place.devices)
     parts = os.environ.get("VLLM_CPU_OMP_THREADS_BIND", "").split("|")[mine]
-    if on_cpu and any(parts):
+    if on_cpu:
         os.sched_setaffinity(0, {int(core) for part in parts for core in part.split(",")})
     if place.port is not None:
         os.environ |= {

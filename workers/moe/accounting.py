@@ -42,7 +42,8 @@ SINGLE = Layout()
 class Slice:
     """Sequences that stand at the same point of a forward pass."""
 
-    sequences: int
+    sequences: float
+    """A mean over data-parallel replicas may be fractional."""
     new: int
     """Tokens of each that are fed in this pass; 1 is a decode step."""
     context: float
@@ -247,7 +248,7 @@ def forward(
 def decode_total(
     a: Architecture,
     precision: Precision,
-    batch: int,
+    batch: float,
     input_tokens: int,
     output_tokens: int,
     *,
@@ -360,7 +361,7 @@ def one_pass(
     )
 
 
-def decoding(batch: int, input_tokens: int, output_tokens: int, *, absorbed: bool = True) -> Work:
+def decoding(batch: float, input_tokens: int, output_tokens: int, *, absorbed: bool = True) -> Work:
     """All `output_tokens - 1` decode passes of a batch; there must be one.
 
     Exact and without a loop: over one sequence the passes see what the tokens of a prompt

@@ -38,7 +38,8 @@ class Observed:
     """One forward pass as measured."""
 
     slices: tuple[Slice, ...]
-    """Of one data-parallel replica; a mixed pass has prefill and decode slices together."""
+    """Of the whole batch, of all data-parallel replicas together; a mixed pass has prefill and
+    decode slices."""
     latency_s: float
     activated: Sequence[float] | None = None
     """Distinct routed experts per layer over the whole batch; null where not traced."""
@@ -69,21 +70,21 @@ def utilisation(
 ) -> Utilisation:
     """Utilisation of all devices of `layout` over measured passes."""
     seconds = 0.0
-    needed, read, tokens, count = Cost(), 0.0, 0, 0
+    needed, read, tokens, count = Cost(), 0.0, 0.0, 0
     for one in passes:
-        whole = tuple(replace(s, sequences=s.sequences * layout.data) for s in one.slices)
-        needed += forward(a, precision, whole, activated=one.activated).total
+        share = tuple(replace(s, sequences=s.sequences / layout.data) for s in one.slices)
+        needed += forward(a, precision, one.slices, activated=one.activated).total
         read += (
             layout.tensor
             * layout.data
             * sum(
                 forward(
-                    a, precision, one.slices, activated=one.activated, layout=layout, stage=stage
+                    a, precision, share, activated=one.activated, layout=layout, stage=stage
                 ).total.read_bytes
                 for stage in range(layout.pipeline)
             )
         )
-        tokens += sum(s.sequences * s.new for s in whole)
+        tokens += sum(s.sequences * s.new for s in one.slices)
         seconds += one.latency_s
         count += 1
     return _shares(a, precision, layout, peaks, needed, read, tokens, count, seconds)
@@ -110,11 +111,9 @@ def traced_utilisation(
             own, which have the probe's cost in them and leave sampling out.
 
     Raises:
-        ValueError: several replicas, whose tokens no trace tells apart; or not a time per pass.
+        ValueError: not a time per pass.
         SheetError: a trace of another structure.
     """
-    if layout.data > 1:
-        raise ValueError(f"a trace is of one replica, not of {layout.data}")
     times = [step.seconds for step in trace.steps] if seconds is None else list(seconds)
     if len(times) != len(trace.steps):
         raise ValueError(f"{len(times)} times for {len(trace.steps)} passes")
@@ -150,22 +149,28 @@ def decode_utilisation(
 ) -> Utilisation:
     """Utilisation of the `output_tokens - 1` decode passes of a uniform batch.
 
-    `batch` is that of one data-parallel replica, `seconds` the time of all those passes;
-    the experts activated are the expectation under uniform routing.
+    `batch` is that of all data-parallel replicas together, `seconds` the time of all those
+    passes; the experts activated are the expectation under uniform routing.
     """
-    needed = decode_total(a, precision, batch * layout.data, input_tokens, output_tokens)
+    needed = decode_total(a, precision, batch, input_tokens, output_tokens)
     read = (
         layout.tensor
         * layout.data
         * sum(
             decode_total(
-                a, precision, batch, input_tokens, output_tokens, layout=layout, stage=stage
+                a,
+                precision,
+                batch / layout.data,
+                input_tokens,
+                output_tokens,
+                layout=layout,
+                stage=stage,
             ).read_bytes
             for stage in range(layout.pipeline)
         )
     )
     steps = output_tokens - 1
-    tokens = batch * layout.data * steps
+    tokens = batch * steps
     return _shares(a, precision, layout, peaks, needed, read, tokens, steps, seconds)
 
 
@@ -186,7 +191,7 @@ def _shares(
     peaks: Peaks,
     needed: Cost,
     read: float,
-    tokens: int,
+    tokens: float,
     passes: int,
     seconds: float,
 ) -> Utilisation:
