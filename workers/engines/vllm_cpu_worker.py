@@ -7,7 +7,8 @@ same allowance as one inside the actor.
 
 Replicas that share experts gather each other's tokens before them and sum up behind them, any
 number of tokens each. vLLM 0.32 has that for its other devices; its CPU build announces it and
-raises NotImplementedError, so it is made here of what gloo has.
+raises NotImplementedError, so it is made here of what gloo has. Compiled code then meets the
+layer as one opaque operator, as it does on CUDA: how many tokens come is not known beforehand.
 
 Weights are counted as loaded: afterwards vLLM packs most of them into forms of oneDNN that
 are no tensors any more, and empties the parameters.
@@ -15,6 +16,7 @@ are no tensors any more, and empties the parameters.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from vllm.distributed.device_communicators.base_device_communicator import (
     DeviceCommunicatorBase,
 )
 from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
+from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.model_executor.model_loader import base_loader
 from vllm.v1.worker.cpu_worker import CPUWorker
 
@@ -72,10 +75,21 @@ def reduce_scatterv(
     return total.split(sizes or len(total) // self.world_size)[self.rank_in_group]
 
 
+def opaque_between_replicas(self: MoERunner) -> Callable[..., Any]:
+    """How compiled code calls a layer of experts: on a CPU as part of itself, unless the number
+    of rows in it is another than outside."""
+    if self.moe_config.moe_parallel_config.dp_size == 1:
+        return _select_forward(self)
+    ops = torch.ops.vllm
+    return ops.moe_forward if self.shared_experts is None else ops.moe_forward_shared
+
+
 for _exchange in (all_gatherv, reduce_scatterv):
     _name = _exchange.__name__
     if getattr(CpuCommunicator, _name) is getattr(DeviceCommunicatorBase, _name):
         setattr(CpuCommunicator, _name, _exchange)
+_select_forward = MoERunner._select_forward
+MoERunner._select_forward = opaque_between_replicas
 
 
 class LimitedCPUWorker(CPUWorker):
