@@ -69,7 +69,7 @@ DEVICES = Key(
         "expert_parallel",
     ),
 )
-STRATEGY = Key(column="strategy", title="Layout", phrase="{}")
+STRATEGY = Key(column="strategy", title="Layout", phrase="{}", follows=("moe_backend",))
 MOE_PATH = Key(column="moe_path", title="Experts", phrase="{}", follows=("moe_backend",))
 
 

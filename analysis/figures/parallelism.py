@@ -17,19 +17,29 @@ _WAYS = (("tensor", "TP"), ("pipeline", "PP"), ("data", "DP"))
 
 
 def strategies(records: pl.LazyFrame) -> pl.LazyFrame:
-    """Records with `strategy`: `TP`, `PP`, `TP + EP`. Those of one device once per strategy that
-    others of their model have."""
+    """Records with `strategy`: `TP`, `PP`, `TP + EP`; where kernels of experts differ, with theirs:
+    `TP + EP, unfused`. Those of one device once per strategy that others of their model and kernel
+    have."""
+    kernel = (
+        pl.when(pl.col("moe_backend").n_unique() > 1)
+        .then(pl.format(", {}", "moe_backend"))
+        .fill_null("")
+    )
+    records = records.with_columns(kernel=kernel)
     named = pl.concat_str(
         *(pl.when(pl.col(f"{name}_parallel") > 1).then(pl.lit(short)) for name, short in _WAYS),
         pl.when("expert_parallel").then(pl.lit("EP")),
         separator=" + ",
         ignore_nulls=True,
     )
-    several = records.filter(pl.col("device_count") > 1).with_columns(strategy=named)
-    found = several.filter(pl.col("outcome") != "infeasible").select("model", "strategy").unique()
+    several = records.filter(pl.col("device_count") > 1).with_columns(
+        strategy=named + pl.col("kernel")
+    )
+    alike = ["model", "kernel"]
+    found = several.filter(pl.col("outcome") != "infeasible").select(*alike, "strategy").unique()
     one = records.filter(pl.col("device_count") == 1)
-    alone = one.join(found, on="model", how="left").with_columns(
-        pl.col("strategy").fill_null("one device")
+    alone = one.join(found, on=alike, how="left").with_columns(
+        pl.col("strategy").fill_null("one device" + pl.col("kernel"))
     )
     return pl.concat([alone, several])
 

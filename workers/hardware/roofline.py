@@ -264,8 +264,9 @@ class Roofline:
         """Seconds in which devices exchange activations: per pass, and per token in it.
 
         Tensor parallelism sums activations twice per layer (ring all-reduce: 2(t-1)/t of the
-        message over each link); expert parallelism over data-parallel replicas sends each
-        token to its experts and back; pipeline stages hand activations on.
+        message over each link); replicas that share experts gather each other's tokens before
+        a layer of them and scatter the sums behind it, whatever the experts chosen (vLLM's
+        default, `allgather_reducescatter`); pipeline stages hand activations on.
         """
         layout, device = self._layout, self._device
         if layout.devices == 1:
@@ -277,11 +278,10 @@ class Roofline:
         if layout.tensor > 1:
             exchanges += 2 * len(a.layers)
             messages += 2 * len(a.layers) * 2 * (layout.tensor - 1) / layout.tensor
-        if layout.expert and layout.data > 1:
-            ranks = layout.tensor * layout.data
-            moe = sum(1 for layer in a.layers if layer.experts)
+        moe = sum(1 for layer in a.layers if layer.experts)
+        if moe and layout.data > 1:
             exchanges += 2 * moe
-            messages += 2 * moe * a.top_k * (ranks - 1) / ranks / layout.tensor
+            messages += 2 * moe * (layout.data - 1)
         return exchanges * (device.link_latency_s or 0.0), messages * a.hidden_size * 2 / rate
 
     def _fullest(self, batch: int, tokens: int) -> tuple[int, int, int]:
