@@ -110,6 +110,21 @@ def test_figure_13_begins_every_line_at_one_device(tmp_path: Path) -> None:
     assert alone.get_column("throughput_tok_s").unique().to_list() == [100.0]
 
 
+def test_figure_13_keeps_kernels_of_experts_apart(tmp_path: Path) -> None:
+    def unfused(name: str, value: float, **more: Any) -> dict[str, Any]:
+        return {**_layouts()[0], "trial_id": name, "throughput_tok_s": value} | {
+            "moe_backend": "unfused",
+            **more,
+        }
+
+    spread = {"device_count": 2, "data_parallel": 2, "expert_parallel": True}
+    told = _insight(
+        tmp_path, "fig13", [*_layouts(), unfused("g", 50.0), unfused("h", 60.0, **spread)]
+    )
+    assert "DP + EP, unfused 1.20 times one device on 2 devices (efficiency 60 %)" in told
+    assert "TP 3.00 times one device on 4 devices (efficiency 75 %)" in told
+
+
 def test_figure_13_without_one_device_goes_from_the_fewest(tmp_path: Path) -> None:
     told = _insight(tmp_path, "fig13", _layouts()[1:3])
     assert "TP 1.67 times 2 on 4 devices" in told

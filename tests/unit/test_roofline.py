@@ -194,6 +194,25 @@ def test_a_workload_costs_what_its_passes_cost_layer_by_layer(
     )
 
 
+@pytest.mark.parametrize("expert", [False, True])
+def test_replicas_gather_the_tokens_of_the_others(expert: bool) -> None:
+    """Around every layer of experts, cut or spread; dense models exchange nothing."""
+
+    def talk(name: str, data: int) -> float:
+        model = Model(name=name, weights="dummy")
+        a = resolve(model)
+        assert a is not None
+        layout = Layout(data=data, expert=expert and a.moe is not None)
+        made = roofline(a, Trial(model=model, layout=layout), H100)
+        assert made is not None
+        return made._communication(a)[1]
+
+    per_token = 32 * 2 * 4096 * 2 / (H100.link_gb_s * 1e9)  # there and back, in 16 bits
+    assert talk("mixtral-8x7b", 2) == pytest.approx(per_token)
+    assert talk("mixtral-8x7b", 4) == pytest.approx(3 * per_token)
+    assert talk("qwen3-0.6b", 2) == 0.0
+
+
 def test_one_engine_predicts_every_workload_as_a_trial_of_its_own() -> None:
     a = resolve(MIXTRAL)
     assert a is not None

@@ -235,8 +235,11 @@ class Replicas:
 def _is_clean() -> bool:
     """Whether this process may be forked: one that has just come from a fork server has computed
     nothing, so there are no threads that a fork would miss, and no CUDA context."""
+    import torch
+
     served = multiprocessing.get_context("forkserver").Process
-    return isinstance(multiprocessing.current_process(), served) and not Stepper.built
+    fresh = isinstance(multiprocessing.current_process(), served) and not Stepper.built
+    return fresh and not torch.cuda.is_initialized()
 
 
 def traced_together(traces: Sequence[Trace]) -> Trace:
