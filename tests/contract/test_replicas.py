@@ -142,6 +142,7 @@ def _processes(engine: VllmEngine) -> list[psutil.Process]:
     return [psutil.Process(one.pid) for one in engine._vllm._processes]
 
 
+@pytest.mark.slow
 def test_one_that_is_killed_ends_all(mixtral: Path, tmp_path: Path) -> None:
     engine = _engine(str(mixtral), Layout(data=2), FUSED, tmp_path)
     first, second = _processes(engine)
@@ -152,6 +153,7 @@ def test_one_that_is_killed_ends_all(mixtral: Path, tmp_path: Path) -> None:
     assert not first.is_running() and not second.is_running()
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_told_by_the_first(tmp_path: Path) -> None:
     model = Model(name="mixtral-8x7b", weights="dummy", scale=0.25, num_layers=4)
     settings = EngineSettings(eager=True, memory_limit_gib=0.05)
@@ -163,6 +165,7 @@ def test_what_does_not_fit_is_told_by_the_first(tmp_path: Path) -> None:
     assert _spawned() <= before
 
 
+@pytest.mark.slow
 def test_dense_models_have_replicas_that_do_not_meet(tmp_path: Path) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM

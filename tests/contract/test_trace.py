@@ -377,6 +377,11 @@ def test_drafts_are_refused_before_anything_runs(
         engine.trace(MIXED, OUTPUT)
 
 
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(name, marks=[] if name == "mixtral" else pytest.mark.slow) for name in FAMILIES],
+    indirect=True,
+)
 def test_in_bfloat16_only_experts_that_are_almost_level_change_places(
     checkpoint: Path, engine: VllmEngine, tmp_path: Path
 ) -> None:

@@ -50,6 +50,15 @@ RANKS = SLOW | {
     "grid": {"model.num_experts": [4]},
 }
 """One engine of two ranks, one trial."""
+REPLICAS = RANKS | {
+    "base": RANKS["base"]
+    | {
+        "layout": {"data": 2},
+        "workload": {"batch_size": 3, "input_tokens": 16, "output_tokens": 200},
+    },
+    "grid": {"model.num_experts": [8, 4]},
+}
+"""Two engines of two replicas, one trial on each."""
 HANGING = SLOW | {
     "base": SLOW["base"]
     | {
@@ -241,6 +250,12 @@ def killed_engine(scene: Scene) -> None:
     scene.measuring()
     scene.sleep(0.7, 3.0)
     kill(scene.engine())
+
+
+def killed_replica(scene: Scene) -> None:
+    scene.measuring()
+    scene.sleep(0.3, 2.0)
+    kill(scene.rng.choice(scene.engine().children()))
 
 
 def killed_server(scene: Scene) -> None:
@@ -691,6 +706,13 @@ FAULTS = {
             status=(SIGKILLED,),
         ),
         Fault(
+            name="driver-killed-replicas",
+            what="SIGKILL of the driver, two data-parallel replicas measuring",
+            sweep=REPLICAS,
+            inject=killed_driver_of_ranks,
+            status=(SIGKILLED,),
+        ),
+        Fault(
             name="interrupted",
             what="SIGINT of the driver at any moment",
             sweep=REAL,
@@ -748,6 +770,22 @@ FAULTS = {
             sweep=SLOW,
             inject=killed_engine,
             expected=[CRASHED],
+            status=(1,),
+        ),
+        Fault(
+            name="engine-killed-replicas",
+            what="SIGKILL of the engine's process, two replicas of its measuring",
+            sweep=REPLICAS,
+            inject=killed_engine,
+            expected=[CRASHED],
+            status=(1,),
+        ),
+        Fault(
+            name="replica-killed",
+            what="SIGKILL of one of two replicas while they measure",
+            sweep=REPLICAS,
+            inject=killed_replica,
+            expected=[Expected(outcome="crashed", reason="replica [01] died: SIGKILL")],
             status=(1,),
         ),
         Fault(
