@@ -255,7 +255,8 @@ def killed_engine(scene: Scene) -> None:
 def killed_replica(scene: Scene) -> None:
     scene.measuring()
     scene.sleep(0.3, 2.0)
-    kill(scene.rng.choice(scene.engine().children()))
+    children = scene.engine().children()
+    kill(scene.rng.choice([one for one in children if "tracker" not in " ".join(one.cmdline())]))
 
 
 def killed_server(scene: Scene) -> None:
