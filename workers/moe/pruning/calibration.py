@@ -3,7 +3,8 @@
 What an expert is worth depends on what is read, so two criteria need the states that reach it.
 The model is built without memory behind it, by transformers, so that every family's attention
 and routing are what they are; each layer gets its weights when the text arrives there and
-gives them back when it has passed. All of the text goes through a layer before the next.
+gives them back when it has passed, and so does the heap, which else keeps most of what the
+sums over a layer took. All of the text goes through a layer before the next.
 
 The states of a layer are those of the unpruned model: layers are judged apart.
 """
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from workers import memory
 from workers.contract.workload import Workload
 from workers.moe.pruning.errors import PruneError
 from workers.moe.pruning.places import Place
@@ -136,6 +138,7 @@ def _lend(
             visit(number, place, layer.mlp, torch.cat(seen))
             seen.clear()
         layer.to("meta")
+        memory.trim()
         return answer
 
     def look(_: Any, arguments: tuple[Any, ...]) -> None:
