@@ -54,7 +54,8 @@ def headroom() -> int | None:
 def trim() -> None:
     """Gives freed heap memory back to the operating system."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
+    with contextlib.suppress(AttributeError):  # a C library other than glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def sweep_shared(folder: Path) -> None:
