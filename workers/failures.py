@@ -148,6 +148,7 @@ def of_death(
     log: str,
     *,
     stage: OomStage,
+    kernel_killed: bool,
     limited: bool,
     device_is_cpu: bool,
 ) -> TrialError:
@@ -158,9 +159,12 @@ def of_death(
         code: its exit status; below 0 the signal that ended it.
         log: what it printed.
         stage: where it was.
+        kernel_killed: whether the kernel has meanwhile killed a process for want of memory.
         limited: whether its memory had a limit.
         device_is_cpu: whether host memory is the device's memory.
     """
+    if code == -signal.SIGKILL and kernel_killed:
+        return OutOfMemory(f"the kernel killed {who}", stage=stage, scope="host")
     if limited and (words := _LAST_WORDS.search(log)):
         text = f"{words[0]} (no memory left for a thread's stack)"
         return OutOfMemory(text, stage=stage, scope="device")

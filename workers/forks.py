@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import signal
 import sys
 import tempfile
 import threading
@@ -31,7 +30,7 @@ import psutil
 
 from workers import memory, nursery, runner
 from workers.contract.engine import EngineKind
-from workers.contract.errors import Crashed, OutOfMemory, TimedOut, TrialError
+from workers.contract.errors import Crashed, TimedOut, TrialError
 from workers.contract.job import Job
 from workers.contract.message import Finished, Message, Progress, Stage
 from workers.contract.outcome import OomStage
@@ -334,14 +333,12 @@ def oom_stage(stage: str) -> OomStage:
 
 def _cause(job: Job, devices: str | None, stage: str, code: int | None, kills: int) -> TrialError:
     """Why a fork ended too soon."""
-    oom = oom_stage(stage)
-    if code == -signal.SIGKILL and memory.kernel_kills() > kills:
-        return OutOfMemory("the kernel killed the engine's process", stage=oom, scope="host")
     return of_death(
         "the engine's process",
         code,
         tail(job.log),
-        stage=oom,
+        stage=oom_stage(stage),
+        kernel_killed=memory.kernel_kills() > kills,
         limited=any(ticket.trial.engine.memory_limit_gib for ticket in job.tickets),
         device_is_cpu=devices is None,
     )

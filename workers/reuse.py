@@ -158,7 +158,7 @@ def taken(
             f"which experts ran is not known, no activation sheet fits: {why_none(sheets, key)}; "
             "probe it with measure.activation: true, then repeat this with --fresh"
         )
-    passes = [usage.together(one, trial.layout.data) for one in timed]
+    passes = [usage.in_step(one, trial.layout.data) for one in timed]
     reasons = []
     for phase in PHASES:
         theirs, ours = found.tokens_per_pass(phase), usage.tokens_per_pass(passes, phase)

@@ -4,7 +4,7 @@ The forward passes of a timed batch are read off the stamps: up to the last requ
 first token the engine prefills, after it every step decodes one token of each request
 that is not done. Steps that do both (long prompts in chunks) belong to neither phase, so
 that no phase is charged with the other's time. Data-parallel replicas are put in step first
-(`together`). What a pass had to read and compute comes
+(`in_step`). What a pass had to read and compute comes
 from `workers.moe.accounting`; sums over all timed passes are divided, never ratios averaged
 (MoE-CAP Eq 6).
 
@@ -89,7 +89,7 @@ def _utilisations(
     if device is None:
         return {}
     layout = trial.layout
-    timed = [together(one, layout.data) for one in timed]
+    timed = [in_step(one, layout.data) for one in timed]
     try:
         stored = precision(a, trial.model, kv_cache_dtype=trial.engine.args.get("kv_cache_dtype"))
     except ValueError:
@@ -253,7 +253,7 @@ def steps_of(traces: Iterable[Trace], phase: Phase) -> list[Step]:
     return found
 
 
-def together(one: Pass, replicas: int) -> Pass:
+def in_step(one: Pass, replicas: int) -> Pass:
     """A pass of data-parallel replicas with the stamps of all of them put in step.
 
     Request i ran on replica i modulo `replicas`. The k-th stamp of any of them becomes that of

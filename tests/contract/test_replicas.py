@@ -70,7 +70,7 @@ def alone(mixtral: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[V
         pytest.param((Layout(data=2, expert=True), ONE_BY_ONE), marks=pytest.mark.slow),
         pytest.param((Layout(data=2, tensor=2), FUSED), marks=pytest.mark.slow),
     ],
-    ids=str,
+    ids=["cut", "spread", "of two ranks"],
 )
 def replicas(
     request: pytest.FixtureRequest, mixtral: Path, tmp_path_factory: pytest.TempPathFactory
@@ -109,11 +109,11 @@ def test_every_choice_of_experts_is_counted_once(alone: VllmEngine, replicas: Vl
     for ours, theirs in zip(several.routes, one.routes, strict=True):
         np.testing.assert_array_equal(np.sort(ours), np.sort(theirs))
     assert len(several.steps) == len(one.steps)
-    for ours_, theirs_ in zip(several.steps, one.steps, strict=True):
-        np.testing.assert_array_equal(ours_.prefill, theirs_.prefill)
-        np.testing.assert_array_equal(ours_.decode, theirs_.decode)
-        assert dict(zip(ours_.request.tolist(), ours_.new.tolist(), strict=True)) == dict(
-            zip(theirs_.request.tolist(), theirs_.new.tolist(), strict=True)
+    for step, other in zip(several.steps, one.steps, strict=True):
+        np.testing.assert_array_equal(step.prefill, other.prefill)
+        np.testing.assert_array_equal(step.decode, other.decode)
+        assert dict(zip(step.request.tolist(), step.new.tolist(), strict=True)) == dict(
+            zip(other.request.tolist(), other.new.tolist(), strict=True)
         )
     # What was in place for it is gone.
     assert _said(replicas) == _said(alone)

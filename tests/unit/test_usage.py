@@ -16,7 +16,7 @@ from workers.contract.workload import Workload
 from workers.hardware.device import device
 from workers.moe.accounting import Slice
 from workers.moe.architecture import resolve
-from workers.usage import columns, decodes, prefills, together
+from workers.usage import columns, decodes, in_step, prefills
 
 TRIAL = Trial(model=Model(name="mixtral-8x7b", weights="dummy"))
 ARCHITECTURE = resolve(TRIAL.model)
@@ -73,11 +73,11 @@ def test_a_mixed_step_is_charged_to_neither_phase() -> None:
 def test_replicas_are_put_in_step() -> None:
     """Requests 0 and 2 ran on one replica, 1 and 3 on the other, which was a little later."""
     one = _pass((1.0, 2.0, 3.0), (1.1, 2.1, 2.9), (1.0, 2.0, 3.0), (1.1, 2.1, 2.9))
-    step = together(one, 2)
+    step = in_step(one, 2)
     assert step.token_s == ((1.1, 2.1, 3.0),) * 4
-    assert together(step, 2) == step and together(one, 1) is one
+    assert in_step(step, 2) == step and in_step(one, 1) is one
     alone = _pass((1.0, 2.0), prompt=4)  # the other replica had nothing to do
-    assert together(alone, 2) == alone
+    assert in_step(alone, 2) == alone
 
 
 def test_replicas_use_what_one_device_does_in_twice_the_time() -> None:

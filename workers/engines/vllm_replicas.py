@@ -32,7 +32,7 @@ import numpy as np
 import psutil
 
 from workers import memory
-from workers.contract.errors import Crashed, OutOfMemory, TrialError
+from workers.contract.errors import Crashed, TrialError
 from workers.contract.layout import Layout
 from workers.contract.measurement import Drafted
 from workers.contract.outcome import OomStage
@@ -219,14 +219,12 @@ class Replicas:
         """Why a replica ended without a word."""
         process = self._processes[rank]
         process.join(EXIT_S)
-        if memory.kernel_kills() > self._kills:
-            text = f"the kernel killed replica {rank}"
-            return OutOfMemory(text, stage=stage, scope="host")
         return of_death(
             f"replica {rank}",
             process.exitcode,
             self._output.since(),
             stage=stage,
+            kernel_killed=memory.kernel_kills() > self._kills,
             limited=self._limited,
             device_is_cpu=self._on_cpu,
         )
