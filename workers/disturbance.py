@@ -25,6 +25,8 @@ WAITED, LEAST_WAITED_S = 0.10, 0.002
 OTHERS, LEAST_OTHERS_S = 0.10, 0.05
 """Share of the machine's cores that others had (of engines on CPUs), and the least: five of the
 ticks in which the system counts it."""
+COARSE_S = 0.02
+"""Two ticks: how far the system's count of what others had may be off."""
 STOLEN, LEAST_STOLEN_S = 0.05, 0.03
 """Share of the engine's cores that the hypervisor took, and the least."""
 THROTTLED, LEAST_THROTTLED_S = 0.02, 0.005
@@ -61,6 +63,7 @@ class _Sign:
 
 
 UNKNOWN = Verdict(disturbed=None)
+_WORDS: dict[PassKind, str] = {"timed": "timed passes", "one_token": "passes of one token"}
 
 
 def of_reading(reading: Reading | None) -> Verdict:
@@ -72,14 +75,12 @@ def of_reading(reading: Reading | None) -> Verdict:
     if worst is None:
         return Verdict(disturbed=False)
     beyond = worst.weight > 1
-    return Verdict(
-        disturbed=beyond, reason=worst.reason if beyond else None, weight=worst.weight
-    )
+    return Verdict(disturbed=beyond, reason=worst.reason if beyond else None, weight=worst.weight)
 
 
 def of_passes(passes: Sequence[Pass]) -> list[Verdict]:
     """The verdict on each pass of a trial, also against the others of its kind."""
-    usual = {kind: _usual(passes, kind) for kind in ("one_token", "timed")}
+    usual = {kind: _usual(passes, kind) for kind in _WORDS}
     return [_against(one, usual.get(one.kind)) for one in passes]
 
 
@@ -87,32 +88,33 @@ def of_record(passes: Sequence[Pass], read_share: float | None = None) -> Verdic
     """The verdict on a record.
 
     Args:
-        passes: those that its figures are of, judged.
+        passes: its passes, judged; those that do not count, and warm-ups, are left out.
         read_share: memory bandwidth of the reference loads around its group, the lower one, over
             the best of the device; null where there is none.
     """
-    told = [one for one in passes if one.disturbed is not None]
-    found = [one for one in told if one.disturbed]
-    if found:
-        reasons = [one.disturbed_reason for one in found if one.disturbed_reason]
-        return Verdict(
-            disturbed=True,
-            reason=f"{len(found)} of {len(passes)} passes: {reasons[0] if reasons else 'unknown'}",
-            weight=2.0,
-        )
+    kinds: dict[str, list[Pass]] = {
+        words: [one for one in passes if one.kind == kind and one.counted]
+        for kind, words in _WORDS.items()
+    }
+    for words, some in kinds.items():
+        if found := [one for one in some if one.disturbed]:
+            reason = f"{len(found)} of {len(some)} {words}: {found[0].disturbed_reason}"
+            return Verdict(disturbed=True, reason=reason)
     if read_share is not None and read_share < SLOW_READ:
-        return Verdict(
-            disturbed=True,
-            reason=f"around the group memory was read at {read_share:.0%} of the device's best",
-            weight=SLOW_READ / max(read_share, 1e-9),
-        )
-    for kind in ("timed", "one_token"):
-        together = of_reading(total(one.reading for one in passes if one.kind == kind))
+        reason = f"around the group memory was read at {read_share:.0%} of the device's best"
+        return Verdict(disturbed=True, reason=reason)
+    for words, some in kinds.items():
+        together = of_reading(total(one.reading for one in some))
         if together.disturbed:
-            return replace(together, reason=f"all passes together: {together.reason}")
-    if told or read_share is not None:
-        return Verdict(disturbed=False)
-    return UNKNOWN
+            return replace(together, reason=f"all {words} together: {together.reason}")
+    known = any(one.disturbed is not None for some in kinds.values() for one in some)
+    return Verdict(disturbed=False) if known or read_share is not None else UNKNOWN
+
+
+def number(passes: Sequence[Pass]) -> int | None:
+    """Timed passes that were disturbed, whether they count or not; null where none is known."""
+    told = [one.disturbed for one in passes if one.kind == "timed" and one.disturbed is not None]
+    return sum(told) if told else None
 
 
 def waited_s(reading: Reading) -> float | None:
@@ -123,6 +125,8 @@ def waited_s(reading: Reading) -> float | None:
     bounds = [reading.run_delay_s]
     if reading.own_cpu_s is not None and reading.cores is not None:
         bounds.append(max(0.0, reading.cores * reading.wall_s - reading.own_cpu_s))
+    if reading.others_cpu_s is not None:
+        bounds.append(reading.others_cpu_s + (reading.steal_s or 0.0) + COARSE_S)
     return min(bounds)
 
 
@@ -137,9 +141,7 @@ def _tells(reading: Reading) -> bool:
 def _sign(amount_s: float, whole_s: float, share: float, least_s: float, words: str) -> _Sign:
     """`words` has a place for the share."""
     found = amount_s / whole_s if whole_s > 0 else 0.0
-    return _Sign(
-        weight=min(found / share, amount_s / least_s), reason=words.format(f"{found:.0%}")
-    )
+    return _Sign(weight=min(found / share, amount_s / least_s), reason=words.format(f"{found:.0%}"))
 
 
 def _of_cores(reading: Reading) -> Iterator[_Sign]:

@@ -72,8 +72,11 @@ def _counting(
     """The quiet passes of a kind; below `measure.repeats` with those disturbed least."""
     quiet = _quiet(passes, verdicts, kind)
     pairs = zip(passes, verdicts, strict=True)
-    rest = [(verdict.weight, at) for at, (one, verdict) in enumerate(pairs)
-            if one.kind == kind and verdict.disturbed]
+    rest = [
+        (verdict.weight, at)
+        for at, (one, verdict) in enumerate(pairs)
+        if one.kind == kind and verdict.disturbed
+    ]
     lacking = max(0, measure.repeats - len(quiet))
     return quiet + [passes[at] for _, at in sorted(rest)[:lacking]]
 

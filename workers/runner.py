@@ -5,7 +5,9 @@ that no later pass pays again. A warm-up is one pass in full, which begins as a 
 token does. Then the group's workloads take turns, one repeat each, so that a machine that
 grows slower over the minutes touches all of them alike instead of whichever came last. Every
 repeat is a pair: the batch with one token per request (the paper's TTFT), then the batch in
-full. Timed passes carry no probe: where `measure.activation` asks which experts ran, timed
+full. What the machine says of itself is read right before and right after each, outside its
+stamps, and a pass that something else disturbed is made up for (`workers.repeats`). Timed passes
+carry no probe: where `measure.activation` asks which experts ran, timed
 passes are replayed when all turns are over, with the same prompts, until the distribution over
 experts has settled or none is left to replay. Trials that ask for an activation sheet and do not
 find theirs wait for the probes of the group, which may make it.
@@ -40,14 +42,14 @@ import tempfile
 import time
 from collections.abc import Generator, Iterator, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from workers import memory, recorder, reuse
+from workers import disturbance, memory, recorder, repeats, reuse
 from workers.contract.errors import Infeasible, OutOfMemory, TimedOut, TrialError, Unsupported
 from workers.contract.job import Job, Ticket
 from workers.contract.measurement import Measurement, Memory, Pass, PassKind
@@ -60,9 +62,10 @@ from workers.contract.workload import Workload
 from workers.engines.base import Engine, Site, engine_class
 from workers.folders import within
 from workers.hardware.device import Device, device
+from workers.hardware.gpus import Gpus
 from workers.hardware.hand import in_hand
 from workers.hardware.host import Host, describe
-from workers.metrics import interval
+from workers.hardware.watch import Watch
 from workers.moe.activation import Settling
 from workers.moe.architecture import UnknownModel, resolve, run_dtype
 from workers.moe.sheets import Sheet, from_rows, to_rows
@@ -100,17 +103,14 @@ class _Trial:
         return sum(one.e2e_s for one in self.passes)
 
     def enough(self) -> bool:
-        """The stop rule of `Measure`."""
-        measure = self.ticket.trial.measure
-        done = self.count("timed")
+        """Whether it needs no further pass."""
         if self.repeatable:
-            return done > 0
-        if done < measure.repeats:
-            return False
-        if measure.ci_width is None or done >= measure.most_repeats:
-            return True
-        e2e = [one.e2e_s for one in self.passes if one.kind == "timed"]
-        return interval(e2e).width <= measure.ci_width
+            return self.count("timed") > 0
+        return repeats.enough(self.ticket.trial.measure, self.passes)
+
+    def settle(self) -> None:
+        """Judges every pass: no more will come."""
+        self.passes = list(repeats.settled(self.ticket.trial.measure, self.passes))
 
 
 @dataclass
@@ -133,6 +133,8 @@ class _Run:
     """Device that its figures are of."""
     busy_s: float = 0.0
     """Seconds of passes since the last message that told of them."""
+    watch: Watch | None = None
+    """What the machine says around each pass; null where nothing is measured."""
     sheets: list[Sheet] = field(default_factory=list)
     """Activation sheets at hand; of those with one key the last stands."""
 
@@ -191,6 +193,9 @@ class _Run:
                         run_dtype(engine.loaded.architecture, tickets[0].trial.model)
                     )
                     self.target = hand.device
+                    on_gpus = engine.loaded.threads is None
+                    gpus = Gpus.open(tickets[0].trial.layout.devices) if on_gpus else None
+                    self.watch = Watch(gpus)
                 del self.columns["started_at"]
                 for _, alike in groupby(tickets, key=_top_k):
                     trials = [_Trial(one) for one in alike]
@@ -215,6 +220,9 @@ class _Run:
                 yield self._failed(failure.trial.ticket, failure.error)
             finally:
                 yield self._progress("close")
+                if self.watch is not None:
+                    self.watch.close()
+                    self.watch = None
                 engine.close()
 
     def _measure(
@@ -246,6 +254,7 @@ class _Run:
                 self._pass(engine, one, one.ticket.trial.workload.output_tokens, "timed")
                 if one.enough():
                     waiting.remove(one)
+                    one.settle()
                     with _blaming(one):
                         used = engine.memory()
                     if one.ticket.trial.measure.activation is True:
@@ -279,7 +288,7 @@ class _Run:
         """The activation sheet that a trial asks for, and what is not known for want of it."""
         if asked.measure.activation != "sheet":
             return None, None
-        timed = [one for one in passes if one.kind == "timed"]
+        timed = [one for one in passes if one.kind == "timed" and one.counted]
         loaded = engine.loaded
         return reuse.taken(asked, loaded.architecture, loaded.version, self.sheets, timed)
 
@@ -289,7 +298,7 @@ class _Run:
         traces: dict[int, Trace] = {}
         phases = {name: Settling(engine.loaded.architecture.top_k) for name in PHASES}
         for index, one in enumerate(trial.passes):
-            if one.kind != "timed":
+            if one.kind != "timed" or not one.counted:
                 continue
             yield self._progress("run", trial, f"probe {len(traces) + 1}")
             try:
@@ -327,6 +336,8 @@ class _Run:
     def _pass(self, engine: Engine, trial: _Trial, output_tokens: int, kind: PassKind) -> None:
         with _blaming(trial):
             prompts = self._prompts(engine, trial, trial.next_index())
+            if self.watch is not None:
+                self.watch.begin()
             one = engine.generate(
                 prompts,
                 output_tokens,
@@ -334,6 +345,8 @@ class _Run:
                 repeat=trial.count(kind),
                 temperature=trial.ticket.trial.workload.temperature,
             )
+        if self.watch is not None:
+            one = replace(one, reading=self.watch.end())
         trial.passes.append(one)
         self.busy_s += one.e2e_s
 
@@ -357,7 +370,12 @@ class _Run:
         measurement = Measurement(passes=tuple(trial.passes), memory=used)
         sheet, unknown = self._sheet(engine, trial.ticket.trial, trial.passes)
         trial.passes.clear()  # they are in its rows
-        columns = dict(self.columns)
+        verdict = disturbance.of_record(measurement.passes)
+        columns = dict(self.columns) | {
+            "disturbed": verdict.disturbed,
+            "disturbed_reason": verdict.reason,
+            "passes_disturbed": disturbance.number(measurement.passes),
+        }
         if reason := unknown or (probed.reason if probed is not None else None):
             columns["outcome_reason"] = reason
         found = self._found(engine, trial.ticket, probed)
@@ -380,6 +398,7 @@ class _Run:
             activations=recorder.activations(self.job, trial.ticket, probed) if probed else None,
             sheet=to_rows([found]) if found is not None else None,
             throughput_tok_s=record.column("throughput_tok_s")[0].as_py(),
+            disturbed=bool(verdict.disturbed),
         )
 
     def _found(self, engine: Engine, ticket: Ticket, probed: Probed | None) -> Sheet | None:

@@ -68,6 +68,8 @@ class Reading:
     """Time for which the hypervisor gave the engine's cores to another machine."""
     pressure_s: float | None = None
     """Time in which any task of the machine waited for a core (PSI, `some`)."""
+    throttled_s: float | None = None
+    """Time for which a quota held the engine's control group back; null without a quota."""
     frequency_mhz: float | None = None
     """Clock of the engine's cores at the end, mean."""
     gpu: GpuReading | None = None
@@ -113,5 +115,6 @@ def total(readings: Iterable[Reading | None]) -> Reading | None:
         elsewhere_cpu_s=added("elsewhere_cpu_s"),
         steal_s=added("steal_s"),
         pressure_s=added("pressure_s"),
+        throttled_s=added("throttled_s"),
         check_s=added("check_s"),
     )
