@@ -14,7 +14,9 @@ Records come when a round of turns is the last one, so a group of hours would ha
 hours, and who kills its driver would lose them all. Workloads that are predicted to take longer
 than `BLOCK_S` together are therefore dealt out, like cards, into as few blocks as do not, one
 after the other: drift within minutes still touches all of a block alike, and drift over hours is
-spread over all sizes instead of being taken for an effect of size.
+spread over all sizes instead of being taken for an effect of size. How fast the machine was is
+measured on its own, by a short load of fixed work before a block's first pass and after each round
+in which a trial ended (`workers.hardware.reference`); so the records of a round come at its end.
 
 Trials of a group share weights but may differ in top-k. They go by top-k, the smallest
 first, and for each the largest shape first: what does not fit is found out before time is
@@ -59,9 +61,11 @@ from workers.contract.trial import Trial
 from workers.contract.workload import Workload
 from workers.engines.base import Engine, Site, engine_class
 from workers.folders import within
+from workers.hardware import reference
 from workers.hardware.device import Device, device
 from workers.hardware.hand import in_hand
 from workers.hardware.host import Host, describe
+from workers.hardware.reference import Reference
 from workers.metrics import interval
 from workers.moe.activation import Settling
 from workers.moe.architecture import UnknownModel, resolve, run_dtype
@@ -88,6 +92,10 @@ class _Trial:
         self.passes: list[Pass] = []
         self.repeatable = False
         """Every pass would be the same: one is enough."""
+        self.before: Reference | None = None
+        """How fast the machine was before its first pass."""
+        self.after: Reference | None = None
+        """The same after its last."""
 
     def next_index(self) -> int:
         """Index of the next pass; it seeds the prompts, so no two passes share them."""
@@ -131,6 +139,8 @@ class _Run:
     """They are of a machine, not of a model of one."""
     target: Device | None = None
     """Device that its figures are of."""
+    reference: Reference | None = None
+    """How fast the machine was when the engine at hand last asked."""
     busy_s: float = 0.0
     """Seconds of passes since the last message that told of them."""
     sheets: list[Sheet] = field(default_factory=list)
@@ -191,6 +201,7 @@ class _Run:
                         run_dtype(engine.loaded.architecture, tickets[0].trial.model)
                     )
                     self.target = hand.device
+                self._refer(engine)
                 del self.columns["started_at"]
                 for _, alike in groupby(tickets, key=_top_k):
                     trials = [_Trial(one) for one in alike]
@@ -212,6 +223,7 @@ class _Run:
                 started = min((one.started_at for one in failure.trial.passes), default=None)
                 stamp = datetime.fromtimestamp(started, UTC) if started else datetime.now(UTC)
                 self.columns["started_at"] = stamp
+                self.columns |= reference.columns(failure.trial.before, None)
                 yield self._failed(failure.trial.ticket, failure.error)
             finally:
                 yield self._progress("close")
@@ -226,6 +238,7 @@ class _Run:
             Trials without their record, since they still lack a sheet.
         """
         for one in trials:
+            one.before = self.reference
             if not self.measured:
                 one.repeatable = True
                 continue
@@ -240,22 +253,33 @@ class _Run:
         to_probe: list[tuple[_Trial, Memory]] = []
         to_look_up: list[tuple[_Trial, Memory]] = []
         while waiting:
-            for one in list(waiting):
-                yield self._progress("run", one)
-                self._pass(engine, one, 1, "one_token")
-                self._pass(engine, one, one.ticket.trial.workload.output_tokens, "timed")
-                if one.enough():
-                    waiting.remove(one)
-                    with _blaming(one):
-                        used = engine.memory()
-                    if one.ticket.trial.measure.activation is True:
-                        to_probe.append((one, used))
-                    elif self._lacks_sheet(engine, one):
-                        to_look_up.append((one, used))
-                    else:
-                        yield self._ok(engine, one, used)
-                elif one.busy_s() > one.ticket.trial.measure.timeout_s:
-                    raise _Failure(one, _late(one))
+            ended: list[tuple[_Trial, Memory]] = []
+            failure: _Failure | None = None
+            try:
+                for one in list(waiting):
+                    yield self._progress("run", one)
+                    self._pass(engine, one, 1, "one_token")
+                    self._pass(engine, one, one.ticket.trial.workload.output_tokens, "timed")
+                    if one.enough():
+                        waiting.remove(one)
+                        with _blaming(one):
+                            ended.append((one, engine.memory()))
+                    elif one.busy_s() > one.ticket.trial.measure.timeout_s:
+                        raise _Failure(one, _late(one))
+            except _Failure as error:
+                failure = error
+            if ended and failure is None:
+                self._refer(engine)
+            for one, used in ended:
+                one.after = self.reference if failure is None else None
+                if one.ticket.trial.measure.activation is True:
+                    to_probe.append((one, used))
+                elif self._lacks_sheet(engine, one):
+                    to_look_up.append((one, used))
+                else:
+                    yield self._ok(engine, one, used)
+            if failure is not None:
+                raise failure
         for one, used in to_probe:
             probed = yield from self._probe(engine, one)
             yield self._ok(engine, one, used, probed)
@@ -264,6 +288,10 @@ class _Run:
                 to_look_up.remove((one, used))
                 yield self._ok(engine, one, used)
         return to_look_up
+
+    def _refer(self, engine: Engine) -> None:
+        """Has the machine show how fast it is."""
+        self.reference = engine.reference() if self.measured else None
 
     def _lacks_sheet(self, engine: Engine, trial: _Trial) -> bool:
         """Whether it asks for an activation sheet that a probe of this group might yet make."""
@@ -357,7 +385,7 @@ class _Run:
         measurement = Measurement(passes=tuple(trial.passes), memory=used)
         sheet, unknown = self._sheet(engine, trial.ticket.trial, trial.passes)
         trial.passes.clear()  # they are in its rows
-        columns = dict(self.columns)
+        columns = self.columns | reference.columns(trial.before, trial.after)
         if reason := unknown or (probed.reason if probed is not None else None):
             columns["outcome_reason"] = reason
         found = self._found(engine, trial.ticket, probed)
