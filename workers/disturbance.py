@@ -35,8 +35,9 @@ SLOWER, LEAST_SLOWER_S = 1.5, 0.02
 """Time of a pass over the median of its trial's, and the least difference."""
 FEWEST = 4
 """Passes of a kind from which on they are held against each other."""
-SLOW_READ = 0.80
-"""Memory bandwidth of the short reference load, over the best of this device."""
+SLOW_READ, SLOW_READ_OF_PEAK = 0.80, 0.50
+"""Memory bandwidth of the short load of fixed work around a trial, over the best that the same
+load reached on this engine, and over the calibrated peak of the device."""
 HOLDING_DOWN = frozenset(
     {"HwSlowdown", "SwThermalSlowdown", "HwThermalSlowdown", "HwPowerBrakeSlowdown"}
 )
@@ -62,6 +63,17 @@ class _Sign:
     reason: str
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reads:
+    """Memory bandwidth of the loads of fixed work around a trial, the lower one (see
+    `workers.hardware.reference`); null where there is nothing to hold it against."""
+
+    of_best: float | None = None
+    """Over the best that the same load reached on this engine."""
+    of_peak: float | None = None
+    """Over the calibrated peak of the device, of an engine that computes on all of it."""
+
+
 UNKNOWN = Verdict(disturbed=None)
 _WORDS: dict[PassKind, str] = {"timed": "timed passes", "one_token": "passes of one token"}
 
@@ -84,13 +96,12 @@ def of_passes(passes: Sequence[Pass]) -> list[Verdict]:
     return [_against(one, usual.get(one.kind)) for one in passes]
 
 
-def of_record(passes: Sequence[Pass], read_share: float | None = None) -> Verdict:
+def of_record(passes: Sequence[Pass], reads: Reads = Reads()) -> Verdict:
     """The verdict on a record.
 
     Args:
         passes: its passes, judged; those that do not count, and warm-ups, are left out.
-        read_share: memory bandwidth of the reference loads around its group, the lower one, over
-            the best of the device; null where there is none.
+        reads: what the loads around it reached.
     """
     kinds: dict[str, list[Pass]] = {
         words: [one for one in passes if one.kind == kind and one.counted]
@@ -100,15 +111,19 @@ def of_record(passes: Sequence[Pass], read_share: float | None = None) -> Verdic
         if found := [one for one in some if one.disturbed]:
             reason = f"{len(found)} of {len(some)} {words}: {found[0].disturbed_reason}"
             return Verdict(disturbed=True, reason=reason)
-    if read_share is not None and read_share < SLOW_READ:
-        reason = f"around the group memory was read at {read_share:.0%} of the device's best"
-        return Verdict(disturbed=True, reason=reason)
+    for share, least, best in (
+        (reads.of_best, SLOW_READ, "its engine's best"),
+        (reads.of_peak, SLOW_READ_OF_PEAK, "the calibrated peak"),
+    ):
+        if share is not None and share < least:
+            reason = f"around it memory was read at {share:.0%} of {best}"
+            return Verdict(disturbed=True, reason=reason)
     for words, some in kinds.items():
         together = of_reading(total(one.reading for one in some))
         if together.disturbed:
             return replace(together, reason=f"all {words} together: {together.reason}")
     known = any(one.disturbed is not None for some in kinds.values() for one in some)
-    return Verdict(disturbed=False) if known or read_share is not None else UNKNOWN
+    return Verdict(disturbed=False) if known else UNKNOWN
 
 
 def number(passes: Sequence[Pass]) -> int | None:

@@ -16,7 +16,9 @@ Records come when a round of turns is the last one, so a group of hours would ha
 hours, and who kills its driver would lose them all. Workloads that are predicted to take longer
 than `BLOCK_S` together are therefore dealt out, like cards, into as few blocks as do not, one
 after the other: drift within minutes still touches all of a block alike, and drift over hours is
-spread over all sizes instead of being taken for an effect of size.
+spread over all sizes instead of being taken for an effect of size. How fast the machine was is
+measured on its own, by a short load of fixed work before a block's first pass and after each round
+in which a trial ended (`workers.hardware.reference`); so the records of a round come at its end.
 
 Trials of a group share weights but may differ in top-k. They go by top-k, the smallest
 first, and for each the largest shape first: what does not fit is found out before time is
@@ -59,12 +61,15 @@ from workers.contract.probed import PHASES, Probed
 from workers.contract.trace import Trace
 from workers.contract.trial import Trial
 from workers.contract.workload import Workload
+from workers.disturbance import Reads
 from workers.engines.base import Engine, Site, engine_class
 from workers.folders import within
+from workers.hardware import reference
 from workers.hardware.device import Device, device
 from workers.hardware.gpus import Gpus
-from workers.hardware.hand import in_hand
+from workers.hardware.hand import Hand, in_hand
 from workers.hardware.host import Host, describe
+from workers.hardware.reference import Reference
 from workers.hardware.watch import Watch
 from workers.moe.activation import Settling
 from workers.moe.architecture import UnknownModel, resolve, run_dtype
@@ -91,6 +96,10 @@ class _Trial:
         self.passes: list[Pass] = []
         self.repeatable = False
         """Every pass would be the same: one is enough."""
+        self.before: Reference | None = None
+        """How fast the machine was before its first pass."""
+        self.after: Reference | None = None
+        """The same after its last."""
 
     def next_index(self) -> int:
         """Index of the next pass; it seeds the prompts, so no two passes share them."""
@@ -131,6 +140,12 @@ class _Run:
     """They are of a machine, not of a model of one."""
     target: Device | None = None
     """Device that its figures are of."""
+    reference: Reference | None = None
+    """How fast the machine was when the engine at hand last asked."""
+    fastest_read: float = 0.0
+    """Best that any of these loads read, 10⁹ bytes per second."""
+    whole_machine: bool = False
+    """The engine computes on as many threads as the device was calibrated with."""
     busy_s: float = 0.0
     """Seconds of passes since the last message that told of them."""
     watch: Watch | None = None
@@ -196,6 +211,8 @@ class _Run:
                     on_gpus = engine.loaded.threads is None
                     gpus = Gpus.open(tickets[0].trial.layout.devices) if on_gpus else None
                     self.watch = Watch(gpus)
+                    self.whole_machine = _on_all(engine, hand, tickets[0])
+                self._refer(engine)
                 del self.columns["started_at"]
                 for _, alike in groupby(tickets, key=_top_k):
                     trials = [_Trial(one) for one in alike]
@@ -217,6 +234,7 @@ class _Run:
                 started = min((one.started_at for one in failure.trial.passes), default=None)
                 stamp = datetime.fromtimestamp(started, UTC) if started else datetime.now(UTC)
                 self.columns["started_at"] = stamp
+                self.columns |= reference.columns(failure.trial.before, None)
                 yield self._failed(failure.trial.ticket, failure.error)
             finally:
                 yield self._progress("close")
@@ -234,6 +252,7 @@ class _Run:
             Trials without their record, since they still lack a sheet.
         """
         for one in trials:
+            one.before = self.reference
             if not self.measured:
                 one.repeatable = True
                 continue
@@ -248,23 +267,34 @@ class _Run:
         to_probe: list[tuple[_Trial, Memory]] = []
         to_look_up: list[tuple[_Trial, Memory]] = []
         while waiting:
-            for one in list(waiting):
-                yield self._progress("run", one)
-                self._pass(engine, one, 1, "one_token")
-                self._pass(engine, one, one.ticket.trial.workload.output_tokens, "timed")
-                if one.enough():
-                    waiting.remove(one)
-                    one.settle()
-                    with _blaming(one):
-                        used = engine.memory()
-                    if one.ticket.trial.measure.activation is True:
-                        to_probe.append((one, used))
-                    elif self._lacks_sheet(engine, one):
-                        to_look_up.append((one, used))
-                    else:
-                        yield self._ok(engine, one, used)
-                elif one.busy_s() > one.ticket.trial.measure.timeout_s:
-                    raise _Failure(one, _late(one))
+            ended: list[tuple[_Trial, Memory]] = []
+            failure: _Failure | None = None
+            try:
+                for one in list(waiting):
+                    yield self._progress("run", one)
+                    self._pass(engine, one, 1, "one_token")
+                    self._pass(engine, one, one.ticket.trial.workload.output_tokens, "timed")
+                    if one.enough():
+                        waiting.remove(one)
+                        one.settle()
+                        with _blaming(one):
+                            ended.append((one, engine.memory()))
+                    elif one.busy_s() > one.ticket.trial.measure.timeout_s:
+                        raise _Failure(one, _late(one))
+            except _Failure as error:
+                failure = error
+            if ended and failure is None:
+                self._refer(engine)
+            for one, used in ended:
+                one.after = self.reference if failure is None else None
+                if one.ticket.trial.measure.activation is True:
+                    to_probe.append((one, used))
+                elif self._lacks_sheet(engine, one):
+                    to_look_up.append((one, used))
+                else:
+                    yield self._ok(engine, one, used)
+            if failure is not None:
+                raise failure
         for one, used in to_probe:
             probed = yield from self._probe(engine, one)
             yield self._ok(engine, one, used, probed)
@@ -273,6 +303,22 @@ class _Run:
                 to_look_up.remove((one, used))
                 yield self._ok(engine, one, used)
         return to_look_up
+
+    def _refer(self, engine: Engine) -> None:
+        """Has the machine show how fast it is."""
+        self.reference = engine.reference() if self.measured else None
+        if self.reference is not None:
+            self.fastest_read = max(self.fastest_read, self.reference.bandwidth_gb_s.median)
+
+    def _reads(self, trial: _Trial) -> Reads:
+        """How fast memory was read around a trial, beside the best that is known."""
+        told = [one.bandwidth_gb_s.median for one in (trial.before, trial.after) if one is not None]
+        if not told:
+            return Reads()
+        peak = self.columns.get("calibrated_bandwidth_gb_s") if self.whole_machine else None
+        return Reads(
+            of_best=min(told) / self.fastest_read, of_peak=min(told) / peak if peak else None
+        )
 
     def _lacks_sheet(self, engine: Engine, trial: _Trial) -> bool:
         """Whether it asks for an activation sheet that a probe of this group might yet make."""
@@ -370,12 +416,16 @@ class _Run:
         measurement = Measurement(passes=tuple(trial.passes), memory=used)
         sheet, unknown = self._sheet(engine, trial.ticket.trial, trial.passes)
         trial.passes.clear()  # they are in its rows
-        verdict = disturbance.of_record(measurement.passes)
-        columns = dict(self.columns) | {
-            "disturbed": verdict.disturbed,
-            "disturbed_reason": verdict.reason,
-            "passes_disturbed": disturbance.number(measurement.passes),
-        }
+        verdict = disturbance.of_record(measurement.passes, self._reads(trial))
+        columns = (
+            self.columns
+            | reference.columns(trial.before, trial.after)
+            | {
+                "disturbed": verdict.disturbed,
+                "disturbed_reason": verdict.reason,
+                "passes_disturbed": disturbance.number(measurement.passes),
+            }
+        )
         if reason := unknown or (probed.reason if probed is not None else None):
             columns["outcome_reason"] = reason
         found = self._found(engine, trial.ticket, probed)
@@ -430,6 +480,14 @@ def _blocks(trials: Sequence[_Trial], slowness: float) -> Iterator[list[_Trial]]
     number = min(len(trials), max(1, math.ceil(slowness * seconds / BLOCK_S)))
     for first in range(number):
         yield list(trials[first::number])
+
+
+def _on_all(engine: Engine, hand: Hand, ticket: Ticket) -> bool:
+    """Whether an engine computes with as many threads as its device was calibrated with."""
+    threads, known = engine.loaded.threads, hand.calibration
+    if known is None:
+        return False
+    return threads is None or threads * ticket.trial.layout.devices == known.threads
 
 
 def _refused(ticket: Ticket) -> TrialError | None:

@@ -129,6 +129,26 @@ _RECORD: tuple[tuple[str, pa.DataType, str], ...] = (
     ("kv_cache_gib", _FLOAT, "KV cache as allocated."),
     ("peak_memory_gib", _FLOAT, "Highest use above the idle process, since the load began."),
     ("memory_limit_gib", _FLOAT, "What one device may use."),
+    # how fast the machine was just then, on a load of fixed work (`workers.hardware.reference`)
+    (
+        "reference_bandwidth_gb_s_before",
+        _FLOAT,
+        "Reading memory with the engine's threads, all ranks together, before the first pass of "
+        "the trial's block: median of repeats, 10^9 bytes/s.",
+    ),
+    ("reference_bandwidth_gb_s_after", _FLOAT, "The same after the round of its last pass."),
+    (
+        "reference_tflops_before",
+        _FLOAT,
+        "A matrix product (FP32 on CPUs, BF16 on GPUs) likewise, 10^12 FLOP/s.",
+    ),
+    ("reference_tflops_after", _FLOAT, "The same after the round of its last pass."),
+    (
+        "reference_bandwidth_spread",
+        _FLOAT,
+        "First to third quartile of the repeats over their median, larger of before and after.",
+    ),
+    ("reference_tflops_spread", _FLOAT, "The same of the matrix product."),
     # utilisation of the devices' peaks while decoding, ratios of sums over passes (Eq 6)
     ("peak_bandwidth_gb_s", _FLOAT, "Peak of one device, 10^9 bytes/s (of a CPU machine, whole)."),
     ("peak_tflops", _FLOAT, "Dense peak of one device in the type computed in, 10^12 FLOP/s."),

@@ -43,6 +43,7 @@ from workers.engines.pruned import pruned_folder
 from workers.engines.vllm_replicas import Replicas
 from workers.engines.vllm_stepper import Batch, Done, Output, Stepper, clean, explained
 from workers.hardware import host
+from workers.hardware.reference import Reference, together
 from workers.hardware.roofline import CPU_BLOCK
 from workers.moe import drafts
 from workers.moe.accounting import kv_cache_bytes
@@ -275,6 +276,13 @@ class VllmEngine:
                     f"workload.dataset needs the tokenizer of {model.name}: {reason[:200]}"
                 ) from error
         return self._tokenizer
+
+    def reference(self) -> Reference | None:
+        try:
+            return together(self._running.rpc("report_reference"))
+        except Exception as error:  # noqa: BLE001  a dead engine tells at its next pass
+            print(f"the reference load did not run: {error}")
+            return None
 
     def memory(self) -> Memory:
         with self._failing():
