@@ -30,7 +30,7 @@ COARSE_S = 0.02
 STOLEN, LEAST_STOLEN_S = 0.05, 0.03
 """Share of the engine's cores that the hypervisor took, and the least."""
 THROTTLED, LEAST_THROTTLED_S = 0.02, 0.005
-"""Share of a pass for which heat or the board held a GPU's clocks down, and the least."""
+"""Share of a pass for which heat held a GPU's clocks down, and the least."""
 SLOWER, LEAST_SLOWER_S = 1.5, 0.02
 """Time of a pass over the median of its trial's, and the least difference."""
 FEWEST = 4
@@ -180,14 +180,12 @@ def _of_gpu(reading: Reading) -> Iterator[_Sign]:
     if held := sorted(HOLDING_DOWN.intersection(gpu.throttle_reasons or ())):
         yield _Sign(weight=2.0, reason=f"GPU clocks are held down: {', '.join(held)}")
     if gpu.throttled_s is not None:
-        words = "heat or the board held GPU clocks down for {} of the time"
+        words = "heat held GPU clocks down for {} of the time"
         yield _sign(gpu.throttled_s, reading.wall_s, THROTTLED, LEAST_THROTTLED_S, words)
-    if gpu.other_processes:
+    if count := gpu.other_processes:
         size = gpu.other_memory_bytes
-        memory = f" with {size / 2**30:.1f} GiB" if size else ""
-        yield _Sign(
-            weight=2.0, reason=f"{gpu.other_processes} other process(es) on the GPU{memory}"
-        )
+        many = f"{count} other process{'es' if count > 1 else ''} on the GPU"
+        yield _Sign(weight=2.0, reason=many + (f" with {size / 2**30:.1f} GiB" if size else ""))
 
 
 def _usual(passes: Sequence[Pass], kind: PassKind) -> float | None:

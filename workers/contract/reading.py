@@ -31,7 +31,7 @@ class GpuReading:
     throttle_reasons: tuple[str, ...] | None = None
     """Why clocks are held down on any of them, in NVML's words; empty: no reason."""
     throttled_s: float | None = None
-    """Time for which heat or the board held clocks down during the pass, of the one with most."""
+    """Time for which heat held clocks down during the pass, of the one with most."""
     temperature_c: float | None = None
     """Of the hottest."""
     power_limit_w: float | None = None

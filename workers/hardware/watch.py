@@ -2,9 +2,10 @@
 
 `workers.hardware.contention` says what the kernel counts; this is how often it is asked. A pass
 can be as short as some milliseconds, so a look must cost microseconds: the files of the engine's
-threads stay open from pass to pass and are read again from their beginning, and only the threads
-that compute are asked for their involuntary switches. Which threads there are is looked up again
-before each pass, which processes only when the caller says so.
+threads stay open from pass to pass and are read again from their beginning (of very many threads
+some are opened each time: descriptors are few), and only the threads that compute are asked for
+their involuntary switches. Which threads there are is looked up again before each pass, which
+processes only when the caller says so.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import contextlib
 import os
 import time
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -24,19 +25,54 @@ from workers.hardware import cgroup, contention
 from workers.hardware.contention import Cores
 from workers.hardware.gpus import Gpus
 
+_LONGEST = 65536
+"""Bytes of a file that are read; cores come first in `/proc/stat`."""
 _LEAST_SHARE = 0.1
 """Share of a pass that a thread wants a core for, from which on it computes."""
 
 
+_MOST_KEPT = 256
+"""Files that stay open; a process is often allowed 1,024, most of them for its engine."""
+
+
+class _File:
+    """A file of /proc that is read again and again."""
+
+    def __init__(self, path: str, *, keep: bool) -> None:
+        self._path, self._descriptor = path, None
+        if keep:
+            with contextlib.suppress(OSError):
+                self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def text(self) -> str:
+        """From its beginning; empty where it is not there, or its thread has ended."""
+        try:
+            if self._descriptor is not None:
+                return os.pread(self._descriptor, _LONGEST, 0).decode("ascii", "replace")
+            return Path(self._path).read_text("ascii", "replace")
+        except OSError:
+            return ""
+
+    def close(self) -> None:
+        """May be called twice."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
 @dataclass(slots=True)
 class _Thread:
-    """Open files of one thread."""
+    """One thread and its files."""
 
     tid: int
-    schedstat: int
-    status: int
+    schedstat: _File
+    status: _File
     computes: bool = False
     """It did in the last pass."""
+
+    def close(self) -> None:
+        self.schedstat.close()
+        self.status.close()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +80,6 @@ class _Look:
     """Counters at one moment."""
 
     at: float
-    cost_s: float
     threads: dict[tuple[int, int], tuple[float, float]]
     """Time on a core and time ready to run, by process and thread."""
     switches: dict[tuple[int, int], int]
@@ -52,6 +87,8 @@ class _Look:
     pressure_s: float | None
     throttled_s: float | None
     gpus: list[float | None]
+    cost_s: float = 0.0
+    """What looking took."""
 
 
 @dataclass
@@ -66,7 +103,8 @@ class Watch:
     _pids: list[int] = field(default_factory=list)
     _threads: dict[tuple[int, int], _Thread] = field(default_factory=dict)
     _before: _Look | None = None
-    _files: dict[str, int | None] = field(default_factory=dict)
+    _stat: _File = field(default_factory=lambda: _File("/proc/stat", keep=True))
+    _pressure: _File = field(default_factory=lambda: _File("/proc/pressure/cpu", keep=True))
 
     def find(self) -> None:
         """Looks up the processes: this one and all below it."""
@@ -82,25 +120,25 @@ class Watch:
         if not self._pids:
             self.find()
         self._refresh()
-        self._before = self._look(start)
+        look = self._look()
+        self._before = replace(look, cost_s=time.perf_counter() - start)
 
     def end(self) -> Reading:
         """Right after it."""
         before = self._before
         assert before is not None, "a pass begins before it ends"
         self._before = None
-        after = self._look(time.perf_counter())
-        return self._between(before, after)
+        start = time.perf_counter()
+        found = self._between(before, self._look())
+        return replace(found, check_s=before.cost_s + time.perf_counter() - start)
 
     def close(self) -> None:
         """Closes all files."""
         for thread in self._threads.values():
-            _close(thread)
+            thread.close()
         self._threads.clear()
-        for descriptor in self._files.values():
-            if descriptor is not None:
-                os.close(descriptor)
-        self._files.clear()
+        self._stat.close()
+        self._pressure.close()
         if self.gpus is not None:
             self.gpus.close()
             self.gpus = None
@@ -109,45 +147,39 @@ class Watch:
         """Opens the files of threads that have come, closes those of threads that went."""
         there = {(pid, tid) for pid in self._pids for tid in _tids(pid)}
         for key in self._threads.keys() - there:
-            _close(self._threads.pop(key))
+            self._threads.pop(key).close()
         for key in there - self._threads.keys():
-            if (thread := _open(*key)) is not None:
-                self._threads[key] = thread
+            folder = "/proc/{}/task/{}".format(*key)
+            keep = 2 * len(self._threads) < _MOST_KEPT
+            self._threads[key] = _Thread(
+                tid=key[1],
+                schedstat=_File(f"{folder}/schedstat", keep=keep),
+                status=_File(f"{folder}/status", keep=keep),
+            )
 
-    def _look(self, start: float) -> _Look:
+    def _look(self) -> _Look:
         threads: dict[tuple[int, int], tuple[float, float]] = {}
         switches: dict[tuple[int, int], int] = {}
         for key, thread in self._threads.items():
-            run, wait = contention.run_and_wait_s(_reread(thread.schedstat))
+            run, wait = contention.run_and_wait_s(thread.schedstat.text())
             if run is None or wait is None:  # it has ended
                 continue
             threads[key] = run, wait
             if thread.computes:
-                found = contention.switches(_reread(thread.status))
+                found = contention.switches(thread.status.text())
                 if found is not None:
                     switches[key] = found
         now = time.perf_counter()
         gpus = self.gpus.throttled_s() if self.gpus is not None else []
         return _Look(
             at=now,
-            cost_s=time.perf_counter() - start,
             threads=threads,
             switches=switches,
-            cores=contention.core_times(self._text("stat")),
-            pressure_s=contention.waited_for_cores_s(self._text("pressure/cpu")),
+            cores=contention.core_times(self._stat.text()),
+            pressure_s=contention.waited_for_cores_s(self._pressure.text()),
             throttled_s=cgroup.throttled_s(),
             gpus=gpus,
         )
-
-    def _text(self, name: str) -> str:
-        """A file of /proc; empty where it is not there."""
-        if name not in self._files:
-            try:
-                self._files[name] = os.open(f"/proc/{name}", os.O_RDONLY | os.O_CLOEXEC)
-            except OSError:
-                self._files[name] = None
-        descriptor = self._files[name]
-        return "" if descriptor is None else _reread(descriptor)
 
     def _between(self, before: _Look, after: _Look) -> Reading:
         wall = after.at - before.at
@@ -187,7 +219,6 @@ class Watch:
             throttled_s=_difference(before.throttled_s, after.throttled_s),
             frequency_mhz=_frequency_mhz(cores),
             gpu=gpu,
-            check_s=before.cost_s + after.cost_s,
         )
 
 
@@ -197,33 +228,6 @@ def _tids(pid: int) -> list[int]:
             return [int(one.name) for one in entries]
     except OSError:  # it has ended
         return []
-
-
-def _open(pid: int, tid: int) -> _Thread | None:
-    """Null where the thread has ended, or the kernel does not count."""
-    folder = f"/proc/{pid}/task/{tid}"
-    try:
-        schedstat = os.open(f"{folder}/schedstat", os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return None
-    try:
-        return _Thread(tid, schedstat, os.open(f"{folder}/status", os.O_RDONLY | os.O_CLOEXEC))
-    except OSError:
-        os.close(schedstat)
-        return None
-
-
-def _close(thread: _Thread) -> None:
-    os.close(thread.schedstat)
-    os.close(thread.status)
-
-
-def _reread(descriptor: int) -> str:
-    """An open file from its beginning; empty where its thread has ended."""
-    try:
-        return os.pread(descriptor, 65536, 0).decode("ascii", "replace")
-    except OSError:
-        return ""
 
 
 def _affinity(tid: int) -> set[int]:
