@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--extra-repeats", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--input-tokens", type=int, default=64)
+    parser.add_argument("--input-tokens", type=int, default=16)
     parser.add_argument("--output-tokens", type=int, default=16)
     parser.add_argument("--budget-s", type=float, default=400.0, help="of both engines together")
     parser.add_argument("--seed", type=int, default=0)
@@ -186,7 +186,7 @@ def _records(name: str, asked: argparse.Namespace, budget_s: float) -> Iterator[
         output_tokens=asked.output_tokens,
     )
     model = Model(
-        name="mixtral-8x7b", weights="dummy", scale=0.125, num_layers=4, num_experts=8, top_k=2
+        name="mixtral-8x7b", weights="dummy", scale=0.0625, num_layers=2, num_experts=8, top_k=2
     )
     measure = _measure_of(asked)
     trial = Trial(

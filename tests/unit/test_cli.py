@@ -6,9 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import click
 import pytest
+
+from orchestrator.__main__ import _outcomes, _show_summary, main
+from orchestrator.run import Summary
 
 GOOD = """\
 name: s
@@ -63,6 +68,41 @@ def test_what_the_user_can_get_wrong_ends_in_status_2_and_one_line(
     assert words in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_what_to_rerun_may_be_disturbed_alone_or_with_outcomes() -> None:
+    context = click.Context(main)
+    for text, found in (
+        ("disturbed", {"disturbed"}),
+        (" crashed, disturbed", {"crashed", "disturbed"}),
+    ):
+        assert _outcomes(context, main.params[0], text) == found
+    with pytest.raises(
+        click.BadParameter, match=r"noisy: no such outcome; known are ok, .*disturbed"
+    ):
+        _outcomes(context, main.params[0], "noisy")
+
+
+def test_the_summary_counts_disturbed_records(capsys: pytest.CaptureFixture[str]) -> None:
+    summary = Summary(
+        sweep="s",
+        run_id="r",
+        dataset=Path("results/s"),
+        trials=4,
+        resumed=0,
+        counts={"ok": 3, "oom": 1},
+        disturbed=2,
+        seconds=1.0,
+        busy_share=None,
+    )
+    _show_summary(summary, as_json=False)
+    said = capsys.readouterr().out
+    assert said.startswith("4 of 4 trials have a record: 3 ok, 1 oom, 2 disturbed\n")
+    assert "--rerun disturbed measures them again" in said
+    _show_summary(summary, as_json=True)
+    assert json.loads(capsys.readouterr().out)["disturbed"] == 2
+    _show_summary(replace(summary, disturbed=0), as_json=False)
+    assert "disturbed" not in capsys.readouterr().out
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:

@@ -333,6 +333,31 @@ def test_plain_lines_tell_each_event_once() -> None:
     ]
 
 
+def test_disturbed_records_are_counted_in_every_display() -> None:
+    before = group(0, "running", done=1, outcomes={"ok": 1}, disturbed=1)
+    after = group(0, "done", done=4, outcomes={"ok": 4}, disturbed=3)
+    on = console(terminal=False)
+    with PlainDisplay(on) as display:
+        display.update(snapshot(replace(before, done=0, outcomes={}, disturbed=0)))
+        display.update(snapshot(before, disturbed=1))
+        display.update(snapshot(after, disturbed=3))
+    lines = written(on).splitlines()
+    assert lines[2].endswith("– tok/s, disturbed  [1/4]")
+    assert ", 2 of them disturbed  [4/4]" in lines[3]
+    assert lines[4].endswith("ok 4 · 3 disturbed")
+    again = console(terminal=False)
+    with PlainDisplay(again) as display:
+        display.update(snapshot(after, disturbed=3))
+    assert "so far ok 4, 3 of them disturbed" in written(again)
+    picture = console(width=120)
+    picture.print(compose(snapshot(after, disturbed=3), width=120, height=30, age_s=0.0))
+    said = written(picture).splitlines()
+    assert sum("3 disturbed" in line for line in said) == 2, "in the head, and of the group"
+    plain = console(width=120)
+    plain.print(compose(snapshot(group(0, "done")), width=120, height=30, age_s=0.0))
+    assert "disturbed" not in written(plain)
+
+
 def test_a_heartbeat_breaks_a_long_silence() -> None:
     on = console(terminal=False)
     running = group(1, "running")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from dataclasses import replace
 
@@ -20,6 +21,10 @@ from workers.hardware.roofline import predict
 from workers.moe.architecture import resolve
 
 NODE = Node(node_id="n", hostname="box", devices=2, cpu_only=True)
+
+
+NOISY_TOK_S = 149.0
+"""Throughput of records that something else disturbed."""
 
 
 class _Clock:
@@ -57,6 +62,7 @@ def _finished(outcome: str, throughput: float | None = None) -> Finished:
         outcome=outcome,  # type: ignore[arg-type]
         record=record,
         throughput_tok_s=throughput,
+        disturbed=throughput == NOISY_TOK_S,
     )
 
 
@@ -190,3 +196,19 @@ def test_infeasible_points_count_without_a_group() -> None:
     tracker.ended(None, "infeasible")
     assert tracker.counts == Counter({"oom": 1, "infeasible": 1})
     assert tracker.snapshot().trials_total == 3
+
+
+def test_disturbed_records_are_counted_of_all_and_of_each_group() -> None:
+    clock = _Clock()
+    one, other = _group("one", 2), _group("other")
+    tracker = _tracker(clock, one, other)
+    lane = Lane(lane_id=0, devices=1, node_id="n")
+    tracker.opened(lane)
+    tracker.assigned(0, one)
+    tracker.heard(0, _finished("ok", NOISY_TOK_S))
+    tracker.heard(0, _finished("ok", 1167.0))
+    found = tracker.snapshot()
+    assert (tracker.disturbed, found.disturbed) == (1, 1)
+    assert [view.disturbed for view in found.groups] == [1, 0]
+    message = copy.copy(_finished("ok", NOISY_TOK_S))  # as it is pickled
+    assert message.disturbed is True, "it crosses processes"

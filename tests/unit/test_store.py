@@ -338,6 +338,21 @@ def test_every_outcome_settles_unless_it_is_to_run_again() -> None:
     assert faults.keys() == {"a", "b", "e"}
 
 
+def test_disturbed_records_are_run_again_where_that_is_asked() -> None:
+    found = frame(
+        ran("a", disturbed=True),
+        ran("b", disturbed=False),
+        ran("c", disturbed=None),
+        ran("d", "crashed"),
+        ran("e", disturbed=True, finished_at=datetime(2026, 1, 1, tzinfo=UTC)),
+        ran("e", disturbed=False, finished_at=datetime(2026, 1, 2, tzinfo=UTC)),
+    )
+    assert settled(found, guard=HERE).keys() == {"a", "b", "c", "d", "e"}
+    assert settled(found, guard=HERE, rerun=frozenset({"disturbed"})).keys() == {"b", "c", "d", "e"}
+    both = settled(found, guard=HERE, rerun=frozenset({"disturbed", "crashed"}))
+    assert both.keys() == {"b", "c", "e"}
+
+
 def test_another_engine_or_device_settles_nothing() -> None:
     found = frame(ran("a", device="A100"), ran("b", engine_version="0.31"), ran("c"))
     assert settled(found, guard=HERE).keys() == {"c"}
