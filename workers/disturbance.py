@@ -26,7 +26,8 @@ OTHERS, LEAST_OTHERS_S = 0.10, 0.05
 """Share of the machine's cores that others had (of engines on CPUs), and the least: five of the
 ticks in which the system counts it."""
 COARSE_S = 0.02
-"""Two ticks: how far the system's count of what others had may be off."""
+"""Two ticks: how far the system's count of what others had may be off. An engine that has more
+threads than cores, and so waits for itself, is not charged with it."""
 STOLEN, LEAST_STOLEN_S = 0.05, 0.03
 """Share of the engine's cores that the hypervisor took, and the least."""
 THROTTLED, LEAST_THROTTLED_S = 0.02, 0.005
@@ -141,7 +142,9 @@ def waited_s(reading: Reading) -> float | None:
     if reading.own_cpu_s is not None and reading.cores is not None:
         bounds.append(max(0.0, reading.cores * reading.wall_s - reading.own_cpu_s))
     if reading.others_cpu_s is not None:
-        bounds.append(reading.others_cpu_s + (reading.steal_s or 0.0) + COARSE_S)
+        wait_for_each_other = (reading.computing_threads or 0) > (reading.cores or 0)
+        coarse = 0.0 if wait_for_each_other else COARSE_S
+        bounds.append(reading.others_cpu_s + (reading.steal_s or 0.0) + coarse)
     return min(bounds)
 
 

@@ -60,9 +60,9 @@ def test_timed_passes_are_replayed_and_their_experts_written(checkpoint: Path) -
         model=Model(name=str(checkpoint)),
         workload=WORKLOAD,
         engine=EngineSettings(eager=True),
-        measure=Measure(repeats=3),
+        measure=Measure(repeats=3, extra_repeats=0),
     )
-    counted = replace(plain, measure=Measure(repeats=3, activation=True))
+    counted = replace(plain, measure=Measure(repeats=3, extra_repeats=0, activation=True))
     text = replace(counted, workload=replace(WORKLOAD, dataset="builtin:en"))
     found = _run(counted, text, plain)
     assert {one.outcome for one in found.values()} == {"ok"}
@@ -123,12 +123,13 @@ def test_what_was_counted_is_taken_by_trials_that_ask_for_it(checkpoint: Path) -
         model=Model(name=str(checkpoint)),
         workload=WORKLOAD,
         engine=EngineSettings(eager=True),
-        measure=Measure(repeats=2),
+        measure=Measure(repeats=2, extra_repeats=0),
     )
 
     def of(batch: int, activation: Activation, temperature: float = 0.0) -> Trial:
         workload = replace(WORKLOAD, batch_size=batch, temperature=temperature)
-        return replace(plain, workload=workload, measure=Measure(repeats=2, activation=activation))
+        measure = Measure(repeats=2, extra_repeats=0, activation=activation)
+        return replace(plain, workload=workload, measure=measure)
 
     first = _run(of(2, True), of(8, True), of(2, "sheet"), of(4, "sheet"), of(16, "sheet"))
     made = [one for one in (first["t0"].sheet, first["t1"].sheet) if one is not None]

@@ -77,9 +77,8 @@ def test_what_to_rerun_may_be_disturbed_alone_or_with_outcomes() -> None:
         (" crashed, disturbed", {"crashed", "disturbed"}),
     ):
         assert _outcomes(context, main.params[0], text) == found
-    with pytest.raises(
-        click.BadParameter, match=r"noisy: no such outcome; known are ok, .*disturbed"
-    ):
+    words = r"noisy: no such outcome; known are ok, .*disturbed"
+    with pytest.raises(click.BadParameter, match=words):
         _outcomes(context, main.params[0], "noisy")
 
 

@@ -16,6 +16,7 @@ from workers.disturbance import Reads
 
 QUIET = Reading(
     wall_s=1.0,
+    computing_threads=2,
     cores=2,
     machine_cores=2,
     own_cpu_s=1.95,
@@ -88,6 +89,10 @@ def test_a_tick_marks_no_short_pass_and_many_of_them_add_up() -> None:
     assert disturbance.of_reading(tick).disturbed is False
     taken = replace(tick, run_delay_s=0.003, own_cpu_s=0.006)
     assert disturbance.of_reading(taken).disturbed is True
+    # Four ranks on two cores: 2 ms behind one another, while the cores were not full.
+    ranks = replace(tick, computing_threads=4, run_delay_s=0.004, own_cpu_s=0.007, others_cpu_s=0.0)
+    ranks = replace(ranks, steal_s=0.0)
+    assert disturbance.of_reading(ranks).disturbed is False
     some = total([replace(tick, steal_s=0.0, others_cpu_s=0.004)] * 40)
     assert some is not None and some.wall_s == pytest.approx(0.2)
     assert disturbance.of_reading(some).disturbed is True

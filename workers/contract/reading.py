@@ -50,8 +50,10 @@ class Reading:
 
     wall_s: float
     """Time between the two looks at the counters."""
+    computing_threads: int | None = None
+    """Threads of the engine that wanted a core for a tenth of the time or more."""
     cores: int | None = None
-    """Cores that the engine's threads computed on."""
+    """Cores that those may use."""
     machine_cores: int | None = None
     """Cores of the machine."""
     own_cpu_s: float | None = None
@@ -106,6 +108,10 @@ def total(readings: Iterable[Reading | None]) -> Reading | None:
 
     return Reading(
         wall_s=added("wall_s"),
+        computing_threads=max(
+            (one.computing_threads for one in there if one.computing_threads is not None),
+            default=None,
+        ),
         cores=max((one.cores for one in there if one.cores is not None), default=None),
         machine_cores=there[0].machine_cores,
         own_cpu_s=added("own_cpu_s"),

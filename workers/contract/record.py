@@ -226,7 +226,8 @@ _SAMPLE: tuple[tuple[str, pa.DataType, str], ...] = (
     ("disturbed_reason", _STR, "The strongest sign of it."),
     # What the machine said from right before to right after it (`workers.contract.reading`).
     ("wall_s", _FLOAT, "Time between the two looks."),
-    ("cores", _INT, "Cores that the engine's threads computed on."),
+    ("computing_threads", _INT, "Threads of the engine that wanted a core for a tenth of it."),
+    ("cores", _INT, "Cores that those may use."),
     ("machine_cores", _INT, "Cores of the machine."),
     ("own_cpu_s", _FLOAT, "Time on a core, all threads of the engine together."),
     ("run_delay_s", _FLOAT, "Time that they were ready to run and did not, all together."),

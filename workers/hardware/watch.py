@@ -188,10 +188,12 @@ class Watch:
             run_before, wait_before = before.threads.get(key, (0.0, 0.0))
             ran[key] = run - run_before, wait - wait_before
         cores: set[int] = set()
+        computing = 0
         for key, (run, wait) in ran.items():
             thread = self._threads[key]
             thread.computes = run + wait > _LEAST_SHARE * wall
             if thread.computes:
+                computing += 1
                 cores |= _affinity(thread.tid)
         own = sum(run for run, _ in ran.values()) if ran else None
         here = _grown(before, after, cores)
@@ -203,6 +205,7 @@ class Watch:
             gpu = self.gpus.reading(self._pids, before.gpus)
         return Reading(
             wall_s=wall,
+            computing_threads=computing if ran else None,
             cores=len(cores) or None,
             machine_cores=len(after.cores) or None,
             own_cpu_s=own,
