@@ -30,7 +30,7 @@ import polars as pl
 import pyarrow as pa
 from rich.console import Console
 
-from orchestrator import events, manifest, schedule
+from orchestrator import events, manifest, schedule, vouching
 from orchestrator.display.base import Display, choose, span
 from orchestrator.errors import ClusterError, HeadLost
 from orchestrator.plan import Group, Plan, Planned
@@ -224,6 +224,8 @@ class _Run:
         self._open_manifest()
         for warning in self._dataset.warnings:
             self._say(warning)
+        for told in self._of_machines():
+            self._say(told)
         if (line := self._shelf.missing(self._groups)) is not None:
             self._say(line)
         interrupted = False
@@ -523,7 +525,16 @@ class _Run:
         return done
 
     def _records(self) -> pl.DataFrame:
-        return self._dataset.finished((*RESUME, "group_id", "oom_stage", "oom_scope"))
+        more = ("group_id", "oom_stage", "oom_scope", *vouching.COLUMNS)
+        return self._dataset.finished((*RESUME, *more))
+
+    def _of_machines(self) -> Iterator[str]:
+        """What there is to say of the machines behind earlier records."""
+        if self._request.fresh:
+            return
+        hosts = {host.device_digest: host.device_facts for host in self._cluster.hosts.values()}
+        guards = {(one, hosts.get(one.device_digest)) for one in self._guards()}
+        yield from vouching.machines(self._records(), self._settled.keys(), guards)
 
     def _exhausted(self) -> Iterator[schedule.Exhausted]:
         """What an earlier run found out of device memory, with what its engine held besides.
@@ -563,7 +574,12 @@ class _Run:
                 yield Guard(engine=kind, engine_version=roofline.VERSION, device=target)
                 continue
             for host in self._cluster.hosts.values():
-                yield Guard(engine=kind, engine_version=host.engine_version, device=host.device)
+                yield Guard(
+                    engine=kind,
+                    engine_version=host.engine_version,
+                    device=host.device,
+                    device_digest=host.device_digest,
+                )
 
     def _due(self) -> tuple[list[Group], list[Planned]]:
         """Groups and infeasible points that still owe a record, cut to `--limit`."""

@@ -392,6 +392,9 @@ class Guard:
 
     engine_version: str | None
     device: str | None
+    device_digest: str | None = None
+    """What decides the device's speed (`workers.hardware.facts`). Records of 0.1.0 tell nothing
+    of it and fit by the device's name."""
     engine: str | None = None
     """Kind of engine: versions and devices of different kinds have nothing to do with each
     other."""
@@ -404,6 +407,7 @@ RESUME = (
     "engine",
     "engine_version",
     "device",
+    "device_digest",
     "finished_at",
     "throughput_tok_s",
 )
@@ -437,6 +441,7 @@ def settled(
         ("engine", guard.engine),
         ("engine_version", guard.engine_version),
         ("device", guard.device),
+        ("device_digest", guard.device_digest),
     )
     for column, wanted in asked:
         if wanted is not None:

@@ -192,6 +192,8 @@ def where(host: Host, stand_in: StandIn | None = None) -> dict[str, Any]:
         "engine_version": host.engine_version,
         "torch_version": host.torch_version,
         "device": host.device,
+        "device_digest": host.device_digest,
+        "device_facts": host.device_facts,
         "host": host.hostname,
     }
 

@@ -50,6 +50,19 @@ _RECORD: tuple[tuple[str, pa.DataType, str], ...] = (
     ("engine_args", _STR, "JSON object: the arguments the engine was built with."),
     ("torch_version", _STR, "Version of torch, with its build."),
     ("device", _STR, "Device as the driver or the operating system names it."),
+    (
+        "device_digest",
+        _STR,
+        "Stands for device_facts: two devices of one name are one device where it is equal. Null "
+        "where nothing was measured, and in records of 0.1.0.",
+    ),
+    (
+        "device_facts",
+        _STR,
+        "JSON object: what decides the device's speed, as `workers.hardware.facts` reads it: of a "
+        "CPU its model, instructions, caches, NUMA nodes and cores as the process may use them; of "
+        "a GPU product, memory, power limit, ECC, MIG, links and driver.",
+    ),
     ("device_count", _INT, "Devices of the engine."),
     ("threads", _INT, "CPU threads per device; null on GPUs."),
     ("host", _STR, "Host name."),
