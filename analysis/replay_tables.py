@@ -18,6 +18,7 @@ from rich.text import Text
 
 from analysis.insights import percent
 from analysis.replay import CHANGED, Made
+from workers.hardware.facts import apart, loads
 
 Facts = dict[str, Any]
 
@@ -167,10 +168,19 @@ def _differences(original: Made, replay: Made) -> Iterator[Facts]:
         keys = sorted(old.keys() | new.keys())
         pairs += [(f"engine_args.{key}", old.get(key), new.get(key)) for key in keys]
     pairs.append(("trials on the engine", original.companions, replay.companions))
+    pairs += _facts(original.record, replay.record)
     for name, before, after in pairs:
         told = name.startswith("engine_args.") or None not in (before, after)
         if told and before != after:
             yield {"name": name, "original": before, "replay": after}
+
+
+def _facts(original: Facts, replay: Facts) -> Iterator[tuple[str, Any, Any]]:
+    """What decides the speed of the two devices, where both are known: one that kept its name may
+    be another one all the same."""
+    old, new = loads(original.get("device_facts")), loads(replay.get("device_facts"))
+    if old is not None and new is not None:
+        yield from ((f"device: {name}", before, after) for name, before, after in apart(old, new))
 
 
 def _ended(side: Facts) -> str:

@@ -34,6 +34,7 @@ from workers.contract.job import Job, Ticket
 from workers.contract.message import Finished
 from workers.contract.record import RECORDS, rows
 from workers.hardware.device import device
+from workers.hardware.facts import dumps
 from workers.moe.sheets import FOLDER
 from workers.secrecy import HIDDEN, hide
 
@@ -607,3 +608,15 @@ def test_check_speaks_of_the_one_file_only(tmp_path: Path) -> None:
     found = find(ids(folder)[0], [folder])
     with pytest.raises(DatasetError, match="not valid YAML"):
         check(found, "a: [")
+
+
+def test_a_device_that_kept_its_name_and_is_another_one_is_told() -> None:
+    fast, slow = ({"amx_tile": amx, "cores": 2, "core_quota": None} for amx in (True, False))
+    one = made(device_digest="a", device_facts=dumps(fast))
+    other = made(device_digest="b", device_facts=dumps(slow | {"core_quota": 1.5}))
+    facts = replay_facts(one, other, status=0)
+    assert facts["differences"] == [
+        {"name": "device: AMX", "original": "yes", "replay": "no"},
+        {"name": "device: cores by quota", "original": "?", "replay": "1.5"},
+    ]
+    assert replay_facts(one, made(), status=0)["differences"] == []  # 0.1.0 tells nothing of it

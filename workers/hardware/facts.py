@@ -98,15 +98,23 @@ def digest(facts: Facts | str) -> str:
 
 
 def differences(one: Facts, other: Facts) -> list[str]:
-    """What is not the same, fact by fact: `AMX: yes / no`, `L3: 32 MiB / 260 MiB`.
+    """What is not the same, fact by fact: `AMX: yes / no`, `L3: 32 MiB / 260 MiB`."""
+    return [f"{name}: {first} / {second}" for name, first, second in apart(one, other)]
+
+
+def apart(one: Facts, other: Facts) -> list[tuple[str, str, str]]:
+    """Facts that are not the same: name and both values, as people read them.
 
     What only one side knows of is told too: its other value is a question mark.
     """
     known = {**one, **other}
     names = [*(name for name in _WORDS if name in known), *sorted(known.keys() - _WORDS.keys())]
     return [
-        f"{_WORDS.get(name, name.replace('_', ' '))}: "
-        f"{_told(name, one.get(name))} / {_told(name, other.get(name))}"
+        (
+            _WORDS.get(name, name.replace("_", " ")),
+            _told(name, one.get(name)),
+            _told(name, other.get(name)),
+        )
         for name in names
         if one.get(name) != other.get(name)
     ]
