@@ -9,13 +9,13 @@ secret (`workers.secrecy`), whoever wrote the words in it.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from workers import usage
 from workers.contract.engine import StandIn
 from workers.contract.errors import OutOfMemory, TrialError
 from workers.contract.job import Job, Ticket
@@ -24,11 +24,9 @@ from workers.contract.model import Model
 from workers.contract.outcome import Outcome
 from workers.contract.probed import PHASES, Probed
 from workers.contract.record import ACTIVATIONS, RECORDS, SAMPLES, SCHEMA_VERSION, rows
-from workers.hardware.device import Device
 from workers.hardware.host import Host
 from workers.metrics import figures
 from workers.moe.architecture import UnknownModel, resolve, run_dtype
-from workers.moe.sheets import Sheet
 from workers.moe.structure import Architecture
 from workers.secrecy import hide, hide_json, hide_text, known_secrets
 
@@ -40,23 +38,18 @@ def ok(
     ticket: Ticket,
     measurement: Measurement,
     architecture: Architecture,
-    target: Device | None,
+    utilisations: Mapping[str, Any],
     measured: bool = True,
-    probed: Probed | None = None,
-    sheet: Sheet | None = None,
     **columns: Any,
 ) -> pa.RecordBatch:
     """The row of a trial that was measured, or predicted by an engine that only predicts.
 
     Args:
-        target: what one device can do, for utilisations; null where that is not known.
+        utilisations: of `workers.usage`.
         measured: false where the passes were predicted.
-        probed: which experts ran in its timed passes, where that was asked for.
-        sheet: how many ran in an earlier probe, where that was asked for.
         columns: further columns of the row.
     """
     derived = figures(measurement, output_tokens=ticket.trial.workload.output_tokens)
-    timed = measurement.of("timed")
     started = min(one.started_at for one in measurement.passes)
     return _row(
         job,
@@ -68,7 +61,7 @@ def ok(
             "started_at": datetime.fromtimestamp(started, UTC),
             **_memory(measurement.memory),
             **derived,
-            **usage.columns(ticket.trial, architecture, timed, target, probed, sheet),
+            **utilisations,
             **columns,
         },
     )

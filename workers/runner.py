@@ -49,7 +49,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from workers import memory, recorder, reuse
+from workers import memory, recorder, reuse, usage
 from workers.contract.errors import Infeasible, OutOfMemory, TimedOut, TrialError, Unsupported
 from workers.contract.job import Job, Ticket
 from workers.contract.measurement import Measurement, Memory, Pass, PassKind
@@ -63,7 +63,8 @@ from workers.engines.base import Engine, Site, engine_class
 from workers.folders import within
 from workers.hardware import reference
 from workers.hardware.device import Device, device
-from workers.hardware.hand import in_hand
+from workers.hardware.hand import Hand, in_hand
+from workers.hardware.hand import doubted as hand_again
 from workers.hardware.host import Host, describe
 from workers.hardware.reference import Reference
 from workers.metrics import interval
@@ -139,6 +140,10 @@ class _Run:
     """They are of a machine, not of a model of one."""
     target: Device | None = None
     """Device that its figures are of."""
+    calibrated: dict[str, Any] = field(default_factory=dict)
+    """What a calibration of it found, as columns."""
+    doubted: bool = False
+    """It was calibrated again since the engine was built."""
     reference: Reference | None = None
     """How fast the machine was when the engine at hand last asked."""
     busy_s: float = 0.0
@@ -174,7 +179,8 @@ class _Run:
         kind = engine_class(tickets[0].trial.engine.kind)
         planned_for = tickets[0].trial.layout.device or self.job.profile
         stand_in = kind.stands_for(planned_for)
-        self.columns = recorder.where(self.host, stand_in)
+        self.columns, self.calibrated = recorder.where(self.host, stand_in), {}
+        self.doubted = False
         self.columns["started_at"] = datetime.now(UTC)
         with _scratch(self.job.scratch) as folder:
             try:
@@ -197,10 +203,7 @@ class _Run:
                 if hand is None:
                     self.target = device(planned_for)
                 else:
-                    self.columns |= hand.columns(
-                        run_dtype(engine.loaded.architecture, tickets[0].trial.model)
-                    )
-                    self.target = hand.device
+                    self._against(hand, engine, tickets[0])
                 self._refer(engine)
                 del self.columns["started_at"]
                 for _, alike in groupby(tickets, key=_top_k):
@@ -386,18 +389,19 @@ class _Run:
         sheet, unknown = self._sheet(engine, trial.ticket.trial, trial.passes)
         trial.passes.clear()  # they are in its rows
         columns = self.columns | reference.columns(trial.before, trial.after)
-        if reason := unknown or (probed.reason if probed is not None else None):
-            columns["outcome_reason"] = reason
+        utilisations, doubt = self._utilisations(engine, trial.ticket, measurement, probed, sheet)
+        columns |= self.calibrated
+        reasons = (unknown or (probed.reason if probed is not None else None), doubt)
+        if any(reasons):
+            columns["outcome_reason"] = "; ".join(filter(None, reasons))
         found = self._found(engine, trial.ticket, probed)
         record = recorder.ok(
             self.job,
             trial.ticket,
             measurement,
             engine.loaded.architecture,
-            self.target,
+            utilisations,
             self.measured,
-            probed,
-            sheet,
             **columns,
         )
         return Finished(
@@ -410,6 +414,36 @@ class _Run:
             throughput_tok_s=record.column("throughput_tok_s")[0].as_py(),
         )
 
+    def _utilisations(
+        self,
+        engine: Engine,
+        ticket: Ticket,
+        measurement: Measurement,
+        probed: Probed | None,
+        sheet: Sheet | None,
+    ) -> tuple[dict[str, Any], str | None]:
+        """Shares of the device's peaks, and why some are not known. Passes that go beyond a peak
+        have it measured again, once per engine."""
+
+        def against(target: Device | None) -> dict[str, Any]:
+            a, timed = engine.loaded.architecture, measurement.of("timed")
+            return usage.columns(ticket.trial, a, timed, target, probed, sheet)
+
+        found = against(self.target)
+        if (beyond := usage.contradictions(found)) and not self.doubted:
+            self.doubted = True
+            print(f"{'; '.join(beyond)}: the device is calibrated again")
+            if (hand := hand_again(self.host)) is not None:
+                self._against(hand, engine, ticket)
+                found = against(self.target)
+        return usage.sound(found)
+
+    def _against(self, hand: Hand, engine: Engine, ticket: Ticket) -> None:
+        """Takes utilisations against this device from now on."""
+        self.target = hand.device
+        dtype = run_dtype(engine.loaded.architecture, ticket.trial.model)
+        self.calibrated = hand.columns(dtype)
+
     def _found(self, engine: Engine, ticket: Ticket, probed: Probed | None) -> Sheet | None:
         """What a probe found, for this group and for later ones."""
         loaded, job = engine.loaded, self.job
@@ -420,7 +454,7 @@ class _Run:
         return found
 
     def _failed(self, ticket: Ticket, error: TrialError) -> Finished:
-        columns = self.columns or recorder.where(self.host)
+        columns = self.columns | self.calibrated or recorder.where(self.host)
         return Finished(
             trial_id=ticket.trial_id,
             outcome=error.outcome,

@@ -149,9 +149,11 @@ def _chart(frame: pl.DataFrame) -> alt.TopLevelMixin:
         panel="series", x="batch_size", **{words: column for column, words in LINES.items()}
     ).unpivot(list(LINES.values()), index=["panel", "x"], variable_name="line", value_name="y")
     predicted = constant(frame, "source") == "predicted"
-    peak = {"calibrated": "calibrated", "catalogue": "data sheet"}.get(
-        str(constant(frame, "peak_source")), "peak"
-    )
+    peak = {
+        "calibrated": "calibrated",
+        "calibrated-disturbed": "calibrated while disturbed",
+        "catalogue": "data sheet",
+    }.get(str(constant(frame, "peak_source")), "peak")
     return draw(
         long.with_columns(dash=pl.lit("")),
         title=_TITLE,

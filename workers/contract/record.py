@@ -162,7 +162,11 @@ _RECORD: tuple[tuple[str, pa.DataType, str], ...] = (
     # utilisation of the devices' peaks while decoding, ratios of sums over passes (Eq 6)
     ("peak_bandwidth_gb_s", _FLOAT, "Peak of one device, 10^9 bytes/s (of a CPU machine, whole)."),
     ("peak_tflops", _FLOAT, "Dense peak of one device in the type computed in, 10^12 FLOP/s."),
-    ("peak_source", _STR, "catalogue | calibrated."),
+    (
+        "peak_source",
+        _STR,
+        "catalogue | calibrated | calibrated-disturbed (no measurement so far was quiet).",
+    ),
     ("calibrated_bandwidth_gb_s", _FLOAT, "Read bandwidth as measured on this device."),
     ("calibrated_tflops", _FLOAT, "Largest matrix product as measured, in the run's data type."),
     ("mbu", _FLOAT, "Memory bandwidth utilisation, all weights counted."),

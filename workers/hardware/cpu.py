@@ -47,8 +47,8 @@ def cpu() -> Device:
     return replace(
         _device(found.bandwidth_gb_s, found.tflops["bf16"]),
         source=f"best of {found.runs} calibrations with torch, the last on {day}, "
-        f"{found.threads} threads; others had {found.others:.0%} of the cores",
-        verified=found.others <= peaks.QUIET,
+        f"{found.threads} threads; {found.disturbance()}",
+        verified=found.quiet,
         fp16_tflops=found.tflops.get("fp16"),
         fp32_tflops=found.tflops.get("fp32"),
         int8_tflops=found.tflops.get("int8"),
