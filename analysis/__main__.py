@@ -93,6 +93,7 @@ def figure(
 
     Figures of records need a DATASET; figures of the catalogues take --model and so on.
     """
+    from analysis import disturbed
     from analysis.figures.registry import find
     from analysis.figures.write import check, write
 
@@ -103,6 +104,8 @@ def figure(
     for path in outputs:
         write(chosen, frame, path)
     click.echo(chosen.insight(frame))
+    if said := disturbed.line(frame):
+        click.echo(f"{said}.")
 
 
 @main.command()
@@ -121,6 +124,7 @@ def table(
     **asked: Any,
 ) -> None:
     """Show one row per trial, or with --figure what that figure draws."""
+    from analysis import disturbed
     from analysis.figures.registry import find
     from analysis.insights import summary
     from analysis.tables import pivot_table, reasons, records_table, show
@@ -130,6 +134,8 @@ def table(
         frame = _frame(chosen, datasets, only, Options(**asked), every=every)
         shown: list[Table | Text] = [pivot_table(pivot) for pivot in chosen.pivots(frame)]
         sentence = chosen.insight(frame)
+        if said := disturbed.line(frame):
+            sentence += f" {said}."
     else:
         if not datasets:
             raise OptionError("a table of records: name a DATASET, or a --figure of the catalogues")

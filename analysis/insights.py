@@ -139,6 +139,10 @@ def summary(records: pl.DataFrame) -> str:
     )
     ended = ", ".join(f"{count} {outcome}" for outcome, count in counts.iter_rows())
     sentence = f"{len(records)} trial{'' if len(records) == 1 else 's'}: {ended}."
+    if noisy := int(records.get_column("disturbed").sum()):
+        sentence += (
+            f" Something else disturbed {noisy} of them; --rerun disturbed measures them again."
+        )
     ranked = records.drop_nulls("throughput_tok_s").sort("throughput_tok_s", descending=True)
     if ranked.is_empty():
         return sentence

@@ -9,15 +9,17 @@ from fractions import Fraction
 
 import polars as pl
 
+from analysis import disturbed
 from analysis.conditions import constant
 
 
 def subtitle(frame: pl.DataFrame) -> list[str]:
     """Lines on the model, the machine and the workload; what no record tells is left out.
 
-    Needs the condition columns, `devices_label` and `memory_limit_gib`.
+    Needs the condition columns, `devices_label` and `memory_limit_gib`; counts what was disturbed
+    where there is that column.
     """
-    lines = [_model(frame), _machine(frame), _workload(frame)]
+    lines = [_model(frame), _machine(frame), _workload(frame), disturbed.line(frame)]
     if constant(frame, "source") == "predicted":
         lines.insert(0, f"Predicted by a model ({constant(frame, 'engine')}), not measured")
     return [line for line in lines if line]

@@ -40,7 +40,7 @@ import polars as pl
 import pyarrow as pa
 
 from workers.contract.order import in_order
-from workers.contract.outcome import OUTCOMES, Outcome
+from workers.contract.outcome import DISTURBED, OUTCOMES, Outcome, Rerun
 from workers.contract.record import SCHEMA_VERSION, TABLES
 
 SMALL_FILES = 64
@@ -410,6 +410,7 @@ RESUME = (
     "device_digest",
     "finished_at",
     "throughput_tok_s",
+    "disturbed",
 )
 """Columns of `records` that resuming looks at."""
 
@@ -418,7 +419,7 @@ def settled(
     records: pl.DataFrame,
     *,
     guard: Guard,
-    rerun: frozenset[Outcome] = frozenset(),
+    rerun: frozenset[Rerun] = frozenset(),
     runs: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Outcome]:
     """Trials that need not run again, with how they ended.
@@ -430,9 +431,10 @@ def settled(
     of memory: what happened on one device says nothing about another.
 
     Args:
-        records: at least the columns `RESUME` up to `finished_at`, from `finished`.
+        records: at least the columns `RESUME` up to `finished_at`, and `disturbed` where that is
+            asked for, from `finished`.
         guard: environment of the run that is about to start.
-        rerun: outcomes to run again.
+        rerun: outcomes to run again; `disturbed` is for those that something else disturbed.
         runs: as the manifest lists them, eldest first. Those that it does not know go by their
             records' time.
     """
@@ -454,10 +456,15 @@ def settled(
     return _newest(fitting.filter(valid), rerun)
 
 
-def _newest(records: pl.DataFrame, rerun: frozenset[Outcome]) -> dict[str, Outcome]:
-    newest = dict(zip(records["trial_id"], records["outcome"], strict=True))
+def _newest(records: pl.DataFrame, rerun: frozenset[Rerun]) -> dict[str, Outcome]:
+    newest = records.unique("trial_id", keep="last", maintain_order=True)
+    again = pl.col("outcome").is_in(list(rerun))
+    if DISTURBED in rerun:
+        again |= pl.col("disturbed").fill_null(False)
+    kept = newest.filter(~again)
     return {
-        trial: cast(Outcome, outcome) for trial, outcome in newest.items() if outcome not in rerun
+        trial: cast(Outcome, outcome)
+        for trial, outcome in zip(kept["trial_id"], kept["outcome"], strict=True)
     }
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from workers import usage
+from workers.contract import reading
 from workers.contract.engine import StandIn
 from workers.contract.errors import OutOfMemory, TrialError
 from workers.contract.job import Job, Ticket
@@ -130,6 +131,10 @@ def samples(
                 "token_s": one.token_s,
                 "step_s": one.step_s,
                 **_drafted(one),
+                "counted": None if one.kind == "warmup" else one.counted,
+                "disturbed": one.disturbed,
+                "disturbed_reason": one.disturbed_reason,
+                **reading.columns(one.reading),
             }
             for one in measurement.passes
         ]

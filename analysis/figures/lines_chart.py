@@ -1,8 +1,8 @@
 """Lines of series in panels: colour and shape tell lines apart, dashes a second thing.
 
 For figures whose lines have names without an order. One long frame is drawn: `panel`, `line`,
-`dash`, `x`, `y`, `low` and `high` where points have intervals, and `label` where they have words
-beside them.
+`dash`, `x`, `y`, `low` and `high` where points have intervals, `label` where they have words
+beside them, and `ring` where a disturbed record is to be marked.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import altair as alt
 import polars as pl
 
+from analysis.disturbed import RING
 from analysis.figures.style import INK, LETTERS, PALETTE, caption, styled
 
 _WIDTH, _HEIGHT = 400, 220
@@ -134,6 +135,12 @@ def _panel(
         .mark_point(filled=True, size=48, opacity=1)
         .encode(shape=shape),
     ]
+    if "ring" in frame.columns and frame.get_column("ring").any():
+        layers.append(
+            base.transform_filter("isValid(datum.y) && datum.ring")
+            .mark_point(shape="circle", filled=False, size=190, strokeWidth=1.6)
+            .encode(color=alt.value(RING))
+        )
     if {"low", "high"} <= set(frame.columns):
         layers.insert(
             0,

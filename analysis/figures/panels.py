@@ -18,6 +18,7 @@ import altair as alt
 import polars as pl
 
 from analysis.conditions import constant
+from analysis.disturbed import RING
 from analysis.figures.style import FAINT, LETTERS, caption, styled
 from analysis.insights import MISSING, feasible
 from analysis.keys import Axes, Key
@@ -150,6 +151,9 @@ def _panel(drawn: pl.DataFrame, axes: Axes, scale: _Scale) -> alt.LayerChart:
         points.mark_point(filled=True, size=62, opacity=1).encode(
             shape=alt.Shape(**line, scale=alt.Scale(domain=lines, range=_SHAPES))
         ),
+        points.transform_filter("datum.disturbed")
+        .mark_point(shape="circle", filled=False, size=210, strokeWidth=1.6)
+        .encode(color=alt.value(RING)),
         base.transform_filter("isValid(datum.mark)")
         .mark_text(fontSize=14, fontWeight="bold")
         .encode(x=alt.X(f"{axes.x.column}:Q", **x), y=alt.Y("strip:Q", **y), text="mark:N"),
@@ -201,6 +205,7 @@ def _tooltip(drawn: pl.DataFrame, axes: Axes) -> list[alt.Tooltip]:
         ("throughput_tok_s_ci_low:Q", "Interval from", ",.1f"),
         ("throughput_tok_s_ci_high:Q", "to", ",.1f"),
         ("active_share:Q", "Parameters active", ".1%"),
+        ("disturbed:N", "Disturbed", ""),
         ("trial_id:N", "Trial", ""),
     ]
     return [alt.Tooltip(field, title=title, format=form) for field, title, form in rows]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from analysis.conditions import CONDITIONS, refuse_mixed, refuse_repeated
+from analysis.disturbed import mark
 from analysis.errors import SelectionError
 from analysis.figures.figure import Pivot, RecordsFigure
 from analysis.insights import MISSING, feasible, percent
@@ -33,6 +34,7 @@ _DRAWN = (
     "params_total",
     "params_active",
     "memory_limit_gib",
+    "disturbed",
     "devices_label",
     "trial_id",
 )
@@ -119,9 +121,10 @@ def _cell(row: dict[str, Any]) -> str:
     if value is None:
         return MISSING.get(row["outcome"], str(row["outcome"]))
     low, high = row["throughput_tok_s_ci_low"], row["throughput_tok_s_ci_high"]
+    shown = f"{value:,.0f}{mark(row)}"
     if low is None or high is None:
-        return f"{value:,.0f}"
-    return f"{value:,.0f} ±{percent((high - low) / 2 / value)}"
+        return shown
+    return f"{shown} ±{percent((high - low) / 2 / value)}"
 
 
 def insight(frame: pl.DataFrame) -> str:
@@ -190,7 +193,12 @@ def _chart(frame: pl.DataFrame) -> alt.TopLevelMixin:
     predicted = frame.get_column("source").eq("predicted").all()
     long = pl.concat(
         rows.select(
-            panel=pl.lit(name), line="line", dash=pl.lit(""), x="top_k", y="throughput_tok_s"
+            panel=pl.lit(name),
+            line="line",
+            dash=pl.lit(""),
+            x="top_k",
+            y="throughput_tok_s",
+            ring="disturbed",
         )
         for name, rows in _panels(frame)
     )

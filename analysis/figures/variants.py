@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from analysis.conditions import CONDITIONS, constant, refuse_mixed, refuse_repeated
+from analysis.disturbed import mark
 from analysis.errors import SelectionError
 from analysis.figures.figure import Pivot, RecordsFigure
 from analysis.insights import MISSING, percent
@@ -157,6 +158,7 @@ class Variants:
                 dash=pl.when("baseline").then(pl.lit("baseline")).otherwise(pl.lit("variant")),
                 x=pl.col(self.x.column).cast(pl.Float64),
                 y=value.cast(pl.Float64),
+                ring="disturbed",
             )
             for value, title in parts
         ).drop_nulls("y")
@@ -245,7 +247,7 @@ class Variants:
         return f"From {self.x.phrase.format(f'{low} to {high}')}: {enumeration(words)}{median}."
 
 
-_FOR_PEOPLE = ("devices_label", "memory_limit_gib", "trial_id")
+_FOR_PEOPLE = ("devices_label", "memory_limit_gib", "disturbed", "trial_id")
 
 
 def _names(frame: pl.DataFrame) -> list[str]:
@@ -266,7 +268,7 @@ def _cell(row: dict[str, Any]) -> str:
     value = row["throughput_tok_s"]
     if value is None:
         return MISSING.get(row["outcome"], str(row["outcome"]))
-    return f"{value:,.0f}" + ("" if row["ratio"] is None else f" ({row['ratio']:.2f}×)")
+    return f"{value:,.0f}{mark(row)}" + ("" if row["ratio"] is None else f" ({row['ratio']:.2f}×)")
 
 
 def _absent(frame: pl.DataFrame) -> str:
