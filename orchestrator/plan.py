@@ -23,7 +23,6 @@ from orchestrator.grid import Expansion, Point, uncollected
 from orchestrator.sweep import Sweep
 from workers.contract.engine import EngineSettings
 from workers.contract.errors import Infeasible, Unsupported
-from workers.contract.fingerprint import Fingerprints
 from workers.contract.layout import Layout
 from workers.contract.model import Model, Prune
 from workers.contract.trial import Trial
@@ -31,6 +30,7 @@ from workers.engines.roofline_engine import pace
 from workers.hardware.device import Device, UnknownDevice
 from workers.hardware.device import device as find_device
 from workers.hardware.roofline import Prediction, Roofline, roofline
+from workers.identity import Identities
 from workers.moe import drafts
 from workers.moe.architecture import UnknownModel, check, resolve
 from workers.moe.structure import Architecture
@@ -53,6 +53,8 @@ class Planned:
     prediction: Prediction | None = None
     """Null where the model's structure is not spelled out."""
     infeasible: Infeasible | None = None
+    digests: Mapping[str, str] = field(default_factory=dict)
+    """Columns of its record that say what its names stand for (`workers.identity.DIGESTS`)."""
 
     @property
     def predicted_s(self) -> float:
@@ -177,6 +179,8 @@ class Plan:
     """Constraint → points it dropped."""
     infeasible: tuple[Planned, ...]
     groups: tuple[Group, ...]
+    unknown: Mapping[str, str] = field(default_factory=dict)
+    """Names of which nobody here can tell what they stand for, and why; identities go by them."""
 
     @property
     def trials(self) -> int:
@@ -236,7 +240,7 @@ def build(sweep: Sweep, expansion: Expansion, device: Device) -> Plan:
     Raises:
         SweepError: a model that is neither in the catalogue, nor a folder, nor a hub id.
     """
-    planner = _Planner(sweep, device)
+    planner = _Planner(sweep, device, expansion.identities)
     infeasible: list[Planned] = []
     groups: dict[str, list[Planned]] = {}
     with uncollected():
@@ -255,6 +259,7 @@ def build(sweep: Sweep, expansion: Expansion, device: Device) -> Plan:
         dropped=expansion.dropped,
         infeasible=tuple(infeasible),
         groups=tuple(built),
+        unknown=dict(expansion.identities.unknown),
     )
 
 
@@ -304,9 +309,8 @@ class _Planner:
     Memories go by the `id` of blocks, which the points keep alive.
     """
 
-    def __init__(self, sweep: Sweep, device: Device) -> None:
-        self._sweep, self._device = sweep, device
-        self._ids = Fingerprints()
+    def __init__(self, sweep: Sweep, device: Device, identities: Identities) -> None:
+        self._sweep, self._device, self._identities = sweep, device, identities
         self._engines: dict[tuple[int, int, int], tuple[_Costs, str]] = {}
         self._costs: dict[tuple[Any, ...], _Costs] = {}
         self._weights: dict[tuple[int, bool], Model] = {}
@@ -328,10 +332,11 @@ class _Planner:
                 costs.predictions[workload] = prediction
         planned = Planned(
             trial=trial,
-            trial_id=self._ids.of(trial),
+            trial_id=point.trial_id,
             axes=point.axes,
             prediction=prediction,
             infeasible=costs.infeasible,
+            digests=self._identities.digests(trial),
         )
         return planned, group_id
 
@@ -384,7 +389,7 @@ class _Planner:
         model = self._weights.get(key)
         if model is None:
             model = self._weights[key] = engine_group(trial)[0]
-        return self._ids.of([model, trial.layout, trial.engine])[:12]
+        return self._identities.engine_key(model, trial.layout, trial.engine)[:12]
 
 
 def _group(group_id: str, trials: list[Planned]) -> Group:

@@ -507,7 +507,9 @@ class _Run:
             records = []
             for one in self._infeasible[start : start + AT_ONCE]:
                 assert one.infeasible is not None
-                ticket = Ticket(trial=one.trial, trial_id=one.trial_id, axes=one.axes)
+                ticket = Ticket(
+                    trial=one.trial, trial_id=one.trial_id, axes=one.axes, digests=one.digests
+                )
                 records.append(recorder.failed(job, ticket, one.infeasible))
             self._end(None, "infeasible", records)
 
