@@ -350,7 +350,10 @@ class _Once:
         factors = self._sweep.factors
         first, second = (_row(factors, number) for number in numbers)
         differ = [
-            cell for one, other in zip(first, second, strict=True) if one is not other for cell in other
+            cell
+            for one, other in zip(first, second, strict=True)
+            if one is not other
+            for cell in other
         ]
         place = differ[-1].place if differ else Place(self._sweep.path, None, "cases")
         return place.error(f"two points are the same trial: {_spelt(first)} and {_spelt(second)}")

@@ -23,6 +23,7 @@ from orchestrator.grid import Expansion, Point, uncollected
 from orchestrator.sweep import Sweep
 from workers.contract.engine import EngineSettings
 from workers.contract.errors import Infeasible, Unsupported
+from workers.contract.fingerprint import Fingerprints
 from workers.contract.layout import Layout
 from workers.contract.model import Model, Prune
 from workers.contract.trial import Trial
@@ -39,6 +40,10 @@ ENGINE_SECTIONS = ("model", "layout", "engine")
 """Sections of a trial that its engine is built from."""
 TOP_K = "model.top_k"
 """The one field of them that may vary within a group."""
+_NAMED = 4
+"""Names that are listed in one line; the rest is counted."""
+DETAILED = 1_000
+"""Trials of a plan that is told with what its models are made of."""
 ROOFLINE_S = 0.01
 """Building a roofline engine, seconds: it only computes."""
 
@@ -187,6 +192,24 @@ class Plan:
         """Points that get a terminal record, infeasible ones included."""
         return len(self.infeasible) + sum(len(group.trials) for group in self.groups)
 
+    def named_ids(self) -> set[str]:
+        """What version 0.1.0 called these trials."""
+        names = Fingerprints()
+        grouped = (one for group in self.groups for one in group.trials)
+        return {names.of(one.trial) for one in (*self.infeasible, *grouped)}
+
+    @property
+    def by_name(self) -> str | None:
+        """Which names identities go by, in one line; null where all are resolved."""
+        if not self.unknown:
+            return None
+        told = [f"{name} ({why})" for name, why in self.unknown.items()]
+        more = f"; and {len(told) - _NAMED} more" if len(told) > _NAMED else ""
+        return (
+            "what these names stand for cannot be told here, so trials are identified by the "
+            f"names, and a change behind them would not be seen: {'; '.join(told[:_NAMED])}{more}"
+        )
+
     @property
     def asks_for_sheets(self) -> bool:
         """Whether a trial takes the experts that ran from an earlier probe."""
@@ -204,7 +227,8 @@ class Plan:
         return sum(group.predicted_s * group.devices for group in self.groups) / 3600
 
     def to_json(self) -> dict[str, Any]:
-        """The answer of `--dry-run --json`."""
+        """The answer of `--dry-run --json`; of a small plan with what its models are made of."""
+        detailed = self.trials <= DETAILED
         return {
             "sweep": self.sweep,
             "profile": self.profile,
@@ -212,7 +236,12 @@ class Plan:
             "trials": self.trials,
             "dropped": dict(self.dropped),
             "infeasible": [
-                {"trial_id": one.trial_id, "axes": dict(one.axes), "reason": str(one.infeasible)}
+                {
+                    "trial_id": one.trial_id,
+                    "axes": dict(one.axes),
+                    "reason": str(one.infeasible),
+                    "digests": one.digests,
+                }
                 for one in self.infeasible
             ],
             "groups": [
@@ -222,10 +251,12 @@ class Plan:
                     "devices": group.devices,
                     "trials": len(group.trials),
                     "trial_ids": [one.trial_id for one in group.trials],
+                    "digests": group.trials[0].digests,
                     "predicted_memory_gib": group.predicted_memory_gib,
                     "memory_limit_gib": group.memory_limit_gib,
                     "predicted_oom": group.predicted_oom,
                     "predicted_seconds": group.predicted_s,
+                    **(_details(group) if detailed else {}),
                 }
                 for group in self.groups
             ],
@@ -263,6 +294,24 @@ def build(sweep: Sweep, expansion: Expansion, device: Device) -> Plan:
     )
 
 
+def _details(group: Group) -> dict[str, Any]:
+    """The structure that its first trial runs, as far as it is known, and what version 0.1.0
+    called its trials."""
+    return {
+        "named_ids": [one.trial.named_id for one in group.trials],
+        "structure": _dimensions(_structure(group.trials[0].trial.model)),
+    }
+
+
+def _dimensions(a: Architecture | None) -> dict[str, int] | None:
+    """Columns of a record; null where only the engine can find out."""
+    if a is None:
+        return None
+    names = ("num_layers", "hidden_size", "ffn_dim", "num_experts", "top_k", "shared_experts")
+    counted = ("params_total", "params_active") if a.exact else ()
+    return {name: getattr(a, name) for name in (*names, *counted)}
+
+
 def engine_group(trial: Trial) -> tuple[Model, Layout, EngineSettings]:
     """What trials must have in common to be measured on one engine's weights.
 
@@ -291,6 +340,11 @@ def own_dimensions(model: Model) -> Mapping[str, Any]:
         "num_layers": a.num_layers,
         "hidden_size": a.hidden_size,
     }
+
+
+def forget() -> None:
+    """Models are read again: their files may have changed since the last plan."""
+    _resolved.cache_clear()
 
 
 @dataclass(kw_only=True, slots=True)

@@ -38,7 +38,7 @@ from orchestrator.progress import Tracker
 from orchestrator.request import Request, local_profile, prepare
 from orchestrator.sheets import shelf
 from orchestrator.signals import deaf, interruptible
-from orchestrator.store import RESUME, Dataset, Guard, StoreError, settled
+from orchestrator.store import RESUME, Dataset, Guard, StoreError, settled, unvouched
 from orchestrator.streams import diverted
 from orchestrator.sweep import Sweep
 from workers import recorder
@@ -154,6 +154,7 @@ class _Run:
         self._began = time.monotonic()
         self._known_secrets = known_secrets(sweep.resolved)
         self._shelf = shelf(request, self._say)
+        self._notes = [planned.by_name]
         self._settled = self._earlier()
         self._groups, self._infeasible = self._due()
         known = list(self._exhausted())
@@ -224,8 +225,9 @@ class _Run:
         self._open_manifest()
         for warning in self._dataset.warnings:
             self._say(warning)
-        if (line := self._shelf.missing(self._groups)) is not None:
-            self._say(line)
+        for line in (*self._notes, self._shelf.missing(self._groups)):
+            if line is not None:
+                self._say(line)
         interrupted = False
         try:
             self._write_infeasible()
@@ -522,6 +524,8 @@ class _Run:
         done: dict[str, Outcome] = {}
         for guard in self._guards():
             done |= settled(records, guard=guard, rerun=self._request.rerun, runs=runs)
+        if records["model_digest"].null_count():
+            self._notes.append(unvouched(records, self._plan.named_ids()))
         return done
 
     def _records(self) -> pl.DataFrame:

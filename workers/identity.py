@@ -7,10 +7,9 @@ tokens, the tokenizer. A folder that moved or a relative name from elsewhere is 
 other files under the old name are another one.
 
 The other way round, what is spelled differently and runs equally is one trial: null beside the
-model's own number, 1 beside 1.0 among the engine's arguments, two shares of experts that remove
-equally many. That goes field by field. Two points that merely come to one structure (half of the
-experts pruned, beside a configuration with half as many) stay two: the records say different
-things of them.
+model's own number, 1 beside 1.0 among the engine's arguments. That goes field by field. Two
+points that merely come to one structure (half of the experts pruned, beside a configuration with
+half as many; two ratios that round to as many) stay two: the records say different things of them.
 
 Where this machine cannot tell what a name stands for, the name counts, and `unknown` says so.
 A sweep of a hundred thousand points has few models and workloads, so a block is turned into text
@@ -21,19 +20,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from operator import attrgetter
 from typing import Any
 
 from workers.contract.engine import EngineSettings
 from workers.contract.errors import Infeasible
 from workers.contract.fingerprint import Fingerprints, digits, json_text
 from workers.contract.layout import Layout
+from workers.contract.measure import Measure
 from workers.contract.model import Model, Prune
 from workers.contract.trial import Trial
 from workers.contract.workload import Workload
 from workers.moe import drafts
 from workers.moe.architecture import UnknownModel, bend, configuration, resolve
 from workers.moe.content import Content, content, tokenizer
-from workers.moe.pruning.shape import remaining
 from workers.moe.structure import Architecture
 
 FORMAT = 2
@@ -43,6 +43,12 @@ DIGESTS = ("model_digest", "draft_digest", "dataset_digest")
 
 _SHAPE = ("ffn_dim", "num_experts", "top_k", "num_layers")
 _PLAIN = ("dtype", "quantization", "scale", "trust_remote_code", "weights")
+_NAMED = ("name", "revision", "weights", "trust_remote_code")
+_shape = attrgetter(*_SHAPE)
+_named = attrgetter(*_NAMED)
+"""All of a model that decides which content it has."""
+_kind = attrgetter(*_NAMED, "dtype", "quantization", "scale")
+"""All of a model but its shape and its pruning."""
 _DEFAULTS = {one.name: one.default for one in fields(Model)}
 
 
@@ -56,15 +62,14 @@ class Identities:
         self.unknown: dict[str, str] = {}
         """Names that count as they are, and why."""
         self._plain = Fingerprints()
-        self._models: dict[tuple[int, bool], tuple[Model, str]] = {}
-        self._fixed: dict[tuple[Any, ...], str] = {}
+        self._models: dict[bool, dict[int, tuple[Model, str]]] = {False: {}, True: {}}
+        self._fixed: dict[tuple[Any, ...], tuple[str, Mapping[str, int]]] = {}
         self._workloads: dict[int, tuple[Workload, str]] = {}
+        self._measures: dict[int, tuple[Measure, str]] = {}
         self._engines: dict[tuple[Any, ...], tuple[EngineSettings, str]] = {}
         self._contents: dict[tuple[Any, ...], Content] = {}
         self._texts: dict[str, Content] = {}
-        self._own: dict[str, Mapping[str, int]] = {}
-        self._structures: dict[tuple[Any, ...], Architecture | None] = {}
-        self._digests: dict[tuple[int, int], tuple[Any, Mapping[str, str]]] = {}
+        self._digests: dict[tuple[Any, ...], Mapping[str, str]] = {}
 
     def trial_id(self, trial: Trial) -> str:
         """Identity of the whole trial: 16 hexadecimal digits."""
@@ -73,9 +78,12 @@ class Identities:
         known = self._workloads.get(id(workload))
         if known is None:
             known = self._workloads[id(workload)] = (workload, self._workload(workload))
-        layout, measured = self._plain.text(trial.layout), self._plain.text(measure)
+        how = self._measures.get(id(measure))
+        if how is None:
+            how = self._measures[id(measure)] = (measure, self._plain.text(_bounded(measure)))
+        layout = self._plain.text(trial.layout)
         model, engine = self._model(trial.model, tokenised), self._engine(trial.model, trial.engine)
-        return digits(f"[{FORMAT},{model},{layout},{known[1]},{engine},{measured}]")
+        return digits(f"[{FORMAT},{model},{layout},{known[1]},{engine},{how[1]}]")
 
     def engine_key(self, model: Model, layout: Layout, engine: EngineSettings) -> str:
         """Identity of what a loaded engine is built from: 16 hexadecimal digits."""
@@ -84,49 +92,47 @@ class Identities:
 
     def digests(self, trial: Trial) -> Mapping[str, str]:
         """The columns `DIGESTS` of its record, those that are known."""
-        key = (id(trial.model), id(trial.engine))
+        drafted = trial.engine.speculative is not None
+        key = (*_named(trial.model), id(trial.engine) if drafted else 0)
         known = self._digests.get(key)
         if known is None:
             found = {"model_digest": self._content(trial.model).digest}
             if (draft := drafts.draft(trial)) is not None:
                 found["draft_digest"] = self._content(draft).digest
-            told = {name: digest for name, digest in found.items() if digest is not None}
-            known = self._digests[key] = ((trial.model, trial.engine), told)
+            known = {name: digest for name, digest in found.items() if digest is not None}
+            self._digests[key] = known
         if trial.workload.dataset is None:
-            return known[1]
+            return known
         digest = self._dataset(trial.workload.dataset).digest
-        return known[1] if digest is None else {**known[1], "dataset_digest": digest}
+        return known if digest is None else {**known, "dataset_digest": digest}
 
     def _model(self, model: Model, tokenised: bool) -> str:
-        key = (id(model), tokenised)
-        known = self._models.get(key)
+        models = self._models[tokenised]
+        known = models.get(id(model))
         if known is None:
-            known = self._models[key] = (model, self._model_text(model, tokenised))
+            known = models[id(model)] = (model, self._model_text(model, tokenised))
         return known[1]
 
     def _model_text(self, model: Model, tokenised: bool) -> str:
-        kind = (model.name, model.revision, model.dtype, model.quantization, model.scale,
-                model.trust_remote_code, model.weights, tokenised)  # fmt: skip
-        fixed = self._fixed.get(kind)
-        if fixed is None:
-            fixed = self._fixed[kind] = self._fixed_text(model, tokenised)
-        own = self._own_shape(model.name)
+        kind = (tokenised, *_kind(model))
+        known = self._fixed.get(kind)
+        if known is None:
+            fixed = self._fixed_text(model, tokenised)
+            known = self._fixed[kind] = (fixed, _own_shape(model.name))
+        fixed, own = known
         parts = [fixed]
-        for name in _SHAPE:
-            value = getattr(model, name)
+        for name, value in zip(_SHAPE, _shape(model), strict=True):
             if value is not None and value != own.get(name):
                 parts.append(f'"{name}":{value}')
         if model.prune is not None:
-            parts.append(f'"prune":{json_text(self._pruning(model, model.prune))}')
+            parts.append(f'"prune":{self._plain.text(_pruning(model, model.prune))}')
         return f"{{{','.join(parts)}}}"
 
     def _fixed_text(self, model: Model, tokenised: bool) -> str:
         """All of a model but its shape, as the inside of a JSON object."""
-        told = {"model": self._named(model)}
+        told = {"model": self._stands_for(model)}
         told |= {
-            name: value
-            for name in _PLAIN
-            if (value := getattr(model, name)) != _DEFAULTS[name]
+            name: value for name in _PLAIN if (value := getattr(model, name)) != _DEFAULTS[name]
         }
         if tokenised:
             found = tokenizer(model)
@@ -135,7 +141,7 @@ class Identities:
             told["tokenizer"] = found.digest or _by_name(model)
         return json_text(told)[1:-1]
 
-    def _named(self, model: Model) -> Any:
+    def _stands_for(self, model: Model) -> Any:
         """What stands for the model's name."""
         found = self._content(model)
         if found.digest is not None:
@@ -144,30 +150,10 @@ class Identities:
         return _by_name(model)
 
     def _content(self, model: Model) -> Content:
-        key = (model.name, model.revision, model.weights, model.trust_remote_code)
+        key = _named(model)
         if key not in self._contents:
             self._contents[key] = content(model)
         return self._contents[key]
-
-    def _own_shape(self, name: str) -> Mapping[str, int]:
-        """The model's own numbers, those for which asking for them changes nothing."""
-        if name not in self._own:
-            self._own[name] = _own_shape(name)
-        return self._own[name]
-
-    def _pruning(self, model: Model, prune: Prune) -> list[Any]:
-        """What pruning removes, and by what it chooses; the ratio where that does not come out."""
-        how = prune.criterion if model.weights == "checkpoint" else None
-        shape = (model.name, model.scale, *(getattr(model, name) for name in _SHAPE))
-        try:
-            if shape not in self._structures:
-                self._structures[shape] = resolve(replace(model, weights="dummy", prune=None))
-            a = self._structures[shape]
-            if a is not None:
-                return [prune.kind, remaining(a, prune), how]
-        except (UnknownModel, Infeasible):  # the plan says it with its place
-            pass
-        return [prune.kind, f"ratio {prune.ratio!r}", prune.criterion]
 
     def _workload(self, workload: Workload) -> str:
         if workload.dataset is None:
@@ -201,21 +187,37 @@ class Identities:
     def _engine_text(self, model: Model, engine: EngineSettings) -> str:
         told = replace(engine, args=_numbers(engine.args) | _folders(engine.args))
         if engine.speculative is not None:
-            speculative = replace(engine.speculative, args=_numbers(engine.speculative.args))
+            speculative = replace(
+                engine.speculative,
+                method=engine.speculative.way,
+                args=_numbers(engine.speculative.args),
+            )
             draft = drafts.draft(Trial(model=model, engine=engine))
             if draft is not None:
                 speculative = replace(
                     speculative,
-                    model=f"model {json_text(self._named(draft))}",
+                    model=f"model {json_text(self._stands_for(draft))}",
                     args={k: v for k, v in speculative.args.items() if k != "revision"},
                 )
             told = replace(told, speculative=speculative)
         return self._plain.text(told)
 
 
+def _bounded(measure: Measure) -> Measure:
+    """With the bound on repeats that holds where none is asked for; without a width to reach
+    there is nothing to bound."""
+    most = None if measure.ci_width is None else measure.most_repeats
+    return replace(measure, max_repeats=most)
+
+
 def _by_name(model: Model) -> dict[str, Any]:
     """What stands for a model of which only the name is known."""
     return {"name": drafts.hub_id(model) or model.name, "revision": model.revision}
+
+
+def _pruning(model: Model, prune: Prune) -> Prune:
+    """Random weights have nothing to choose by."""
+    return replace(prune, criterion="random") if model.weights == "dummy" else prune
 
 
 def _own_shape(name: str) -> Mapping[str, int]:

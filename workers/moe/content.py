@@ -47,6 +47,7 @@ _NOTES = ("_name_or_path", "_commit_hash", "transformers_version")
 """Keys of a configuration that say where it comes from, and nothing of the model."""
 _ROUTER = re.compile(r"(^|\.)(router|gate)(\.|$)")
 """Names of a router's tensors; an expert's own gate is called `gate_proj`."""
+_FULL_COMMIT = re.compile(r"[0-9a-f]{40}")
 _HEADER_BYTES = 2**26
 """Of a safetensors file at most, beyond which it is read as any other."""
 
@@ -100,6 +101,13 @@ def commit(model: Model) -> str | None:
     except (OSError, RuntimeError):  # not for us to read; the home of nobody
         return None
     return place.commit if place is not None else None
+
+
+def pinned(model: Model) -> str | None:
+    """The revision to load: the commit that identities of this model go by where the cache says
+    it, so that no engine fetches what `main` has become meanwhile; else the one asked for."""
+    found = commit(model)
+    return found if found is not None and _FULL_COMMIT.fullmatch(found) else model.revision
 
 
 def _content(model: Model, decides: Callable[[str], bool], *, with_commit: bool) -> Content:
