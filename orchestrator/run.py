@@ -38,7 +38,7 @@ from orchestrator.progress import Tracker
 from orchestrator.request import Request, local_profile, prepare
 from orchestrator.sheets import shelf
 from orchestrator.signals import deaf, interruptible
-from orchestrator.store import RESUME, Dataset, Guard, StoreError, settled
+from orchestrator.store import RESUME, Dataset, Guard, StoreError, settled, unvouched
 from orchestrator.streams import diverted
 from orchestrator.sweep import Sweep
 from workers import recorder
@@ -228,10 +228,13 @@ class _Run:
         self._open_manifest()
         for warning in self._dataset.warnings:
             self._say(warning)
-        for told in self._of_machines():
-            self._say(told)
-        if (line := self._shelf.missing(self._groups)) is not None:
-            self._say(line)
+        for line in (
+            self._plan.by_name,
+            *self._of_earlier(),
+            self._shelf.missing(self._groups),
+        ):
+            if line is not None:
+                self._say(line)
         interrupted = False
         try:
             self._write_infeasible()
@@ -514,7 +517,9 @@ class _Run:
             records = []
             for one in self._infeasible[start : start + AT_ONCE]:
                 assert one.infeasible is not None
-                ticket = Ticket(trial=one.trial, trial_id=one.trial_id, axes=one.axes)
+                ticket = Ticket(
+                    trial=one.trial, trial_id=one.trial_id, axes=one.axes, digests=one.digests
+                )
                 records.append(recorder.failed(job, ticket, one.infeasible))
             self._end(None, "infeasible", records)
 
@@ -533,10 +538,11 @@ class _Run:
         more = ("group_id", "oom_stage", "oom_scope", *vouching.COLUMNS)
         return self._dataset.finished((*RESUME, *more))
 
-    def _of_machines(self) -> Iterator[str]:
-        """What there is to say of the machines behind earlier records."""
+    def _of_earlier(self) -> Iterator[str | None]:
+        """What there is to say of the models and machines behind earlier records."""
         if self._request.fresh:
             return
+        yield unvouched(self._records(), self._plan.named_ids())
         hosts = {host.device_digest: host.device_facts for host in self._cluster.hosts.values()}
         guards = {(one, hosts.get(one.device_digest)) for one in self._guards()}
         yield from vouching.machines(self._records(), self._settled.keys(), guards)

@@ -259,6 +259,7 @@ def _row(
         "seed": trial.workload.seed,
         "dataset": trial.workload.dataset,
         "memory_limit_gib": trial.engine.memory_limit_gib,
+        **ticket.digests,
         **ticket.predicted,
         **_structure(ticket, architecture),
     }

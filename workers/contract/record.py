@@ -25,7 +25,7 @@ _RECORD: tuple[tuple[str, pa.DataType, str], ...] = (
     ("schema_version", _INT, "Version of this schema."),
     ("sweep", _STR, "Name of the sweep."),
     ("run_id", _STR, "One invocation of the orchestrator."),
-    ("trial_id", _STR, "Hash of the resolved trial."),
+    ("trial_id", _STR, "Hash of the resolved trial: of what its names stand for."),
     ("group_id", _STR, "Trials that shared one engine key."),
     ("attempt", _INT, "Executions of this trial in this run, from 1."),
     ("axes", _STR, "JSON object: the sweep's axes at this point, as written in the sweep."),
@@ -78,6 +78,12 @@ _RECORD: tuple[tuple[str, pa.DataType, str], ...] = (
     ("model", _STR, "Model by the name that the sweep gave."),
     ("revision", _STR, "Commit or tag."),
     ("weights", _STR, "dummy | checkpoint."),
+    (
+        "model_digest",
+        _STR,
+        "What the name stood for: configuration and, of a checkpoint, weights, or its commit on "
+        "the hub; null where that could not be told.",
+    ),
     ("scale", _FLOAT, "Factor on every width of a skeleton; 1 is the model itself."),
     ("num_layers", _INT, "Transformer layers."),
     ("hidden_size", _INT, "Width of the residual stream."),
@@ -105,6 +111,7 @@ _RECORD: tuple[tuple[str, pa.DataType, str], ...] = (
     ("eager", _BOOL, "No graph capture, no compilation."),
     ("speculative", _STR, "Draft model or method of speculative decoding; null: none."),
     ("draft_tokens", _INT, "Tokens that it proposes per step."),
+    ("draft_digest", _STR, "Of the draft model, as model_digest."),
     # workload
     ("batch_size", _INT, "Requests in flight together."),
     ("input_tokens", _INT, "Prompt tokens per request."),
@@ -112,6 +119,7 @@ _RECORD: tuple[tuple[str, pa.DataType, str], ...] = (
     ("temperature", _FLOAT, "Sampling temperature; 0 is greedy."),
     ("seed", _INT, "Seed of the prompts."),
     ("dataset", _STR, "Text that the prompts are cut from; null: random token ids."),
+    ("dataset_digest", _STR, "Of the texts in it."),
     ("repeats", _INT, "Timed passes that the figures are of."),
     # latency and throughput
     ("ttft_s", _FLOAT, "Time to first token, median over requests, from stamps."),

@@ -7,6 +7,7 @@ from pathlib import Path
 from workers.contract.errors import Unsupported
 from workers.contract.model import Model
 from workers.moe.architecture import catalogue, catalogue_name
+from workers.moe.content import pinned
 from workers.moe.pruning.cache import cached
 from workers.moe.pruning.errors import PruneError
 
@@ -36,7 +37,7 @@ def _checkpoint(model: Model) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=model.revision, allow_patterns=[*_NEEDED]))
+        return Path(snapshot_download(name, revision=pinned(model), allow_patterns=[*_NEEDED]))
     except Exception as error:  # of several libraries: network, disk, access
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise Unsupported(f"model.prune needs the weights of {name}: {reason[:300]}") from error

@@ -55,6 +55,7 @@ from workers.moe.architecture import (
     resolve,
     run_dtype,
 )
+from workers.moe.content import pinned
 from workers.moe.families import read
 from workers.moe.precision import Precision, precision, skeleton
 from workers.moe.pruning import cache
@@ -267,7 +268,7 @@ class VllmEngine:
             try:
                 self._tokenizer = AutoTokenizer.from_pretrained(
                     _source(model)[0],
-                    revision=model.revision,
+                    revision=pinned(model),
                     trust_remote_code=model.trust_remote_code,
                 )
             except (OSError, ValueError, ImportError) as error:
@@ -354,7 +355,7 @@ class VllmEngine:
         source, overrides = _source(model)
         args: dict[str, Any] = {
             "model": source,
-            "revision": model.revision,
+            "revision": pinned(model),
             "load_format": "dummy" if model.weights == "dummy" else "auto",
             "skip_tokenizer_init": True,
             "hf_overrides": overrides,
@@ -559,7 +560,10 @@ def _speculative(trial: Trial) -> dict[str, Any]:
     config: dict[str, Any] = {"num_speculative_tokens": asked.tokens, "method": asked.way}
     if draft is not None:
         config["model"] = _source(draft)[0]
-    return config | asked.args
+    config |= asked.args
+    if draft is not None and (revision := pinned(draft)) is not None:
+        config["revision"] = revision
+    return config
 
 
 @lru_cache(maxsize=64)  # every trial of a group asks
@@ -572,7 +576,7 @@ def _file(model: Model, name: str) -> Path | None:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(hf_hub_download(hub_id, name, revision=model.revision))
+        return Path(hf_hub_download(hub_id, name, revision=pinned(model)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError):
         return None  # whoever loads it will say what is wrong
 
