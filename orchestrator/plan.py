@@ -13,6 +13,7 @@ per engine and found again by the identity of those objects.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, lru_cache
@@ -30,10 +31,10 @@ from workers.contract.trial import Trial
 from workers.engines.roofline_engine import pace
 from workers.hardware.device import Device, UnknownDevice
 from workers.hardware.device import device as find_device
-from workers.hardware.roofline import Prediction, Roofline, roofline
+from workers.hardware.roofline import Prediction, Roofline, roofline, unpredictable
 from workers.identity import Identities
-from workers.moe import drafts
-from workers.moe.architecture import UnknownModel, check, resolve
+from workers.moe import drafts, hub
+from workers.moe.architecture import UnknownModel, Unread, check, resolve
 from workers.moe.structure import Architecture
 
 ENGINE_SECTIONS = ("model", "layout", "engine")
@@ -57,9 +58,18 @@ class Planned:
     axes: Mapping[str, Any]
     prediction: Prediction | None = None
     """Null where the model's structure is not spelled out."""
+    unpredicted: str | None = None
+    """Why there is no prediction; null where there is one."""
     infeasible: Infeasible | None = None
     digests: Mapping[str, str] = field(default_factory=dict)
     """Columns of its record that say what its names stand for (`workers.identity.DIGESTS`)."""
+
+    @property
+    def predicted(self) -> Mapping[str, Any]:
+        """The `predicted_*` columns of its record."""
+        if self.prediction is not None:
+            return self.prediction.columns()
+        return {"predicted_reason": self.unpredicted} if self.unpredicted else {}
 
     @property
     def predicted_s(self) -> float:
@@ -127,6 +137,11 @@ class Group:
     def predicted_s(self) -> float:
         """Building the engine once and measuring every trial, in seconds."""
         return self.predicted_load_s + self.predicted_passes_s
+
+    @property
+    def unpredicted(self) -> tuple[str, ...]:
+        """Why trials have no prediction, each reason once; empty where all have one."""
+        return tuple(dict.fromkeys(one.unpredicted for one in self.trials if one.unpredicted))
 
     @property
     def predicted_memory_gib(self) -> float | None:
@@ -222,6 +237,12 @@ class Plan:
         return sum(group.predicted_s for group in self.groups)
 
     @property
+    def unpredicted(self) -> Mapping[str, int]:
+        """Why trials have no prediction → how many; they are in no sum of the plan."""
+        trials = (one for group in self.groups for one in group.trials)
+        return Counter(one.unpredicted for one in trials if one.unpredicted)
+
+    @property
     def device_hours(self) -> float:
         """Devices held times time held."""
         return sum(group.predicted_s * group.devices for group in self.groups) / 3600
@@ -255,10 +276,14 @@ class Plan:
                     "predicted_memory_gib": group.predicted_memory_gib,
                     "memory_limit_gib": group.memory_limit_gib,
                     "predicted_oom": group.predicted_oom,
-                    "predicted_seconds": group.predicted_s,
+                    "predicted_seconds": None if group.unpredicted else group.predicted_s,
+                    "unpredicted": list(group.unpredicted),
                     **(_details(group) if detailed else {}),
                 }
                 for group in self.groups
+            ],
+            "unpredicted": [
+                {"reason": reason, "trials": count} for reason, count in self.unpredicted.items()
             ],
             "predicted_seconds": self.predicted_s,
             "predicted_device_hours": self.device_hours,
@@ -269,7 +294,8 @@ def build(sweep: Sweep, expansion: Expansion, device: Device) -> Plan:
     """The plan of an expanded sweep on devices of one class.
 
     Raises:
-        SweepError: a model that is neither in the catalogue, nor a folder, nor a hub id.
+        SweepError: a model that is neither in the catalogue, nor a folder, nor a hub id, or that
+            this machine lacks and may not fetch.
     """
     planner = _Planner(sweep, device, expansion.identities)
     infeasible: list[Planned] = []
@@ -330,7 +356,7 @@ def own_dimensions(model: Model) -> Mapping[str, Any]:
     try:
         a = _structure(model)
     except (UnknownModel, Infeasible):
-        return {}  # reported for the point itself, with its line
+        a = None  # reported for the point itself, with its line
     if a is None:
         return {}
     return {
@@ -352,6 +378,8 @@ class _Costs:
     """What is known of all engines that cost the same, whatever else sets them apart."""
 
     roofline: Roofline | None = None
+    unpredicted: str | None = None
+    """Why there is no roofline."""
     infeasible: Infeasible | None = None
     predictions: dict[int, Prediction] = field(default_factory=dict)
     """By `id` of a workload."""
@@ -389,6 +417,7 @@ class _Planner:
             trial_id=point.trial_id,
             axes=point.axes,
             prediction=prediction,
+            unpredicted=costs.unpredicted,
             infeasible=costs.infeasible,
             digests=self._identities.digests(trial),
         )
@@ -412,10 +441,17 @@ class _Planner:
             if asked is not None:
                 device = find_device(asked)
             architecture = _structure(trial.model)
-            if architecture is not None:
+            if architecture is None:
+                found.unpredicted = _lacking(trial.model)
+                return found
+            if architecture.exact:
                 check(architecture, trial.layout)
-                drafted = self._draft(trial)
-                found.roofline = roofline(architecture, trial, device, drafted)
+            drafted = self._draft(trial)
+            found.roofline = roofline(architecture, trial, device, drafted)
+            if found.roofline is None:
+                found.unpredicted = unpredictable(architecture, trial)
+        except Unread as error:
+            found.unpredicted = str(error)
         except UnknownModel as error:
             raise self._sweep.place("model.name", trial.model.name).error(str(error)) from error
         except UnknownDevice as error:
@@ -426,9 +462,15 @@ class _Planner:
 
     def _draft(self, trial: Trial) -> Architecture | None:
         """The structure of its draft, whose vocabulary is the target's."""
+        model = drafts.draft(trial)
         try:
             drafts.check(trial)
-            return drafts.structure(trial)
+            found = drafts.structure(trial)
+            if found is None and model is not None:
+                _lacking(model)
+            return found
+        except Unread:
+            raise
         except UnknownModel as error:
             speculative = trial.engine.speculative
             assert speculative is not None
@@ -512,7 +554,21 @@ def _top_k(planned: Planned) -> int:
     return architecture.top_k if architecture is not None else 0
 
 
-_shape = attrgetter("name", "ffn_dim", "num_experts", "top_k", "num_layers", "scale", "prune")
+def _lacking(model: Model) -> str:
+    """Why nothing is known of a model that is named by hub id.
+
+    Raises:
+        UnknownModel: this machine was told not to ask the hub for it.
+    """
+    reason = hub.absent(model.name, model.revision)
+    if hub.offline():
+        raise UnknownModel(f"{reason} (HF_HUB_OFFLINE is set)")
+    return reason
+
+
+_shape = attrgetter(
+    "name", "revision", "ffn_dim", "num_experts", "top_k", "num_layers", "scale", "prune"
+)
 """All of a model that its structure follows from."""
 
 
@@ -523,6 +579,7 @@ def _structure(model: Model) -> Architecture | None:
 @lru_cache(maxsize=16_384)
 def _resolved(
     name: str,
+    revision: str | None,
     ffn_dim: int | None,
     num_experts: int | None,
     top_k: int | None,
@@ -533,6 +590,7 @@ def _resolved(
     return resolve(
         Model(
             name=name,
+            revision=revision,
             weights="dummy",  # which may be scaled
             ffn_dim=ffn_dim,
             num_experts=num_experts,

@@ -28,7 +28,8 @@ from workers.contract.record import ACTIVATIONS, RECORDS, SAMPLES, SCHEMA_VERSIO
 from workers.hardware.device import Device
 from workers.hardware.host import Host
 from workers.metrics import figures
-from workers.moe.architecture import UnknownModel, resolve, run_dtype
+from workers.moe.architecture import UnknownModel, Unread, configuration, resolve, run_dtype
+from workers.moe.partial import Partial, partial
 from workers.moe.sheets import Sheet
 from workers.moe.structure import Architecture
 from workers.secrecy import hide, hide_json, hide_text, known_secrets
@@ -40,7 +41,7 @@ def ok(
     job: Job,
     ticket: Ticket,
     measurement: Measurement,
-    architecture: Architecture,
+    architecture: Architecture | Partial,
     target: Device | None,
     measured: bool = True,
     probed: Probed | None = None,
@@ -79,7 +80,7 @@ def failed(
     job: Job,
     ticket: Ticket,
     error: TrialError,
-    architecture: Architecture | None = None,
+    architecture: Architecture | Partial | None = None,
     **columns: Any,
 ) -> pa.RecordBatch:
     """The row of a trial that ended in any other way."""
@@ -207,7 +208,7 @@ def _row(
     job: Job,
     ticket: Ticket,
     outcome: Outcome,
-    architecture: Architecture | None,
+    architecture: Architecture | Partial | None,
     columns: dict[str, Any],
 ) -> pa.RecordBatch:
     trial = ticket.trial
@@ -282,17 +283,21 @@ def _publishable(row: dict[str, Any], args: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def _structure(ticket: Ticket, architecture: Architecture | None) -> dict[str, Any]:
+def _structure(ticket: Ticket, architecture: Architecture | Partial | None) -> dict[str, Any]:
     """Dimensions that ran or, where nothing did, would have run."""
     model = ticket.trial.model
-    if architecture is None:
-        try:
-            architecture = resolve(model)
-        except (TrialError, UnknownModel):
-            return {}
-    if architecture is None:
+    a = architecture or _would_run(model)
+    if a is None:
         return {}
-    a = architecture
+    if isinstance(a, Partial):
+        return {
+            "num_layers": a.num_layers,
+            "hidden_size": a.hidden_size,
+            "num_experts": a.num_experts,
+            "top_k": a.top_k,
+            "dtype": run_dtype(a, model),
+            "quantization": _quantization(a, model),
+        }
     return {
         "num_layers": a.num_layers,
         "hidden_size": a.hidden_size,
@@ -307,7 +312,17 @@ def _structure(ticket: Ticket, architecture: Architecture | None) -> dict[str, A
     }
 
 
-def _quantization(a: Architecture, model: Model) -> str | None:
+def _would_run(model: Model) -> Architecture | Partial | None:
+    try:
+        return resolve(model)
+    except Unread as error:
+        config = configuration(model.name, model.revision)
+        return partial(config, str(error)) if config is not None else None
+    except (TrialError, UnknownModel):
+        return None
+
+
+def _quantization(a: Architecture | Partial, model: Model) -> str | None:
     """The one asked for, else the checkpoint's own."""
     stored = a.config.get("quantization_config")
     own = stored.get("quant_method") if isinstance(stored, dict) else None

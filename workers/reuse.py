@@ -24,6 +24,7 @@ from workers.contract.probed import PHASES, Phase, Probed
 from workers.contract.trial import Trial
 from workers.moe.architecture import run_dtype
 from workers.moe.content import content, tokenizer
+from workers.moe.partial import Partial
 from workers.moe.sheets import Sheet, SheetKey, alike, find, sheet, structure_of, why_none
 from workers.moe.structure import Architecture
 from workers.secrecy import hide, known_secrets
@@ -102,14 +103,14 @@ def key_of(trial: Trial, a: Architecture, version: str) -> SheetKey:
 
 
 def made(
-    trial: Trial, a: Architecture, version: str, probed: Probed | None, *, source: str
+    trial: Trial, a: Architecture | Partial, version: str, probed: Probed | None, *, source: str
 ) -> Sheet | None:
     """The sheet of what a probe found; null where it found nothing.
 
     Args:
         source: dataset, run and trial, for people.
     """
-    if probed is None or not probed.traces:
+    if probed is None or not probed.traces or isinstance(a, Partial):
         return None
     steps = {name: usage.steps_of(probed.traces.values(), name) for name in PHASES}
     if not any(steps.values()):
@@ -138,7 +139,11 @@ def made(
 
 
 def taken(
-    trial: Trial, a: Architecture, version: str, sheets: Sequence[Sheet], timed: Sequence[Pass]
+    trial: Trial,
+    a: Architecture | Partial,
+    version: str,
+    sheets: Sequence[Sheet],
+    timed: Sequence[Pass],
 ) -> tuple[Sheet | None, str | None]:
     """The sheet for a trial, without the phases that it does not hold for, and what of the trial
     is therefore not known; null where all is.
@@ -147,6 +152,8 @@ def taken(
         sheets: all that may fit; of several with one key the last stands.
         timed: timed passes of the trial.
     """
+    if isinstance(a, Partial):
+        return None, f"which experts ran is not known: {a.reason}"
     if a.moe is None or trial.engine.speculative is not None:
         return None, None  # there is nothing to look up, or nothing that it could be used for
     try:

@@ -73,6 +73,7 @@ from workers.hardware.reference import Reference
 from workers.hardware.watch import Watch
 from workers.moe.activation import Settling
 from workers.moe.architecture import UnknownModel, resolve, run_dtype
+from workers.moe.partial import Partial
 from workers.moe.sheets import Sheet, from_rows, to_rows
 from workers.prompts import random_ids
 from workers.texts import text_ids
@@ -342,7 +343,10 @@ class _Run:
         """Replays timed passes, in their order, with every choice of experts counted."""
         asked = trial.ticket.trial
         traces: dict[int, Trace] = {}
-        phases = {name: Settling(engine.loaded.architecture.top_k) for name in PHASES}
+        runs = engine.loaded.architecture
+        if isinstance(runs, Partial):
+            return Probed(reason=f"which experts ran is not known: {runs.reason}")
+        phases = {name: Settling(runs.top_k) for name in PHASES}
         for index, one in enumerate(trial.passes):
             if one.kind != "timed" or not one.counted:
                 continue
@@ -368,7 +372,7 @@ class _Run:
     def _prompts(self, engine: Engine, trial: _Trial, index: int) -> list[list[int]]:
         """Of the pass at that place among the trial's passes."""
         workload = trial.ticket.trial.workload
-        vocab_size = engine.loaded.architecture.vocab_size
+        vocab_size = engine.loaded.vocab_size
         tokenizer = engine.tokenizer() if workload.dataset is not None else None
         if tokenizer is None:
             return random_ids(workload, vocab_size=vocab_size, index=index)
@@ -472,10 +476,7 @@ class _Run:
 def _blocks(trials: Sequence[_Trial], slowness: float) -> Iterator[list[_Trial]]:
     """Trials that take turns. Where nothing is predicted all do."""
     seconds = sum(
-        one.ticket.trial.measure.repeats
-        * (one.ticket.predicted["predicted_e2e_s"] + one.ticket.predicted["predicted_ttft_s"])
-        for one in trials
-        if one.ticket.predicted
+        one.ticket.trial.measure.repeats * (one.ticket.predicted_pass_s or 0.0) for one in trials
     )
     number = min(len(trials), max(1, math.ceil(slowness * seconds / BLOCK_S)))
     for first in range(number):

@@ -201,6 +201,7 @@ _RECORD: tuple[tuple[str, pa.DataType, str], ...] = (
     ("activated_experts_prefill", _FLOAT, "The same for prefill passes."),
     # prediction
     ("predicted_device", _STR, "Class of device that the roofline's figures are for."),
+    ("predicted_reason", _STR, "Why nothing was predicted; null where it was."),
     ("predicted_e2e_s", _FLOAT, "Roofline, before the run."),
     ("predicted_ttft_s", _FLOAT, "Roofline, before the run."),
     ("predicted_tpot_s", _FLOAT, "Roofline, before the run."),

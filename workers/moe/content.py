@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from workers.contract.model import Model
+from workers.moe import hub
 from workers.moe.architecture import catalogue, catalogue_name
 
 SAMPLES, SAMPLE_BYTES = 64, 2**12
@@ -47,7 +47,6 @@ _NOTES = ("_name_or_path", "_commit_hash", "transformers_version")
 """Keys of a configuration that say where it comes from, and nothing of the model."""
 _ROUTER = re.compile(r"(^|\.)(router|gate)(\.|$)")
 """Names of a router's tensors; an expert's own gate is called `gate_proj`."""
-_FULL_COMMIT = re.compile(r"[0-9a-f]{40}")
 _HEADER_BYTES = 2**26
 """Of a safetensors file at most, beyond which it is read as any other."""
 
@@ -93,23 +92,6 @@ def tokenizer(model: Model) -> Content:
     return _content(model, lambda name: bool(_TOKENIZER.fullmatch(name)), with_commit=True)
 
 
-def commit(model: Model) -> str | None:
-    """The commit that a model on the hub is in this machine's cache; null where it is none, or
-    has none there."""
-    try:
-        place = _place(model)
-    except (OSError, RuntimeError):  # not for us to read; the home of nobody
-        return None
-    return place.commit if place is not None else None
-
-
-def pinned(model: Model) -> str | None:
-    """The revision to load: the commit that identities of this model go by where the cache says
-    it, so that no engine fetches what `main` has become meanwhile; else the one asked for."""
-    found = commit(model)
-    return found if found is not None and _FULL_COMMIT.fullmatch(found) else model.revision
-
-
 def _content(model: Model, decides: Callable[[str], bool], *, with_commit: bool) -> Content:
     try:
         place = _place(model)
@@ -140,31 +122,9 @@ def _place(model: Model) -> _Place | None:
             "models--"
         )
         return _Place(folder=folder, commit=folder.name if in_cache else None)
-    hub_id = catalogue()[known]["hub_id"] if known is not None else model.name
-    kept = hub_cache() / f"models--{str(hub_id).replace('/', '--')}"
-    found = _commit(kept, model.revision or "main")
-    if found is None:
-        return None
-    snapshot = kept / "snapshots" / found
-    return _Place(folder=snapshot if snapshot.is_dir() else None, commit=found)
-
-
-def hub_cache() -> Path:
-    """The hub's cache of this machine, by the rules of huggingface_hub."""
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    home = Path(os.environ.get("HF_HOME") or caches / "huggingface")
-    asked = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
-    return Path(asked or home / "hub").expanduser()
-
-
-def _commit(kept: Path, revision: str) -> str | None:
-    """The commit of a branch or tag in the cache of one model."""
-    if (kept / "snapshots" / revision).is_dir():
-        return revision
-    try:
-        return (kept / "refs" / revision).read_text("utf-8").strip()[:64] or None
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, UnicodeDecodeError):
-        return None
+    hub_id = str(catalogue()[known]["hub_id"]) if known is not None else model.name
+    found = hub.commit(hub_id, model.revision)
+    return None if found is None else _Place(folder=hub.snapshot(hub_id, found), commit=found)
 
 
 _Stamp = tuple[str, int, int, int, int]
