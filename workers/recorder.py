@@ -31,6 +31,7 @@ from workers.metrics import figures
 from workers.moe.architecture import UnknownModel, Unread, configuration, resolve, run_dtype
 from workers.moe.partial import Partial, partial
 from workers.moe.sheets import Sheet
+from workers.moe.storage.found import quantization
 from workers.moe.structure import Architecture
 from workers.secrecy import hide, hide_json, hide_text, known_secrets
 
@@ -324,9 +325,11 @@ def _would_run(model: Model) -> Architecture | Partial | None:
 
 def _quantization(a: Architecture | Partial, model: Model) -> str | None:
     """The one asked for, else the checkpoint's own."""
-    stored = a.config.get("quantization_config")
-    own = stored.get("quant_method") if isinstance(stored, dict) else None
-    return model.quantization or (str(own) if own else None)
+    try:
+        stored = quantization(a.config)
+    except ValueError:  # it cannot be read, and so has no name
+        stored = None
+    return model.quantization or (str(stored["quant_method"]) if stored else None)
 
 
 def _cache_dtype(args: dict[str, Any]) -> str | None:
