@@ -81,8 +81,9 @@ def replay_table(facts: Facts) -> Table:
     )
     table.add_column("", no_wrap=True)
     for heading, side in (("record", original), ("replay", replay)):
-        when = datetime.fromisoformat(side["finished_at"])
-        table.add_column(f"{heading}\n{when:%Y-%m-%d %H:%M} UTC", justify="right", max_width=48)
+        ended = side["finished_at"]
+        when = f"{datetime.fromisoformat(ended):%Y-%m-%d %H:%M} UTC" if ended else ""
+        table.add_column(f"{heading}\n{when}", justify="right", max_width=48)
     table.add_column("replay ÷\nrecord", justify="right", no_wrap=True)
     table.add_column("\nintervals", no_wrap=True)
     for one in facts["models"]:
@@ -151,15 +152,17 @@ def _agreement(facts: Facts) -> str:
         return f"{sentence}; both are predicted."
     if one["overlap"] is None:
         return f"{sentence}; without an interval of each there is no more to say."
-    levels = sorted({facts[side]["ci_level"] or 0.0 for side in ("original", "replay")})
-    coverage = " and ".join(dict.fromkeys(map(percent, levels)))
+    levels = {facts[side]["ci_level"] for side in ("original", "replay")}
+    coverage = " and ".join(dict.fromkeys(map(percent, sorted(levels - {None}))))
+    told = f" ({coverage} coverage)" if None not in levels else ""
     verdict = "overlap" if one["overlap"] else "do not overlap"
-    return f"{sentence}; their intervals ({coverage} coverage) {verdict}."
+    return f"{sentence}; their intervals{told} {verdict}."
 
 
 def _side(made: Made) -> Facts:
     record = {name: made.record[name] for name in _SIDE}
-    record["finished_at"] = record["finished_at"].isoformat()
+    ended = record["finished_at"]
+    record["finished_at"] = None if ended is None else ended.isoformat()
     return {"dataset": str(made.dataset), **record, "code": made.code}
 
 
