@@ -137,7 +137,7 @@ def refuse_repeated(frame: pl.DataFrame, keys: Collection[str]) -> None:
     others = [name for name in _TELLTALES if name not in keys]
     spread = again.group_by(*keys).agg(pl.col(*others).n_unique())
     apart = [name for name in others if (spread.get_column(name) > 1).any()] or ["run_id"]
-    point = ", ".join(f"{key} {again.get_column(key)[0]}" for key in keys)
+    point = ", ".join(f"{key} {_word(again.get_column(key)[0])}" for key in keys)
     raise SelectionError(
         f"several records for one point ({point}), which differ in {', '.join(apart)}"
         f"{_of_one_name(again, apart)}. "

@@ -24,7 +24,7 @@ from typing import Any, Literal, TypeVar
 
 import polars as pl
 
-from analysis.columns import DERIVED
+from analysis.columns import derived
 from analysis.errors import DatasetError
 from workers.contract.order import in_order
 from workers.contract.record import SCHEMA_VERSION, TABLES
@@ -70,7 +70,7 @@ class Loader:
             )
         if not every:
             records = current(records, [_runs_if_readable(Path(one)) for one in datasets])
-        return records.lazy().with_columns(DERIVED)
+        return derived(records)
 
     def samples(self, *datasets: Folder) -> pl.LazyFrame:
         """Raw stamps, one row per pass; as `table`."""

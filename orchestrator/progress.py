@@ -52,6 +52,7 @@ class _Group:
     group: Group
     outcomes: Counter[Outcome] = field(default_factory=Counter)
     throughput: float | None = None
+    disturbed: int = 0
     loading_s: float = 0.0
     """Building and closing its engine."""
     passing_s: float = 0.0
@@ -73,6 +74,7 @@ class Tracker:
         *,
         device: str,
         resumed: Mapping[str, Outcome],
+        disturbed: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._plan, self._nodes, self._device = plan, nodes, device
@@ -91,6 +93,8 @@ class Tracker:
         self._oom: deque[str] = deque(maxlen=LAST_OOM)
         self.counts: Counter[Outcome] = Counter(resumed.values())
         """Terminal records by outcome, resumed ones included."""
+        self.disturbed = disturbed
+        """Those of them that something else disturbed."""
 
     def opened(self, lane: Lane) -> None:
         """A lane got its devices."""
@@ -122,7 +126,12 @@ class Tracker:
             if lane.group_id and message.stage != "load":
                 self._groups[lane.group_id].building = False
         elif isinstance(message, Finished):
-            self.ended(lane.group_id, message.outcome, message.throughput_tok_s)
+            self.ended(
+                lane.group_id,
+                message.outcome,
+                message.throughput_tok_s,
+                disturbed=message.disturbed,
+            )
         else:
             if lane.group_id:
                 self._groups[lane.group_id].done = True
@@ -130,16 +139,23 @@ class Tracker:
             lane.stage, lane.group_id, lane.since = "idle", None, self._clock()
 
     def ended(
-        self, group_id: str | None, outcome: Outcome, throughput: float | None = None
+        self,
+        group_id: str | None,
+        outcome: Outcome,
+        throughput: float | None = None,
+        *,
+        disturbed: bool = False,
     ) -> None:
         """A trial has its terminal record."""
         self.counts[outcome] += 1
+        self.disturbed += disturbed
         if group_id is None:
             self._total += 1  # infeasible points are in no group
             return
         state = self._groups[group_id]
         self._changed.add(group_id)
         state.outcomes[outcome] += 1
+        state.disturbed += disturbed
         state.throughput = throughput or state.throughput
         if outcome == "oom":
             self._oom.append(state.group.label)
@@ -205,6 +221,7 @@ class Tracker:
             trials_total=self._total,
             resumed=self._resumed,
             counts=dict(self.counts),
+            disturbed=self.disturbed,
             lanes=tuple(self._lane_view(one) for one in self._lanes.values()),
             groups=self._group_views(),
             last_oom=tuple(self._oom),
@@ -255,6 +272,7 @@ class Tracker:
             done=done,
             outcomes=dict(one.outcomes),
             throughput_tok_s=one.throughput,
+            disturbed=one.disturbed,
             state="done" if one.done else "running" if one.started else "waiting",
         )
 

@@ -14,7 +14,7 @@ from orchestrator import plan
 from orchestrator.grid import expand
 from orchestrator.plan import Plan
 from orchestrator.sweep import Sweep, load
-from workers.contract.outcome import Outcome
+from workers.contract.outcome import Rerun
 from workers.hardware.device import device
 from workers.hardware.host import describe, device_class
 
@@ -35,7 +35,7 @@ class Request:
     profile: str | None = None
     address: str | None = None
     fresh: bool = False
-    rerun: frozenset[Outcome] = frozenset()
+    rerun: frozenset[Rerun] = frozenset()
     limit: int | None = None
     no_skip: bool = False
     """Run trials too that dominance makes pointless."""
@@ -57,6 +57,7 @@ def prepare(request: Request, profile: str) -> tuple[Sweep, Plan]:
     """
     target = device(profile)
     sweep = load(request.sweep, request.overrides, profile)
+    plan.forget()
     return sweep, plan.build(sweep, expand(sweep, plan.own_dimensions), target)
 
 

@@ -38,14 +38,14 @@ from orchestrator.progress import Tracker
 from orchestrator.request import Request, local_profile, prepare
 from orchestrator.sheets import shelf
 from orchestrator.signals import deaf, interruptible
-from orchestrator.store import RESUME, Dataset, Guard, StoreError, settled
+from orchestrator.store import RESUME, Dataset, Guard, StoreError, settled, unvouched
 from orchestrator.streams import diverted
 from orchestrator.sweep import Sweep
 from workers import recorder
 from workers.contract.errors import Crashed, TimedOut, TrialError
 from workers.contract.job import Job, Ticket
 from workers.contract.message import Finished, Progress, Released
-from workers.contract.outcome import FAULTS, Outcome
+from workers.contract.outcome import DISTURBED, FAULTS, Outcome, Rerun
 from workers.hardware import roofline
 from workers.hardware.device import CPU, device
 from workers.hardware.host import Host, device_class
@@ -76,6 +76,8 @@ class Summary:
     """Those that an earlier run had settled."""
     counts: Mapping[Outcome, int]
     """Terminal records by outcome, resumed ones included."""
+    disturbed: int
+    """Those of them that something else disturbed."""
     seconds: float
     busy_share: float | None
     interrupted: bool = False
@@ -154,7 +156,8 @@ class _Run:
         self._began = time.monotonic()
         self._known_secrets = known_secrets(sweep.resolved)
         self._shelf = shelf(request, self._say)
-        self._settled = self._earlier()
+        self._settled = self._earlier(request.rerun)
+        self._disturbed = self._settled.keys() - self._earlier(request.rerun | {DISTURBED}).keys()
         self._groups, self._infeasible = self._due()
         known = list(self._exhausted())
         self._packings = self._known_packings()
@@ -186,6 +189,7 @@ class _Run:
             self._schedule.nodes,
             device=_devices(cluster),
             resumed=resumed,
+            disturbed=len(self._disturbed & resumed.keys()),
         )
         self._pool: Pool = Pool(
             cluster,
@@ -224,10 +228,13 @@ class _Run:
         self._open_manifest()
         for warning in self._dataset.warnings:
             self._say(warning)
-        for told in self._of_machines():
-            self._say(told)
-        if (line := self._shelf.missing(self._groups)) is not None:
-            self._say(line)
+        for line in (
+            self._plan.by_name,
+            *self._of_earlier(),
+            self._shelf.missing(self._groups),
+        ):
+            if line is not None:
+                self._say(line)
         interrupted = False
         try:
             self._write_infeasible()
@@ -252,6 +259,7 @@ class _Run:
             trials=self._plan.trials,
             resumed=self._resumed,
             counts=dict(self._tracker.counts),
+            disturbed=self._tracker.disturbed,
             seconds=time.monotonic() - self._began,
             busy_share=self._tracker.busy_share(),
             interrupted=interrupted,
@@ -509,11 +517,13 @@ class _Run:
             records = []
             for one in self._infeasible[start : start + AT_ONCE]:
                 assert one.infeasible is not None
-                ticket = Ticket(trial=one.trial, trial_id=one.trial_id, axes=one.axes)
+                ticket = Ticket(
+                    trial=one.trial, trial_id=one.trial_id, axes=one.axes, digests=one.digests
+                )
                 records.append(recorder.failed(job, ticket, one.infeasible))
             self._end(None, "infeasible", records)
 
-    def _earlier(self) -> dict[str, Outcome]:
+    def _earlier(self, rerun: frozenset[Rerun]) -> dict[str, Outcome]:
         """Trials that an earlier run settled on machines like the ones in hand."""
         if self._request.fresh:
             return {}
@@ -521,17 +531,18 @@ class _Run:
         runs = manifest.read(self._dataset.manifest, self._sweep.name)["runs"]
         done: dict[str, Outcome] = {}
         for guard in self._guards():
-            done |= settled(records, guard=guard, rerun=self._request.rerun, runs=runs)
+            done |= settled(records, guard=guard, rerun=rerun, runs=runs)
         return done
 
     def _records(self) -> pl.DataFrame:
         more = ("group_id", "oom_stage", "oom_scope", *vouching.COLUMNS)
         return self._dataset.finished((*RESUME, *more))
 
-    def _of_machines(self) -> Iterator[str]:
-        """What there is to say of the machines behind earlier records."""
+    def _of_earlier(self) -> Iterator[str | None]:
+        """What there is to say of the models and machines behind earlier records."""
         if self._request.fresh:
             return
+        yield unvouched(self._records(), self._plan.named_ids())
         hosts = {host.device_digest: host.device_facts for host in self._cluster.hosts.values()}
         guards = {(one, hosts.get(one.device_digest)) for one in self._guards()}
         yield from vouching.machines(self._records(), self._settled.keys(), guards)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -181,21 +182,31 @@ def _tids(pid: int) -> list[int]:
 def _thread(pid: int, tid: int) -> Thread | None:
     """One thread; null if it has ended meanwhile."""
     folder = f"{_PROC}/{pid}/task/{tid}"
-    run = wait = switches = None
     try:
         status = _read(f"{folder}/status")
     except OSError:
         return None
-    for line in reversed(status.splitlines()):  # it stands last
-        if line.startswith("nonvoluntary_ctxt_switches:"):
-            switches = int(line.split()[1])
-            break
+    run = wait = None
+    with suppress(OSError):  # a kernel without it
+        run, wait = run_and_wait_s(_read(f"{folder}/schedstat"))
+    return Thread(run_s=run, wait_s=wait, involuntary=switches(status))
+
+
+def run_and_wait_s(schedstat: str) -> tuple[float | None, float | None]:
+    """Of a thread's `schedstat`: on a core, and ready to run but not on one, seconds."""
     try:
-        on_core, ready, _ = _read(f"{folder}/schedstat").split()
-        run, wait = int(on_core) / 1e9, int(ready) / 1e9
-    except (OSError, ValueError):  # a kernel without it
-        pass
-    return Thread(run_s=run, wait_s=wait, involuntary=switches)
+        on_core, ready, _ = schedstat.split()
+        return int(on_core) / 1e9, int(ready) / 1e9
+    except ValueError:
+        return None, None
+
+
+def switches(status: str) -> int | None:
+    """Of a thread's `status`: times that it was taken off a core; it stands last."""
+    for line in reversed(status.splitlines()):
+        if line.startswith("nonvoluntary_ctxt_switches:"):
+            return int(line.split()[1])
+    return None
 
 
 def _affinity(tid: int) -> set[int]:
@@ -207,34 +218,50 @@ def _affinity(tid: int) -> set[int]:
 
 def _cores(cores: Collection[int]) -> Cores | None:
     """Time of these cores, from `/proc/stat`; null where it is not told of all of them."""
-    busy = stolen = 0.0
-    seen = 0
     try:
-        text = _read(f"{_PROC}/stat")
+        each = core_times(_read(f"{_PROC}/stat"))
     except OSError:
         return None
-    for line in text.splitlines():
+    return together(each, cores)
+
+
+def core_times(stat: str) -> dict[int, Cores]:
+    """Of `/proc/stat`: the time of each core."""
+    found = {}
+    for line in stat.splitlines():
         if not line.startswith("cpu"):
             break
         name, *fields = line.split()
-        if not name[3:] or int(name[3:]) not in cores:
+        if not name[3:]:  # all of them
             continue
         user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, fields[:8])
-        busy += user + nice + system + irq + softirq
-        stolen += steal
-        seen += 1
-    if not seen or seen != len(cores):
+        busy = user + nice + system + irq + softirq
+        found[int(name[3:])] = Cores(busy_s=busy / _TICKS, stolen_s=steal / _TICKS)
+    return found
+
+
+def together(each: Mapping[int, Cores], cores: Collection[int]) -> Cores | None:
+    """Time of some cores; null where it is not told of all of them."""
+    if not cores or not set(cores) <= each.keys():
         return None
-    return Cores(busy_s=busy / _TICKS, stolen_s=stolen / _TICKS)
+    return Cores(
+        busy_s=sum(each[core].busy_s for core in cores),
+        stolen_s=sum(each[core].stolen_s for core in cores),
+    )
 
 
 def _pressure() -> float | None:
-    """Total of the line `some` in `/proc/pressure/cpu`, seconds; null without PSI."""
+    """Seconds; null without PSI."""
     try:
-        some = _read(f"{_PROC}/pressure/cpu").splitlines()[0]
-    except (OSError, IndexError):
+        return waited_for_cores_s(_read(f"{_PROC}/pressure/cpu"))
+    except OSError:
         return None
-    return int(some.rpartition("total=")[2]) / 1e6
+
+
+def waited_for_cores_s(pressure: str) -> float | None:
+    """Of `/proc/pressure/cpu`: the total of its line `some`, seconds."""
+    some = pressure.partition("\n")[0]
+    return int(some.rpartition("total=")[2]) / 1e6 if "total=" in some else None
 
 
 def _read(path: str) -> str:
