@@ -21,7 +21,8 @@ def subtitle(frame: pl.DataFrame) -> list[str]:
     """
     lines = [_model(frame), _machine(frame), _workload(frame), disturbed.line(frame)]
     if constant(frame, "source") == "predicted":
-        lines.insert(0, f"Predicted by a model ({constant(frame, 'engine')}), not measured")
+        engine = _with(constant(frame, "engine"), " ({})")
+        lines.insert(0, f"Predicted by a model{engine}, not measured")
     return [line for line in lines if line]
 
 
@@ -42,7 +43,7 @@ def _model(frame: pl.DataFrame) -> str:
         _with(one("quantization"), "quantised with {}"),
         _with(one("speculative"), "drafts by {}"),
         _with(one("draft_tokens"), "{} tokens a draft"),
-        _with(one("prune_ratio"), f"{one('prune_kind')}-expert pruning {{:.1%}}"),
+        _with(one("prune_ratio"), f"{_with(one('prune_kind'), '{}-expert ')}pruning {{:.1%}}"),
     )
 
 
@@ -57,7 +58,7 @@ def _machine(frame: pl.DataFrame) -> str:
         if isinstance(degree := one(f"{kind}_parallel"), int) and (degree > 1 or kind == "tensor")
     ]
     return _join(
-        _with(one("devices_label") or one("device"), f"{engine} on {{}}") or engine,
+        _with(one("devices_label") or one("device"), f"{engine} on {{}}".strip()) or engine,
         _with(one("threads"), "{} threads"),
         *degrees,
         "experts spread over devices" if one("expert_parallel") else "",

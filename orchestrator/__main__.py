@@ -205,14 +205,15 @@ def _show_plan(plan: Plan, notes: Sequence[str], *, as_json: bool) -> None:
 
 
 def _notes(request: Request, plan: Plan) -> list[str]:
-    """Which trials will find no activation sheet, and what is none."""
+    """Which names nobody can resolve; which trials will find no activation sheet, and what is
+    none."""
+    said: list[str] = []
     if not plan.asks_for_sheets:
-        return []
+        return [*filter(None, [plan.by_name])]
     from orchestrator.sheets import shelf
 
-    said: list[str] = []
     missing = shelf(request, said.append).missing(plan.groups)
-    return [*said, *filter(None, [missing])]
+    return [*said, *filter(None, [plan.by_name, missing])]
 
 
 @cache

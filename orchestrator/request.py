@@ -57,6 +57,7 @@ def prepare(request: Request, profile: str) -> tuple[Sweep, Plan]:
     """
     target = device(profile)
     sweep = load(request.sweep, request.overrides, profile)
+    plan.forget()
     return sweep, plan.build(sweep, expand(sweep, plan.own_dimensions), target)
 
 

@@ -30,7 +30,7 @@ import polars as pl
 import pyarrow as pa
 from rich.console import Console
 
-from orchestrator import events, manifest, schedule
+from orchestrator import events, manifest, schedule, vouching
 from orchestrator.display.base import Display, choose, span
 from orchestrator.errors import ClusterError, HeadLost
 from orchestrator.plan import Group, Plan, Planned
@@ -38,7 +38,7 @@ from orchestrator.progress import Tracker
 from orchestrator.request import Request, local_profile, prepare
 from orchestrator.sheets import shelf
 from orchestrator.signals import deaf, interruptible
-from orchestrator.store import RESUME, Dataset, Guard, StoreError, settled
+from orchestrator.store import RESUME, Dataset, Guard, StoreError, settled, unvouched
 from orchestrator.streams import diverted
 from orchestrator.sweep import Sweep
 from workers import recorder
@@ -228,8 +228,13 @@ class _Run:
         self._open_manifest()
         for warning in self._dataset.warnings:
             self._say(warning)
-        if (line := self._shelf.missing(self._groups)) is not None:
-            self._say(line)
+        for line in (
+            self._plan.by_name,
+            *self._of_earlier(),
+            self._shelf.missing(self._groups),
+        ):
+            if line is not None:
+                self._say(line)
         interrupted = False
         try:
             self._write_infeasible()
@@ -512,7 +517,9 @@ class _Run:
             records = []
             for one in self._infeasible[start : start + AT_ONCE]:
                 assert one.infeasible is not None
-                ticket = Ticket(trial=one.trial, trial_id=one.trial_id, axes=one.axes)
+                ticket = Ticket(
+                    trial=one.trial, trial_id=one.trial_id, axes=one.axes, digests=one.digests
+                )
                 records.append(recorder.failed(job, ticket, one.infeasible))
             self._end(None, "infeasible", records)
 
@@ -528,7 +535,17 @@ class _Run:
         return done
 
     def _records(self) -> pl.DataFrame:
-        return self._dataset.finished((*RESUME, "group_id", "oom_stage", "oom_scope"))
+        more = ("group_id", "oom_stage", "oom_scope", *vouching.COLUMNS)
+        return self._dataset.finished((*RESUME, *more))
+
+    def _of_earlier(self) -> Iterator[str | None]:
+        """What there is to say of the models and machines behind earlier records."""
+        if self._request.fresh:
+            return
+        yield unvouched(self._records(), self._plan.named_ids())
+        hosts = {host.device_digest: host.device_facts for host in self._cluster.hosts.values()}
+        guards = {(one, hosts.get(one.device_digest)) for one in self._guards()}
+        yield from vouching.machines(self._records(), self._settled.keys(), guards)
 
     def _exhausted(self) -> Iterator[schedule.Exhausted]:
         """What an earlier run found out of device memory, with what its engine held besides.
@@ -568,7 +585,12 @@ class _Run:
                 yield Guard(engine=kind, engine_version=roofline.VERSION, device=target)
                 continue
             for host in self._cluster.hosts.values():
-                yield Guard(engine=kind, engine_version=host.engine_version, device=host.device)
+                yield Guard(
+                    engine=kind,
+                    engine_version=host.engine_version,
+                    device=host.device,
+                    device_digest=host.device_digest,
+                )
 
     def _due(self) -> tuple[list[Group], list[Planned]]:
         """Groups and infeasible points that still owe a record, cut to `--limit`."""

@@ -9,13 +9,13 @@ secret (`workers.secrecy`), whoever wrote the words in it.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from workers import usage
 from workers.contract import reading
 from workers.contract.engine import StandIn
 from workers.contract.errors import OutOfMemory, TrialError
@@ -25,11 +25,11 @@ from workers.contract.model import Model
 from workers.contract.outcome import Outcome
 from workers.contract.probed import PHASES, Probed
 from workers.contract.record import ACTIVATIONS, RECORDS, SAMPLES, SCHEMA_VERSION, rows
-from workers.hardware.device import Device
 from workers.hardware.host import Host
 from workers.metrics import figures
-from workers.moe.architecture import UnknownModel, resolve, run_dtype
-from workers.moe.sheets import Sheet
+from workers.moe.architecture import UnknownModel, Unread, configuration, resolve, run_dtype
+from workers.moe.partial import Partial, partial
+from workers.moe.storage.found import quantization
 from workers.moe.structure import Architecture
 from workers.secrecy import hide, hide_json, hide_text, known_secrets
 
@@ -40,24 +40,19 @@ def ok(
     job: Job,
     ticket: Ticket,
     measurement: Measurement,
-    architecture: Architecture,
-    target: Device | None,
+    architecture: Architecture | Partial,
+    utilisations: Mapping[str, Any],
     measured: bool = True,
-    probed: Probed | None = None,
-    sheet: Sheet | None = None,
     **columns: Any,
 ) -> pa.RecordBatch:
     """The row of a trial that was measured, or predicted by an engine that only predicts.
 
     Args:
-        target: what one device can do, for utilisations; null where that is not known.
+        utilisations: of `workers.usage`.
         measured: false where the passes were predicted.
-        probed: which experts ran in its timed passes, where that was asked for.
-        sheet: how many ran in an earlier probe, where that was asked for.
         columns: further columns of the row.
     """
     derived = figures(measurement, output_tokens=ticket.trial.workload.output_tokens)
-    timed = measurement.of("timed")
     started = min(one.started_at for one in measurement.passes)
     return _row(
         job,
@@ -69,7 +64,7 @@ def ok(
             "started_at": datetime.fromtimestamp(started, UTC),
             **_memory(measurement.memory),
             **derived,
-            **usage.columns(ticket.trial, architecture, timed, target, probed, sheet),
+            **utilisations,
             **columns,
         },
     )
@@ -79,7 +74,7 @@ def failed(
     job: Job,
     ticket: Ticket,
     error: TrialError,
-    architecture: Architecture | None = None,
+    architecture: Architecture | Partial | None = None,
     **columns: Any,
 ) -> pa.RecordBatch:
     """The row of a trial that ended in any other way."""
@@ -197,6 +192,8 @@ def where(host: Host, stand_in: StandIn | None = None) -> dict[str, Any]:
         "engine_version": host.engine_version,
         "torch_version": host.torch_version,
         "device": host.device,
+        "device_digest": host.device_digest,
+        "device_facts": host.device_facts,
         "host": host.hostname,
     }
 
@@ -205,7 +202,7 @@ def _row(
     job: Job,
     ticket: Ticket,
     outcome: Outcome,
-    architecture: Architecture | None,
+    architecture: Architecture | Partial | None,
     columns: dict[str, Any],
 ) -> pa.RecordBatch:
     trial = ticket.trial
@@ -257,6 +254,7 @@ def _row(
         "seed": trial.workload.seed,
         "dataset": trial.workload.dataset,
         "memory_limit_gib": trial.engine.memory_limit_gib,
+        **ticket.digests,
         **ticket.predicted,
         **_structure(ticket, architecture),
     }
@@ -279,17 +277,21 @@ def _publishable(row: dict[str, Any], args: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def _structure(ticket: Ticket, architecture: Architecture | None) -> dict[str, Any]:
+def _structure(ticket: Ticket, architecture: Architecture | Partial | None) -> dict[str, Any]:
     """Dimensions that ran or, where nothing did, would have run."""
     model = ticket.trial.model
-    if architecture is None:
-        try:
-            architecture = resolve(model)
-        except (TrialError, UnknownModel):
-            return {}
-    if architecture is None:
+    a = architecture or _would_run(model)
+    if a is None:
         return {}
-    a = architecture
+    if isinstance(a, Partial):
+        return {
+            "num_layers": a.num_layers,
+            "hidden_size": a.hidden_size,
+            "num_experts": a.num_experts,
+            "top_k": a.top_k,
+            "dtype": run_dtype(a, model),
+            "quantization": _quantization(a, model),
+        }
     return {
         "num_layers": a.num_layers,
         "hidden_size": a.hidden_size,
@@ -304,11 +306,23 @@ def _structure(ticket: Ticket, architecture: Architecture | None) -> dict[str, A
     }
 
 
-def _quantization(a: Architecture, model: Model) -> str | None:
+def _would_run(model: Model) -> Architecture | Partial | None:
+    try:
+        return resolve(model)
+    except Unread as error:
+        config = configuration(model.name, model.revision)
+        return partial(config, str(error)) if config is not None else None
+    except (TrialError, UnknownModel):
+        return None
+
+
+def _quantization(a: Architecture | Partial, model: Model) -> str | None:
     """The one asked for, else the checkpoint's own."""
-    stored = a.config.get("quantization_config")
-    own = stored.get("quant_method") if isinstance(stored, dict) else None
-    return model.quantization or (str(own) if own else None)
+    try:
+        stored = quantization(a.config)
+    except ValueError:  # it cannot be read, and so has no name
+        stored = None
+    return model.quantization or (str(stored["quant_method"]) if stored else None)
 
 
 def _cache_dtype(args: dict[str, Any]) -> str | None:

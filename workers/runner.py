@@ -51,7 +51,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from workers import disturbance, memory, recorder, repeats, reuse
+from workers import disturbance, memory, recorder, repeats, reuse, usage
 from workers.contract.errors import Infeasible, OutOfMemory, TimedOut, TrialError, Unsupported
 from workers.contract.job import Job, Ticket
 from workers.contract.measurement import Measurement, Memory, Pass, PassKind
@@ -68,11 +68,13 @@ from workers.hardware import reference
 from workers.hardware.device import Device, device
 from workers.hardware.gpus import Gpus
 from workers.hardware.hand import Hand, in_hand
+from workers.hardware.hand import doubted as hand_again
 from workers.hardware.host import Host, describe
 from workers.hardware.reference import Reference
 from workers.hardware.watch import Watch
 from workers.moe.activation import Settling
 from workers.moe.architecture import UnknownModel, resolve, run_dtype
+from workers.moe.partial import Partial
 from workers.moe.sheets import Sheet, from_rows, to_rows
 from workers.prompts import random_ids
 from workers.texts import text_ids
@@ -140,6 +142,10 @@ class _Run:
     """They are of a machine, not of a model of one."""
     target: Device | None = None
     """Device that its figures are of."""
+    calibrated: dict[str, Any] = field(default_factory=dict)
+    """What a calibration of it found, as columns."""
+    doubted: bool = False
+    """It was calibrated again since the engine was built."""
     reference: Reference | None = None
     """How fast the machine was when the engine at hand last asked."""
     fastest_read: float = 0.0
@@ -181,7 +187,8 @@ class _Run:
         kind = engine_class(tickets[0].trial.engine.kind)
         planned_for = tickets[0].trial.layout.device or self.job.profile
         stand_in = kind.stands_for(planned_for)
-        self.columns = recorder.where(self.host, stand_in)
+        self.columns, self.calibrated = recorder.where(self.host, stand_in), {}
+        self.doubted = False
         self.columns["started_at"] = datetime.now(UTC)
         with _scratch(self.job.scratch) as folder:
             try:
@@ -204,10 +211,7 @@ class _Run:
                 if hand is None:
                     self.target = device(planned_for)
                 else:
-                    self.columns |= hand.columns(
-                        run_dtype(engine.loaded.architecture, tickets[0].trial.model)
-                    )
-                    self.target = hand.device
+                    self._against(hand, engine, tickets[0])
                     on_gpus = engine.loaded.threads is None
                     gpus = Gpus.open(tickets[0].trial.layout.devices) if on_gpus else None
                     self.watch = Watch(gpus)
@@ -315,7 +319,7 @@ class _Run:
         told = [one.bandwidth_gb_s.median for one in (trial.before, trial.after) if one is not None]
         if not told:
             return Reads()
-        peak = self.columns.get("calibrated_bandwidth_gb_s") if self.whole_machine else None
+        peak = self.calibrated.get("calibrated_bandwidth_gb_s") if self.whole_machine else None
         return Reads(
             of_best=min(told) / self.fastest_read, of_peak=min(told) / peak if peak else None
         )
@@ -342,7 +346,10 @@ class _Run:
         """Replays timed passes, in their order, with every choice of experts counted."""
         asked = trial.ticket.trial
         traces: dict[int, Trace] = {}
-        phases = {name: Settling(engine.loaded.architecture.top_k) for name in PHASES}
+        runs = engine.loaded.architecture
+        if isinstance(runs, Partial):
+            return Probed(reason=f"which experts ran is not known: {runs.reason}")
+        phases = {name: Settling(runs.top_k) for name in PHASES}
         for index, one in enumerate(trial.passes):
             if one.kind != "timed" or not one.counted:
                 continue
@@ -368,7 +375,7 @@ class _Run:
     def _prompts(self, engine: Engine, trial: _Trial, index: int) -> list[list[int]]:
         """Of the pass at that place among the trial's passes."""
         workload = trial.ticket.trial.workload
-        vocab_size = engine.loaded.architecture.vocab_size
+        vocab_size = engine.loaded.vocab_size
         tokenizer = engine.tokenizer() if workload.dataset is not None else None
         if tokenizer is None:
             return random_ids(workload, vocab_size=vocab_size, index=index)
@@ -417,8 +424,10 @@ class _Run:
         sheet, unknown = self._sheet(engine, trial.ticket.trial, trial.passes)
         trial.passes.clear()  # they are in its rows
         verdict = disturbance.of_record(measurement.passes, self._reads(trial))
+        utilisations, doubt = self._utilisations(engine, trial.ticket, measurement, probed, sheet)
         columns = (
             self.columns
+            | self.calibrated
             | reference.columns(trial.before, trial.after)
             | {
                 "disturbed": verdict.disturbed,
@@ -426,18 +435,17 @@ class _Run:
                 "passes_disturbed": disturbance.number(measurement.passes),
             }
         )
-        if reason := unknown or (probed.reason if probed is not None else None):
-            columns["outcome_reason"] = reason
+        reasons = (unknown or (probed.reason if probed is not None else None), doubt)
+        if any(reasons):
+            columns["outcome_reason"] = "; ".join(filter(None, reasons))
         found = self._found(engine, trial.ticket, probed)
         record = recorder.ok(
             self.job,
             trial.ticket,
             measurement,
             engine.loaded.architecture,
-            self.target,
+            utilisations,
             self.measured,
-            probed,
-            sheet,
             **columns,
         )
         return Finished(
@@ -451,6 +459,36 @@ class _Run:
             disturbed=bool(verdict.disturbed),
         )
 
+    def _utilisations(
+        self,
+        engine: Engine,
+        ticket: Ticket,
+        measurement: Measurement,
+        probed: Probed | None,
+        sheet: Sheet | None,
+    ) -> tuple[dict[str, Any], str | None]:
+        """Shares of the device's peaks, and why some are not known. Passes that go beyond a peak
+        have it measured again, once per engine."""
+
+        def against(target: Device | None) -> dict[str, Any]:
+            a, timed = engine.loaded.architecture, measurement.of("timed")
+            return usage.columns(ticket.trial, a, timed, target, probed, sheet)
+
+        found = against(self.target)
+        if (beyond := usage.contradictions(found)) and not self.doubted:
+            self.doubted = True
+            print(f"{'; '.join(beyond)}: the device is calibrated again")
+            if (hand := hand_again(self.host)) is not None:
+                self._against(hand, engine, ticket)
+                found = against(self.target)
+        return usage.sound(found)
+
+    def _against(self, hand: Hand, engine: Engine, ticket: Ticket) -> None:
+        """Takes utilisations against this device from now on."""
+        self.target = hand.device
+        dtype = run_dtype(engine.loaded.architecture, ticket.trial.model)
+        self.calibrated = hand.columns(dtype)
+
     def _found(self, engine: Engine, ticket: Ticket, probed: Probed | None) -> Sheet | None:
         """What a probe found, for this group and for later ones."""
         loaded, job = engine.loaded, self.job
@@ -461,7 +499,7 @@ class _Run:
         return found
 
     def _failed(self, ticket: Ticket, error: TrialError) -> Finished:
-        columns = self.columns or recorder.where(self.host)
+        columns = self.columns | self.calibrated or recorder.where(self.host)
         return Finished(
             trial_id=ticket.trial_id,
             outcome=error.outcome,
@@ -472,10 +510,7 @@ class _Run:
 def _blocks(trials: Sequence[_Trial], slowness: float) -> Iterator[list[_Trial]]:
     """Trials that take turns. Where nothing is predicted all do."""
     seconds = sum(
-        one.ticket.trial.measure.repeats
-        * (one.ticket.predicted["predicted_e2e_s"] + one.ticket.predicted["predicted_ttft_s"])
-        for one in trials
-        if one.ticket.predicted
+        one.ticket.trial.measure.repeats * (one.ticket.predicted_pass_s or 0.0) for one in trials
     )
     number = min(len(trials), max(1, math.ceil(slowness * seconds / BLOCK_S)))
     for first in range(number):

@@ -14,12 +14,17 @@ as in the mean of those that it did. Where a trial asks for an activation sheet,
 a phase takes the sheet's mean; without one that fits, what needs it is null. Otherwise an
 expectation stands in, under uniform routing or under the one that the sweep forced. The record
 says which it was.
+
+A peak that was measured here may have been measured too low. A pass that would have used more than
+all of it shows that, and what is taken against it is then no share of anything: `sound` leaves it
+out. Only shares that cannot be above 1 show it, those of what a pass really read and computed;
+`mbu` and `mfu` count experts that were never touched and may be above 1 on any device.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise, zip_longest
 from typing import Any
@@ -32,6 +37,7 @@ from workers.contract.trace import Step, Trace
 from workers.contract.trial import Trial
 from workers.hardware.device import CPU, Device
 from workers.moe.accounting import Slice, prefill
+from workers.moe.partial import Partial
 from workers.moe.precision import precision
 from workers.moe.sheets import Sheet, spread
 from workers.moe.skew import expected_distinct, inclusion, parse, probabilities
@@ -44,13 +50,26 @@ from workers.moe.utilisation import (
     utilisation,
 )
 
+CALIBRATED = "calibrated"
+DISTURBED = "calibrated-disturbed"
+"""`peak_source` of peaks that were measured on the machine, in a quiet moment or in none."""
+_AGAINST = (
+    (
+        "peak_bandwidth_gb_s",
+        "GB/s",
+        ("s_mbu", "s_mbu_paper", "prefill_s_mbu"),
+        ("mbu", "s_mbu_uniform"),
+    ),
+    ("peak_tflops", "TFLOPS", ("s_mfu", "prefill_s_mfu"), ("mfu",)),
+)
+"""Of each peak: column, unit, shares of it that are 1 at most, and those that may be more."""
 INTERPOLATED = "sheet-interpolated"
 """`activation_source` of a batch between two that were probed."""
 
 
 def columns(
     trial: Trial,
-    a: Architecture,
+    a: Architecture | Partial,
     timed: Sequence[Pass],
     device: Device | None,
     probed: Probed | None = None,
@@ -61,7 +80,7 @@ def columns(
     Those that need the experts that ran are null where a sweep asks for a sheet and there is none.
 
     Null, too, with speculative decoding (a pass then feeds drafts, and a second model reads
-    its own weights) and for encoder-decoders.
+    its own weights), for encoder-decoders, and where the structure cannot be told.
 
     Args:
         trial: what was asked for.
@@ -71,11 +90,39 @@ def columns(
         probed: which experts ran in some of the timed passes.
         sheet: how many ran in an earlier probe, for a trial that asks for it.
     """
+    if isinstance(a, Partial):
+        return {}
     traces = probed.traces if probed is not None else {}
     told = _activation(probed) if probed is not None and traces else {}
     if sheet is not None:
         told = _of_sheet(sheet)
     return told | _utilisations(trial, a, timed, device, traces, sheet)
+
+
+def contradictions(found: Mapping[str, Any]) -> list[str]:
+    """Where columns of a record go beyond a peak that was measured, in words."""
+    return [words for _, words in _contradicted(found)]
+
+
+def sound(found: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """Columns without what is taken against a peak that they go beyond, and why that is missing."""
+    kept, reasons = dict(found), []
+    for names, words in _contradicted(found):
+        kept |= dict.fromkeys(names & kept.keys())
+        reasons.append(f"{words}: such a peak is none, so what is taken against it is not known")
+    return kept, "; ".join(reasons) or None
+
+
+def _contradicted(found: Mapping[str, Any]) -> Iterator[tuple[set[str], str]]:
+    """Columns taken against a measured peak that one of them goes beyond, and which does."""
+    if found.get("peak_source") not in (CALIBRATED, DISTURBED):
+        return
+    for peak, unit, bounded, others in _AGAINST:
+        shares = {name: share for name in bounded if (share := found.get(name)) is not None}
+        if beyond := [name for name, share in shares.items() if share > 1]:
+            name = max(beyond, key=shares.__getitem__)
+            words = f"{name} would be {shares[name]:.2f} of the {found[peak]:.3g} {unit} measured"
+            yield {*bounded, *others}, words
 
 
 def _utilisations(
@@ -331,7 +378,9 @@ def decodes(one: Pass) -> list[Observed]:
 
 
 def _peak_source(device: Device) -> str:
-    return "calibrated" if device.name == CPU else "catalogue"
+    if device.name != CPU:
+        return "catalogue"
+    return CALIBRATED if device.verified else DISTURBED
 
 
 def _slices(states: Iterable[tuple[int, int]]) -> tuple[Slice, ...]:

@@ -131,17 +131,20 @@ def _more(overstated: float) -> str:
 def _behind(frame: pl.DataFrame) -> list[str]:
     """Where the number of experts comes from, in words."""
     found = frame.get_column("activation_source").unique().sort().to_list()
-    words = [_SOURCES.get(str(one), f"Experts: {one}") for one in found]
-    if len(words) == 1:
-        return words
+    if len(found) == 1:
+        return [_source(found[0])]
     named = frame.group_by("activation_source", maintain_order=True).agg(
         pl.col("batch_size").unique().sort()
     )
     return [
-        f"{_SOURCES.get(str(source), f'Experts: {source}')} "
-        f"(batch {enumeration([str(one) for one in batches])})"
+        f"{_source(source)} (batch {enumeration([str(one) for one in batches])})"
         for source, batches in named.iter_rows()
     ]
+
+
+def _source(source: str | None) -> str:
+    """In words; records of older versions may not say it."""
+    return _SOURCES.get(source or "", f"Experts: {source or 'of an unknown source'}")
 
 
 def _chart(frame: pl.DataFrame) -> alt.TopLevelMixin:
@@ -156,9 +159,11 @@ def _chart(frame: pl.DataFrame) -> alt.TopLevelMixin:
         list(LINES.values()), index=["panel", "x", "ring"], variable_name="line", value_name="y"
     )
     predicted = constant(frame, "source") == "predicted"
-    peak = {"calibrated": "calibrated", "catalogue": "data sheet"}.get(
-        str(constant(frame, "peak_source")), "peak"
-    )
+    peak = {
+        "calibrated": "calibrated",
+        "calibrated-disturbed": "calibrated while disturbed",
+        "catalogue": "data sheet",
+    }.get(str(constant(frame, "peak_source")), "peak")
     return draw(
         long.with_columns(dash=pl.lit("")),
         title=_TITLE,

@@ -49,7 +49,8 @@ def prepare(records: pl.LazyFrame) -> pl.DataFrame:
         SelectionError: no trial was pruned, conditions differ, or several records share a
             point.
     """
-    frame = records.drop_nulls(["model", "top_k"]).collect()
+    whole_or_told = pl.col("prune_kind").is_null() == pl.col("prune_ratio").is_null()
+    frame = records.drop_nulls(["model", "top_k"]).filter(whole_or_told).collect()
     kinds = frame.get_column("prune_kind").drop_nulls().unique().sort().to_list()
     if not kinds:
         raise SelectionError("no record of a pruned model: sweep model.prune")
@@ -103,8 +104,9 @@ def pivots(frame: pl.DataFrame) -> list[Pivot]:
         for (line,), one in rows.group_by("line", maintain_order=True):
             first = one.row(0, named=True)
             cells = {row["top_k"]: _cell(row) for row in one.iter_rows(named=True)}
-            shape = f"{line} ({first['num_experts']} × {first['ffn_dim']})"
-            lines.append((shape, *(cells.get(value, "") for value in columns)))
+            sizes = [first["num_experts"], first["ffn_dim"]]
+            shape = "" if None in sizes else f" ({sizes[0]} × {sizes[1]})"
+            lines.append((f"{line}{shape}", *(cells.get(value, "") for value in columns)))
         tables.append(
             Pivot(
                 title=name,

@@ -73,7 +73,8 @@ def scaling(
         return draw(frame, axes=axes, title=title, insight=insight(frame))
 
     def insight(frame: pl.DataFrame) -> str:
-        return " ".join(filter(None, (part(frame, axes) for part in parts)))
+        found = " ".join(filter(None, (part(frame, axes) for part in parts)))
+        return found or "There are no two points to compare."
 
     return RecordsFigure(
         name=name,

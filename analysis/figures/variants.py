@@ -81,18 +81,17 @@ class Variants:
         keys = [self.panel.column, "variant", self.x.column]
         frame = records.with_columns(variant=self.label).collect()
         frame = frame.filter(pl.col("outcome") != "infeasible")
+        needed = [key for key in (self.panel.column, self.x.column) if key not in self.own]
+        known = pl.all_horizontal(pl.col(key).is_not_null() for key in keys)
+        frame = frame.drop_nulls(needed).filter(pl.col("variant").is_in(self.baselines) | known)
         names = frame.get_column("variant").unique().to_list()
         base = next((one for one in self.baselines if one in names), None)
         if base is None or len(names) < 2:
             raise SelectionError(
                 f"nothing to compare: it takes {' or '.join(self.baselines)} and another variant, "
-                f"there is {', '.join(sorted(map(str, names))) or 'no record'}"
+                f"there is {', '.join(sorted(names)) or 'no record'}"
             )
         frame = frame.with_columns(baseline=pl.col("variant") == base)
-        needed = [key for key in (self.panel.column, self.x.column) if key not in self.own]
-        frame = frame.drop_nulls(needed).filter(
-            pl.col("baseline") | pl.all_horizontal(pl.col(key).is_not_null() for key in keys)
-        )
         refuse_mixed(frame, varied=(*self.varied, self.x.column, self.panel.column))
         refuse_repeated(frame, keys)
         ends = {name: f"base_{name}" for name in _ENDS}

@@ -8,13 +8,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from workers.hardware import cpu, peaks
-from workers.hardware.cpu import cache_bytes, processor
+from workers.hardware.caches import cache_bytes
+from workers.hardware.cpu import processor
 from workers.hardware.device import CPU, device
 from workers.hardware.host import Host, describe
 from workers.hardware.peaks import Calibration
@@ -68,7 +68,8 @@ def test_its_figures_are_plausible(found: Calibration) -> None:
     assert 1e-7 < found.overhead_s < 1e-2
     assert set(found.spread) == {*found.patterns_gb_s, *found.tflops, "overhead"}
     assert all(0 <= spread < 1 for spread in found.spread.values())
-    assert 0 <= found.others <= 1
+    for share in (found.others, found.stolen, found.waiting):
+        assert share is None or 0 <= share <= 1
     assert abs(time.time() - found.measured_at) < 600
 
 
@@ -78,10 +79,12 @@ def test_it_becomes_the_cpu_of_this_machine(
     monkeypatch.setattr(cpu, "_here", lambda: host)
     assert peaks.stored(host) == found
     start = time.monotonic()
-    assert peaks.calibrated(host) == found
-    assert time.monotonic() - start < 0.5
-    assert device(CPU).bf16_tflops == found.tflops["bf16"]
-    assert device(CPU).bandwidth_gb_s == found.bandwidth_gb_s
+    kept = peaks.calibrated(host)
+    assert kept == found or (not found.quiet and kept.runs > found.runs)
+    if found.quiet:  # otherwise it had a look at the machine, and measured again if that was quiet
+        assert time.monotonic() - start < 0.5
+    assert device(CPU).bf16_tflops == kept.tflops["bf16"]
+    assert device(CPU).bandwidth_gb_s == kept.bandwidth_gb_s
 
 
 def test_it_finds_the_same_again_within_a_factor_of_two(found: Calibration) -> None:
@@ -103,9 +106,11 @@ def test_on_one_thread_it_is_told_as_another_device(host: Host) -> None:
     assert run.returncode == 0, run.stderr
     assert "1 cores, 1 threads" in run.stdout
     assert "bf16" in run.stdout and "others had" in run.stdout
-    narrow = host.device.replace(f"{host.cpus} cores", "1 cores")
-    kept = peaks.stored(replace(host, device=narrow, cpus=1))
-    assert kept is not None and kept.threads == 1
+    folder = Path(os.environ["XDG_CACHE_HOME"]) / "moe-sweep"
+    kept = [Calibration.loads(path.read_text()) for path in folder.glob("peaks-*.json")]
+    (narrow,) = [one for one in kept if one.threads == 1]
+    assert narrow.device == host.device.replace(f"{host.cpus} cores", "1 cores")
+    assert narrow.device_digest != host.device_digest
 
 
 def test_a_process_bound_to_one_core_gets_the_cores_of_the_engine(host: Host) -> None:
@@ -135,5 +140,5 @@ def test_without_torch_or_cuda_it_cannot_run_and_says_so() -> None:
 
 
 def test_its_json_is_one_object_without_nan(found: Calibration) -> None:
-    assert json.loads(found.dumps())["format"] == 1
+    assert json.loads(found.dumps())["format"] == 2
     assert Calibration.loads(found.dumps()) == found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 import yaml
 
 from workers.hardware import cpu, peaks
+from workers.hardware.caches import cache_bytes
 from workers.hardware.device import (
     COMPUTE,
     CPU,
@@ -210,6 +212,7 @@ def _here() -> Host:
 def _calibration(host: Host, **other: Any) -> Calibration:
     found = Calibration(
         device=host.device,
+        device_digest=host.device_digest,
         kind="cpu",
         threads=host.cpus,
         torch_version=str(host.torch_version),
@@ -220,6 +223,8 @@ def _calibration(host: Host, **other: Any) -> Calibration:
         overhead_s=4e-6,
         spread={"read": 0.02, "bf16": 0.1, "overhead": 0.0},
         others=0.0,
+        stolen=0.0,
+        waiting=0.01,
         runs=1,
         measured_at=time.time(),
         seconds=5.0,
@@ -261,8 +266,13 @@ def test_a_disturbed_calibration_does_not_make_verified_peaks(
     peaks.store(_calibration(host, others=0.3), host)
     assert not device(CPU).verified
     assert "others had 30% of the cores" in device(CPU).source
+    peaks.store(_calibration(host, waiting=0.4), host)
+    assert not device(CPU).verified
     peaks.store(_calibration(host), host)
     assert device(CPU).verified
+    peaks.store(_calibration(host, others=0.9), host)
+    assert device(CPU).verified, "a quiet one stands, whatever comes later"
+    assert "its threads waited for 1% of their time" in device(CPU).source
 
 
 def test_the_best_of_all_runs_is_kept() -> None:
@@ -289,6 +299,117 @@ def test_the_best_of_all_runs_is_kept() -> None:
     assert kept.spread == pytest.approx({"read": 0.02, "bf16": 0.64, "overhead": 0.5})
 
 
+def test_a_disturbed_calibration_never_lowers_or_replaces_a_quiet_one() -> None:
+    host = _here()
+    quiet = peaks.store(_calibration(host), host)
+    low = {"patterns_gb_s": {"read": 5.9, "copy": 4.0, "triad": 4.0}, "tflops": {"bf16": 0.4}}
+    noisy = _calibration(host, bandwidth_gb_s=5.9, others=0.77, waiting=0.5, **low)
+    kept = peaks.store(noisy, host)
+    assert kept.quiet
+    assert (kept.bandwidth_gb_s, kept.tflops) == (quiet.bandwidth_gb_s, quiet.tflops)
+    assert (kept.others, kept.waiting) == (0.0, 0.01)
+
+
+class _Machine:
+    """Measurements and looks that go as they are told, in place of a child and of the kernel."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *measured: Calibration) -> None:
+        self.left = list(measured)
+        self.looks_quiet = True
+        monkeypatch.setattr(peaks, "_measured", lambda host, timeout_s: self.left.pop(0))
+        monkeypatch.setattr(peaks, "_looks_quiet", lambda: self.looks_quiet)
+        monkeypatch.setattr(peaks, "WAIT_S", 0.0)
+
+
+def _noisy(host: Host, rate: float) -> Calibration:
+    return _calibration(
+        host, bandwidth_gb_s=rate, patterns_gb_s={"read": rate}, others=0.77, waiting=0.5
+    )
+
+
+def test_a_first_calibration_is_tried_again_until_one_is_quiet(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    host = _here()
+    machine = _Machine(monkeypatch, _noisy(host, 5.9), _calibration(host), _noisy(host, 99.0))
+    found = peaks.calibrated(host)
+    assert (found.bandwidth_gb_s, found.quiet, found.runs) == (25.0, True, 2)
+    assert peaks.calibrated(host) == found, "a quiet one is measured once"
+    assert len(machine.left) == 1
+
+
+def test_what_stayed_disturbed_is_kept_unverified_and_measured_at_the_next_quiet_moment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    host = _here()
+    noise = [_noisy(host, rate) for rate in (5.9, 5.0)]
+    machine = _Machine(monkeypatch, *noise, _calibration(host))
+    machine.looks_quiet = False
+    found = peaks.calibrated(host)
+    assert (found.bandwidth_gb_s, found.quiet, found.runs) == (5.9, False, peaks.TRIES)
+    assert peaks.calibrated(host) == found, "the machine is as busy as it was"
+    machine.looks_quiet = True
+    found = peaks.calibrated(host)
+    assert (found.bandwidth_gb_s, found.quiet, found.runs) == (25.0, True, 3)
+
+
+def test_a_try_that_fails_leaves_what_there_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = _here()
+    kept = peaks.store(_noisy(host, 5.9), host)
+    _Machine(monkeypatch)
+
+    def fails(host: Host, timeout_s: float) -> Calibration:
+        raise CalibrationError("no memory")
+
+    monkeypatch.setattr(peaks, "_measured", fails)
+    assert peaks.calibrated(host) == kept
+    assert peaks.doubted(host) == kept
+
+
+def test_a_doubted_peak_is_measured_again_but_not_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    host = _here()
+    assert peaks.doubted(host) is None  # nothing is kept, so nothing can be in doubt
+    again = [_calibration(host, bandwidth_gb_s=30.0 + n) for n in range(9)]
+    machine = _Machine(monkeypatch, *again)
+    peaks.store(_calibration(host), host)
+    found = peaks.doubted(host)
+    assert found is not None and found.bandwidth_gb_s == 30.0
+    while peaks.doubted(host) is not None:
+        pass
+    assert len(machine.left) == 9 - (peaks.MOST_DOUBTS - 1)
+
+
+def test_a_look_sees_who_has_the_cores() -> None:
+    """Every core taken by somebody else is not quiet, whatever else runs on this machine."""
+    spin = "import time\nend = time.monotonic() + 20\nwhile time.monotonic() < end: pass"
+    cores = len(os.sched_getaffinity(0))
+    others = [subprocess.Popen([sys.executable, "-c", spin]) for _ in range(cores)]
+    try:
+        time.sleep(0.5)
+        assert not peaks._looks_quiet()
+    finally:
+        for one in others:
+            one.kill()
+            one.wait()
+
+
+def test_the_file_of_0_1_0_is_passed_over(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lay under the device's name alone, in another format."""
+    host = _here()
+    old = json.loads(_calibration(host).dumps()) | {"format": 1}
+    for name in ("device_digest", "stolen", "waiting"):
+        del old[name]
+    key = json.dumps([host.device, host.cpus, host.torch_version])
+    cache.mkdir(parents=True)
+    text = json.dumps(old)
+    (cache / f"peaks-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json").write_text(text)
+    assert peaks.stored(host) is None
+    _Machine(monkeypatch, _calibration(host))
+    assert peaks.calibrated(host).runs == 1
+
+
 def test_a_calibration_holds_for_its_device_cores_and_torch_only() -> None:
     host = _here()
     peaks.store(_calibration(host), host)
@@ -296,6 +417,7 @@ def test_a_calibration_holds_for_its_device_cores_and_torch_only() -> None:
     assert peaks.stored(replace(host, device="another")) is None
     assert peaks.stored(replace(host, torch_version="9.9")) is None
     assert peaks.stored(replace(host, gpus=1)) is None
+    assert peaks.stored(replace(host, device_facts="{}")) is None  # the same name, another machine
     assert peaks.stored(replace(host, hostname="renamed")) is not None
 
 
@@ -316,7 +438,7 @@ def test_a_torn_file_is_as_if_absent(cache: Path, share: float) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"format": 2},
+        {"format": 1},
         {"device": "another"},
         {"threads": 99},
         {"bandwidth_gb_s": -1.0},
@@ -324,7 +446,9 @@ def test_a_torn_file_is_as_if_absent(cache: Path, share: float) -> None:
         {"tflops": {"fp32": 0.3}},
         {"tflops": {"bf16": None}},
         {"patterns_gb_s": 3},
-        {"others": None},
+        {"others": "many"},
+        {"waiting": -0.1},
+        {"device_digest": "another"},
         {"unheard_of": 1},
     ],
 )
@@ -434,7 +558,7 @@ def test_who_waits_too_long_for_the_lock_is_told(cache: Path) -> None:
 
 
 def test_the_caches_of_this_machine_are_known_or_zero() -> None:
-    assert 0 <= cpu.cache_bytes() < 2**36
-    one = cpu.cache_bytes([min(os.sched_getaffinity(0))])
-    assert one <= cpu.cache_bytes()
-    assert cpu.cache_bytes([10**6]) == 0
+    assert 0 <= cache_bytes() < 2**36
+    one = cache_bytes([min(os.sched_getaffinity(0))])
+    assert one <= cache_bytes()
+    assert cache_bytes([10**6]) == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -339,3 +339,45 @@ def test_the_machine_is_looked_at_before_a_block_and_after_each_round_that_ends_
         "4": (100.0, None, 0.01),
         "1": (100.0, None, 0.01),
     }
+
+
+def _doubting(monkeypatch: pytest.MonkeyPatch, slow: Device, again: Device | None) -> list[Any]:
+    """Records of two trials on a CPU whose peaks were measured as `slow`, and then as `again`."""
+    monkeypatch.setattr("workers.runner.engine_class", lambda kind: _Real)
+    monkeypatch.setattr("workers.runner.in_hand", lambda host: _Hand(slow))
+    monkeypatch.setattr("workers.runner.hand_again", lambda host: again and _Hand(again))
+    tickets = tuple(
+        Ticket(
+            trial=Trial(
+                model=Model(name="mixtral-8x7b", weights="dummy", num_layers=4),
+                workload=Workload(batch_size=size, input_tokens=8, output_tokens=4),
+                engine=EngineSettings(kind="roofline", eager=True),
+                measure=Measure(repeats=1),
+            ),
+            trial_id=str(size),
+        )
+        for size in (2, 1)
+    )
+    job = Job(sweep="s", run_id="r", group_id="g", profile="h100", tickets=tickets)
+    return [one.record.to_pylist()[0] for one in run(job) if isinstance(one, Finished)]
+
+
+def test_a_peak_that_passes_go_beyond_is_measured_again_or_nothing_is_taken_against_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The passes are those of an H100; the calibrations find a CPU of less, or of more."""
+    of_cpu = replace(device("h100"), name="cpu", kind="cpu")
+    slow = replace(of_cpu, bandwidth_gb_s=500.0)
+    fast = replace(of_cpu, bandwidth_gb_s=5000.0)
+    rows = _doubting(monkeypatch, slow, fast)
+    for row in rows:
+        assert row["peak_bandwidth_gb_s"] == 5000.0 and 0 < row["s_mbu"] <= 1
+        assert row["outcome_reason"] is None
+    assert capsys.readouterr().out.count("calibrated again") == 1
+    for again in (slow, None):
+        rows = _doubting(monkeypatch, slow, again)
+        for row in rows:
+            assert row["outcome"] == "ok" and row["e2e_s"] > 0
+            assert row["s_mbu"] is row["mbu"] is row["prefill_s_mbu"] is None
+            assert row["s_mfu"] is not None
+            assert "of the 500 GB/s measured: such a peak is none" in row["outcome_reason"]

@@ -16,7 +16,7 @@ from workers.contract.workload import Workload
 from workers.hardware.device import device
 from workers.moe.accounting import Slice
 from workers.moe.architecture import resolve
-from workers.usage import columns, decodes, in_step, prefills
+from workers.usage import columns, contradictions, decodes, in_step, prefills, sound
 
 TRIAL = Trial(model=Model(name="mixtral-8x7b", weights="dummy"))
 ARCHITECTURE = resolve(TRIAL.model)
@@ -162,3 +162,47 @@ def test_null_where_there_is_no_telling() -> None:
     assert "s_mbu" not in _columns(one, trial=drafted)
     single = _columns(_pass((1.0,)), trial=replace(TRIAL, workload=Workload(output_tokens=1)))
     assert single["s_mbu"] is None and single["prefill_s_mbu"] is not None
+
+
+MEASURED: dict[str, object] = {
+    "peak_source": "calibrated",
+    "peak_bandwidth_gb_s": 5.9,
+    "peak_tflops": 1.5,
+    "mbu": 1.9,
+    "s_mbu": 1.28,
+    "s_mbu_paper": 1.21,
+    "s_mbu_uniform": 1.4,
+    "prefill_s_mbu": 0.4,
+    "mfu": 0.3,
+    "s_mfu": 0.2,
+    "prefill_s_mfu": 0.6,
+    "activation_source": "traced",
+}
+
+
+def test_a_measured_peak_that_passes_go_beyond_is_none() -> None:
+    """What is taken against it is null, with the reason; the other peak's shares stand."""
+    kept, reason = sound(MEASURED)
+    assert reason == (
+        "s_mbu would be 1.28 of the 5.9 GB/s measured: such a peak is none, so what is taken "
+        "against it is not known"
+    )
+    gone = {"mbu", "s_mbu", "s_mbu_paper", "s_mbu_uniform", "prefill_s_mbu"}
+    assert {name for name, value in kept.items() if value is None} == gone
+    assert {name: kept[name] for name in kept.keys() - gone} == {
+        name: MEASURED[name] for name in MEASURED.keys() - gone
+    }
+    faster = MEASURED | {"s_mbu": 0.3, "s_mbu_paper": 0.3, "prefill_s_mfu": 1.01}
+    kept, reason = sound(faster)
+    assert reason is not None and reason.startswith("prefill_s_mfu would be 1.01 of the 1.5 TFLOPS")
+    assert kept["s_mfu"] is kept["mfu"] is None and kept["s_mbu"] == 0.3
+
+
+def test_what_may_be_above_one_or_is_taken_against_a_data_sheet_is_no_contradiction() -> None:
+    whole = MEASURED | {"s_mbu": 1.0, "s_mbu_paper": None, "mbu": 7.0, "mfu": 3.0}
+    assert sound(whole) == (whole, None)
+    sheet = MEASURED | {"peak_source": "catalogue"}
+    assert sound(sheet) == (sheet, None)
+    assert sound({}) == ({}, None)
+    assert contradictions(MEASURED) == ["s_mbu would be 1.28 of the 5.9 GB/s measured"]
+    assert contradictions(MEASURED | {"peak_source": "calibrated-disturbed"})

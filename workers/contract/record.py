@@ -25,7 +25,7 @@ _RECORD: tuple[tuple[str, pa.DataType, str], ...] = (
     ("schema_version", _INT, "Version of this schema."),
     ("sweep", _STR, "Name of the sweep."),
     ("run_id", _STR, "One invocation of the orchestrator."),
-    ("trial_id", _STR, "Hash of the resolved trial."),
+    ("trial_id", _STR, "Hash of the resolved trial: of what its names stand for."),
     ("group_id", _STR, "Trials that shared one engine key."),
     ("attempt", _INT, "Executions of this trial in this run, from 1."),
     ("axes", _STR, "JSON object: the sweep's axes at this point, as written in the sweep."),
@@ -50,6 +50,19 @@ _RECORD: tuple[tuple[str, pa.DataType, str], ...] = (
     ("engine_args", _STR, "JSON object: the arguments the engine was built with."),
     ("torch_version", _STR, "Version of torch, with its build."),
     ("device", _STR, "Device as the driver or the operating system names it."),
+    (
+        "device_digest",
+        _STR,
+        "Stands for device_facts: two devices of one name are one device where it is equal. Null "
+        "where nothing was measured, and in records of 0.1.0.",
+    ),
+    (
+        "device_facts",
+        _STR,
+        "JSON object: what decides the device's speed, as `workers.hardware.facts` reads it: of a "
+        "CPU its model, instructions, caches, NUMA nodes and cores as the process may use them; of "
+        "a GPU product, memory, power limit, ECC, MIG, links and driver.",
+    ),
     ("device_count", _INT, "Devices of the engine."),
     ("threads", _INT, "CPU threads per device; null on GPUs."),
     ("host", _STR, "Host name."),
@@ -65,6 +78,12 @@ _RECORD: tuple[tuple[str, pa.DataType, str], ...] = (
     ("model", _STR, "Model by the name that the sweep gave."),
     ("revision", _STR, "Commit or tag."),
     ("weights", _STR, "dummy | checkpoint."),
+    (
+        "model_digest",
+        _STR,
+        "What the name stood for: configuration and, of a checkpoint, weights, or its commit on "
+        "the hub; null where that could not be told.",
+    ),
     ("scale", _FLOAT, "Factor on every width of a skeleton; 1 is the model itself."),
     ("num_layers", _INT, "Transformer layers."),
     ("hidden_size", _INT, "Width of the residual stream."),
@@ -92,6 +111,7 @@ _RECORD: tuple[tuple[str, pa.DataType, str], ...] = (
     ("eager", _BOOL, "No graph capture, no compilation."),
     ("speculative", _STR, "Draft model or method of speculative decoding; null: none."),
     ("draft_tokens", _INT, "Tokens that it proposes per step."),
+    ("draft_digest", _STR, "Of the draft model, as model_digest."),
     # workload
     ("batch_size", _INT, "Requests in flight together."),
     ("input_tokens", _INT, "Prompt tokens per request."),
@@ -99,6 +119,7 @@ _RECORD: tuple[tuple[str, pa.DataType, str], ...] = (
     ("temperature", _FLOAT, "Sampling temperature; 0 is greedy."),
     ("seed", _INT, "Seed of the prompts."),
     ("dataset", _STR, "Text that the prompts are cut from; null: random token ids."),
+    ("dataset_digest", _STR, "Of the texts in it."),
     ("repeats", _INT, "Timed passes that the figures are of."),
     # latency and throughput
     ("ttft_s", _FLOAT, "Time to first token, median over requests, from stamps."),
@@ -152,7 +173,11 @@ _RECORD: tuple[tuple[str, pa.DataType, str], ...] = (
     # utilisation of the devices' peaks while decoding, ratios of sums over passes (Eq 6)
     ("peak_bandwidth_gb_s", _FLOAT, "Peak of one device, 10^9 bytes/s (of a CPU machine, whole)."),
     ("peak_tflops", _FLOAT, "Dense peak of one device in the type computed in, 10^12 FLOP/s."),
-    ("peak_source", _STR, "catalogue | calibrated."),
+    (
+        "peak_source",
+        _STR,
+        "catalogue | calibrated | calibrated-disturbed (no measurement so far was quiet).",
+    ),
     ("calibrated_bandwidth_gb_s", _FLOAT, "Read bandwidth as measured on this device."),
     ("calibrated_tflops", _FLOAT, "Largest matrix product as measured, in the run's data type."),
     ("mbu", _FLOAT, "Memory bandwidth utilisation, all weights counted."),
@@ -180,6 +205,7 @@ _RECORD: tuple[tuple[str, pa.DataType, str], ...] = (
     ("activated_experts_prefill", _FLOAT, "The same for prefill passes."),
     # prediction
     ("predicted_device", _STR, "Class of device that the roofline's figures are for."),
+    ("predicted_reason", _STR, "Why nothing was predicted; null where it was."),
     ("predicted_e2e_s", _FLOAT, "Roofline, before the run."),
     ("predicted_ttft_s", _FLOAT, "Roofline, before the run."),
     ("predicted_tpot_s", _FLOAT, "Roofline, before the run."),

@@ -27,8 +27,11 @@ from typing import Any, Literal
 
 import psutil
 
+from workers import memory
 from workers.hardware import peaks
-from workers.hardware.cpu import cache_bytes, processor
+from workers.hardware.caches import cache_bytes
+from workers.hardware.contention import between, snapshot
+from workers.hardware.cpu import processor
 from workers.hardware.host import Host, describe
 from workers.hardware.peaks import Calibration
 
@@ -95,6 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     asked = parser.parse_args(arguments)
     try:
+        memory.unlimit()  # an engine that asks has bounded its own memory, and a child inherits it
         cores = _claim(asked.threads)
         host = describe()
         kind: Kind = asked.device or ("cuda" if host.gpus else "cpu")
@@ -119,7 +123,7 @@ def measure(host: Host, kind: Kind, cores: Sequence[int]) -> Calibration:
         Impossible: torch is missing, or has no CUDA where `kind` asks for it.
     """
     torch = _torch(kind, len(cores))
-    start, load = time.perf_counter(), _Load(cores)
+    start, before = time.perf_counter(), snapshot([os.getpid()], cores)
     clock = _cuda_seconds if kind == "cuda" else _cpu_seconds
     size, traffic = _traffic(torch, kind, cores)
     products = _products(torch, kind)
@@ -133,8 +137,11 @@ def measure(host: Host, kind: Kind, cores: Sequence[int]) -> Calibration:
         if task.name not in fastest or task.best > fastest[task.name].best:
             fastest[task.name] = task
     patterns = {task.name: fastest[task.name].best / 1e9 for task in traffic}
+    seen = between(before, snapshot([os.getpid()], cores))
+    on_cpu = kind == "cpu"  # who has the cores says nothing of a GPU
     return Calibration(
         device=host.device,
+        device_digest=host.device_digest,
         kind=kind,
         threads=len(cores),
         torch_version=host.torch_version or str(torch.__version__),
@@ -144,7 +151,9 @@ def measure(host: Host, kind: Kind, cores: Sequence[int]) -> Calibration:
         tflops={task.name: fastest[task.name].best / 1e12 for task in products},
         overhead_s=1 / calls.best,
         spread={name: task.spread for name, task in fastest.items()},
-        others=load.others(),
+        others=seen.others if on_cpu else None,
+        stolen=seen.stolen if on_cpu else None,
+        waiting=seen.waiting if on_cpu else None,
         runs=1,
         measured_at=time.time(),
         seconds=time.perf_counter() - start,
@@ -278,25 +287,6 @@ def _repeat(torch: Any, task: _Task, clock: Callable[[Any, Work], float], *, war
         task.taken.append(clock(torch, task.work))
 
 
-class _Load:
-    """Who else had the cores since it was made."""
-
-    def __init__(self, cores: Sequence[int]) -> None:
-        self._cores = cores
-        self._start = self._now()
-
-    def others(self) -> float:
-        """Share of the cores' time that other processes and other machines had."""
-        wall, own, busy = (b - a for a, b in zip(self._start, self._now(), strict=True))
-        return max(0.0, (busy - own) / (wall * len(self._cores)))
-
-    def _now(self) -> tuple[float, float, float]:
-        each = psutil.cpu_times(percpu=True)
-        fields = ("user", "nice", "system", "irq", "softirq", "steal")
-        busy = sum(getattr(each[core], name, 0.0) for core in self._cores for name in fields)
-        return time.perf_counter(), time.process_time(), busy
-
-
 def _cpu_seconds(_: Any, work: Work) -> float:
     start = time.perf_counter()
     work()
@@ -321,9 +311,11 @@ def _lines(found: Calibration) -> Iterator[str]:
         yield f"  {name:<9}{rate:10.3f} TFLOPS  median {found.spread[name]:.0%} below"
     yield f"  overhead {found.overhead_s * 1e6:10.1f} µs of a tiny linear layer"
     yield (
-        f"  over {found.array_gib:.1f} GiB, in {found.seconds:.1f} s; others had "
-        f"{found.others:.0%} of the cores; best of {found.runs} run{'s' * (found.runs > 1)}"
+        f"  over {found.array_gib:.1f} GiB, in {found.seconds:.1f} s; {found.disturbance()}; "
+        f"best of {found.runs} run{'s' * (found.runs > 1)}"
     )
+    if not found.quiet:
+        yield "  no run was quiet, so these are no verified peaks: run it again"
 
 
 if __name__ == "__main__":

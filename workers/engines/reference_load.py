@@ -16,7 +16,7 @@ import numpy as np
 import psutil
 import torch
 
-from workers.hardware.cpu import cache_bytes
+from workers.hardware.caches import cache_bytes
 from workers.hardware.reference import Rate, Reference, rate
 
 LEAST_BYTES = 128 * 2**20

@@ -48,6 +48,7 @@ class Report:
     """Mixed into `vllm.v1.worker.*Worker`."""
 
     model_runner: Any
+    vllm_config: Any
     device: torch.device
     idle_bytes: int
     """Of `LimitedCPUWorker`: resident size before the first weight."""
@@ -106,6 +107,26 @@ class Report:
         model = self.model_runner.get_model()
         layers = [one for one in model.modules() if isinstance(one, MoERunner)]
         return sorted({_kernel(one.routed_experts.quant_method) for one in layers})
+
+    def report_dimensions(self) -> dict[str, int | None]:
+        """What this rank's model is made of, as far as vLLM tells; null where it does not.
+
+        Returns:
+            `num_layers`, `hidden_size` and `vocab_size` of the whole language model, and
+            `num_experts` and `top_k` of its MoE layers, where all have the same.
+        """
+        config = self.vllm_config.model_config
+        model = self.model_runner.get_model()
+        layers = [one for one in model.modules() if isinstance(one, MoERunner)]
+        experts = {one.moe_config.num_logical_experts for one in layers}
+        chosen = {one.moe_config.experts_per_token for one in layers}
+        return {
+            "num_layers": config.get_total_num_hidden_layers(),
+            "hidden_size": config.get_hidden_size(),
+            "vocab_size": config.get_vocab_size(),
+            "num_experts": experts.pop() if len(experts) == 1 else None,
+            "top_k": chosen.pop() if len(chosen) == 1 else None,
+        }
 
     def set_top_k(self, top_k: int) -> str | None:
         """Routes every token to `top_k` experts of each MoE layer from the next pass on.

@@ -8,9 +8,9 @@ own, and every record carries what its figures were taken against.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
+from workers.hardware import peaks
 from workers.hardware.device import CPU, Device, device
 from workers.hardware.host import Host
 from workers.hardware.peaks import Calibration, CalibrationError, calibrated
@@ -38,14 +38,25 @@ class Hand:
 _SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
-@cache
 def in_hand(host: Host) -> Hand:
-    """The device of `host`; measures it the first time that a machine is met."""
+    """The device of `host`; measures it the first time that a machine is met, and again where
+    that was disturbed and the machine is quiet now."""
     calibration = None
     try:
         calibration = calibrated(host)
     except CalibrationError as error:
         print(f"this device could not be calibrated: {error}")
+    return _hand(host, calibration)
+
+
+def doubted(host: Host) -> Hand | None:
+    """The device of `host`, measured once more because more than its peak was seen; null where
+    its peak is of the catalogue, or another measurement is of no use (`peaks.doubted`)."""
+    calibration = peaks.doubted(host) if host.device_class == CPU else None
+    return None if calibration is None else _hand(host, calibration)
+
+
+def _hand(host: Host, calibration: Calibration | None) -> Hand:
     known = host.device_class
     if known is None or (known == CPU and calibration is None):
         return Hand(device=None, calibration=calibration)

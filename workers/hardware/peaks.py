@@ -3,7 +3,14 @@
 A calibration takes seconds and needs torch, so it runs once per machine, in a process of
 its own (`workers.engines.calibrate`): no thread pool or memory of it is left in an engine's
 process, and nothing here loads torch. What it found is kept in the user's cache under what
-it holds for: the device, the cores in use and the version of torch.
+it holds for: the device with all that decides its speed (`workers.hardware.facts`), the cores in
+use and the version of torch.
+
+A calibration knows how disturbed its moment was, from what the kernel counted meanwhile. What
+disturbs one only makes it slower, so the best of all is kept; but as long as none of them was
+quiet the peaks are called unverified. Then the first one is made again within a few tries, and
+whoever asks later, the next group or the next run, makes another one as soon as the machine looks
+quiet. A peak that a measured pass went beyond is no peak: `doubted` measures again.
 
 Two lanes of one run may ask at once. Measured together, each would find half of what the
 machine can do; so measuring is done under a lock, and who had to wait takes the other's
@@ -26,12 +33,22 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from workers.hardware.contention import between, snapshot
 from workers.hardware.host import Host
 
 QUIET = 0.1
-"""Share of the cores that others may have while a calibration counts as undisturbed."""
-_FORMAT = 1
-"""Of the stored file; another one is as if absent."""
+"""Share of the cores that others or a hypervisor may have, and of the threads' time that they may
+wait for a core, while a calibration counts as undisturbed."""
+TRIES = 2
+"""Measurements for a first calibration, as long as none is quiet."""
+WAIT_S = 5.0
+"""Longest wait for a quiet moment before another try, seconds."""
+MOST_DOUBTS = 6
+"""Measurements after which a peak that a pass went beyond is not measured once more."""
+_LOOK_S = 0.3
+"""How long a look at who has the cores takes, seconds."""
+_FORMAT = 2
+"""Of the stored file; another one is as if absent. 0.1.0 wrote 1, without a device's facts."""
 _ROOT = Path(__file__).resolve().parents[2]
 _POLL_S = 0.05
 
@@ -46,6 +63,8 @@ class Calibration:
 
     device: str
     """Device as `Host.device` names it."""
+    device_digest: str | None
+    """What decides its speed, as `Host.device_digest`."""
     kind: Literal["cpu", "cuda"]
     threads: int
     """CPU threads that measured."""
@@ -64,15 +83,39 @@ class Calibration:
     spread: Mapping[str, float]
     """How far the median of the last run's repeats stays below the best of all, as a share
     of the best; by pattern and data type. Large where the machine is shared."""
-    others: float
-    """Share of the cores' time that other processes had meanwhile, in the quietest run; above
-    `QUIET` the rates are too low to be called peaks."""
+    others: float | None
+    """Share of the cores' time that other processes had meanwhile, in the quietest run. Null on
+    GPUs, of which the cores tell nothing, and where the kernel does not count."""
+    stolen: float | None
+    """The same that a hypervisor gave to other machines."""
+    waiting: float | None
+    """Share of the time in which the measuring threads wanted a core and had none."""
     runs: int
     """Measurements that this is the best of."""
     measured_at: float
     """End of the measurement, seconds since 1970."""
     seconds: float
     """What the measurement took, without starting the process."""
+
+    @property
+    def quiet(self) -> bool:
+        """Whether nothing that the kernel counts disturbed its quietest run; where that is
+        above `QUIET` the rates are too low to be called peaks."""
+        return self._noise <= QUIET
+
+    @property
+    def _noise(self) -> float:
+        return max(self.others or 0.0, self.stolen or 0.0, self.waiting or 0.0)
+
+    def disturbance(self) -> str:
+        """What the quietest run met, in words: `others had 30 % of the cores`."""
+        shares = (
+            (self.others, "others had {} of the cores"),
+            (self.stolen, "a hypervisor kept {} of the cores"),
+            (self.waiting, "its threads waited for {} of their time"),
+        )
+        told = [words.format(f"{share:.0%}") for share, words in shares if share is not None]
+        return ", ".join(told) or "who else had the cores is not known"
 
     def dumps(self) -> str:
         """As a line of JSON."""
@@ -110,7 +153,8 @@ def store(calibration: Calibration, host: Host) -> Calibration:
     """Adds a measurement to what is kept for the device of `host`; what is kept now.
 
     That is the best of each figure: what disturbs a measurement only makes it slower, and
-    not all that does can be seen from inside a virtual machine.
+    not all that does can be seen from inside a virtual machine. How quiet it was is told of the
+    quietest.
 
     Raises:
         OSError: the cache folder cannot be written.
@@ -128,6 +172,7 @@ def store(calibration: Calibration, host: Host) -> Calibration:
 def _best(old: Calibration, new: Calibration) -> Calibration:
     patterns = _higher(old.patterns_gb_s, new.patterns_gb_s)
     tflops = _higher(old.tflops, new.tflops)
+    quietest = min(old, new, key=lambda one: one._noise)
     overhead = min(old.overhead_s, new.overhead_s)
     reached = {**new.patterns_gb_s, **new.tflops, "overhead": 1 / new.overhead_s}
     best = {**patterns, **tflops, "overhead": 1 / overhead}
@@ -140,7 +185,9 @@ def _best(old: Calibration, new: Calibration) -> Calibration:
         spread={
             name: 1 - (1 - share) * reached[name] / best[name] for name, share in new.spread.items()
         },
-        others=min(old.others, new.others),
+        others=quietest.others,
+        stolen=quietest.stolen,
+        waiting=quietest.waiting,
         runs=old.runs + new.runs,
     )
 
@@ -152,21 +199,48 @@ def _higher(old: Mapping[str, float], new: Mapping[str, float]) -> dict[str, flo
 def calibrated(host: Host, *, timeout_s: float = 120.0) -> Calibration:
     """The stored calibration of the device of `host`, else a new one.
 
+    One that was disturbed is made again if the machine looks quiet now.
+
     Raises:
         CalibrationError: there is none and it could not be measured.
     """
-    return stored(host) or calibrate(host, timeout_s=timeout_s)
+    found = stored(host)
+    if found is None:
+        return calibrate(host, timeout_s=timeout_s)
+    if found.quiet or not _looks_quiet():
+        return found
+    return _or_else(found, host, timeout_s)
 
 
-def calibrate(host: Host, *, timeout_s: float = 120.0) -> Calibration:
+def doubted(host: Host, *, timeout_s: float = 120.0) -> Calibration | None:
+    """The calibration after one more measurement, for who saw more than its peaks; null where
+    there is none, or where `MOST_DOUBTS` measurements have found no higher ones.
+
+    A model whose weights fit into the caches reads them faster than memory, for ever.
+    """
+    found = stored(host)
+    if found is None or found.runs >= MOST_DOUBTS:
+        return None
+    return _or_else(found, host, timeout_s)
+
+
+def _or_else(found: Calibration, host: Host, timeout_s: float) -> Calibration:
+    """What is kept after another measurement, or what there was if that fails."""
+    try:
+        return calibrate(host, timeout_s=timeout_s, tries=1)
+    except CalibrationError as error:
+        print(f"this device could not be calibrated again: {error}")
+        return found
+
+
+def calibrate(host: Host, *, timeout_s: float = 120.0, tries: int = TRIES) -> Calibration:
     """Measures the device of `host` (this machine) in a process of its own, and adds that to
-    what is kept.
+    what is kept; again, up to `tries` times, as long as what is kept was disturbed.
 
-    If another process is measuring already, waits for it and takes its result. The machine
-    should be idle: what else runs makes the rates too low (see `Calibration.others`).
+    If another process is measuring already, waits for it and takes its result.
 
     Raises:
-        CalibrationError: torch is missing, the measurement failed or took longer than
+        CalibrationError: torch is missing, the first measurement failed or took longer than
             `timeout_s` (waiting included), or the cache cannot be written.
     """
     if host.torch_version is None:
@@ -178,9 +252,30 @@ def calibrate(host: Host, *, timeout_s: float = 120.0) -> Calibration:
             found = stored(host)
             if found is None or found.measured_at < asked_at:
                 found = store(_measured(host, deadline - time.monotonic()), host)
+            for _ in range(tries - 1):
+                needed_s = WAIT_S + 2 * found.seconds
+                if found.quiet or time.monotonic() + needed_s > deadline:
+                    break
+                _await_quiet()
+                found = store(_measured(host, deadline - time.monotonic()), host)
             return found
     except OSError as error:
         raise CalibrationError(f"the calibration cannot be kept: {error}") from error
+
+
+def _await_quiet() -> None:
+    """Waits until others leave the cores alone, or for `WAIT_S`."""
+    until = time.monotonic() + WAIT_S
+    while not _looks_quiet() and time.monotonic() < until:
+        pass  # a look takes its time
+
+
+def _looks_quiet() -> bool:
+    """Whether others leave the cores alone just now; true where the kernel does not tell."""
+    first = snapshot([os.getpid()])
+    time.sleep(_LOOK_S)
+    seen = between(first, snapshot([os.getpid()]))
+    return max(seen.others or 0.0, seen.stolen or 0.0) <= QUIET
 
 
 def _measured(host: Host, timeout_s: float) -> Calibration:
@@ -206,15 +301,21 @@ def _measured(host: Host, timeout_s: float) -> Calibration:
         found = Calibration.loads(run.stdout.splitlines()[-1])
     except (IndexError, ValueError) as error:
         raise CalibrationError(f"the measurement gave no result: {error}") from error
-    if not _holds_for(found, host):
+    if not _is_of(found, host):
         raise CalibrationError(
             f"{found.device} was measured with {found.threads} threads, but "
             f"{host.device} with {host.cpus} was asked for"
         )
-    return found
+    # The child has taken cores of its own choice; whose peaks these are the caller knows.
+    return replace(found, device_digest=host.device_digest)
 
 
 def _holds_for(calibration: Calibration, host: Host) -> bool:
+    return calibration.device_digest == host.device_digest and _is_of(calibration, host)
+
+
+def _is_of(calibration: Calibration, host: Host) -> bool:
+    """As far as a process that measures can tell of itself."""
     return (
         calibration.device == host.device
         and calibration.torch_version == host.torch_version
@@ -225,7 +326,7 @@ def _holds_for(calibration: Calibration, host: Host) -> bool:
 
 def _path(host: Host) -> Path:
     cores = None if host.gpus else host.cpus
-    key = json.dumps([host.device, cores, host.torch_version])
+    key = json.dumps([host.device, host.device_digest, cores, host.torch_version])
     return _folder() / f"peaks-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 
@@ -266,9 +367,10 @@ def _check(data: Mapping[str, Any]) -> None:
     for name, value in {**{key: data[key] for key in alone}, **patterns, **tflops}.items():
         if not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
             raise ValueError(f"{name} is {value!r}, not a positive number")
-    others = data["others"]
-    if not isinstance(others, int | float) or not 0 <= others < math.inf:
-        raise ValueError(f"others is {others!r}, not a share")
+    for name in ("others", "stolen", "waiting"):
+        share = data[name]
+        if share is not None and not (isinstance(share, int | float) and 0 <= share < math.inf):
+            raise ValueError(f"{name} is {share!r}, not a share")
     if not isinstance(data["spread"], dict):
         raise ValueError("spread is a mapping")
     if "bf16" not in tflops:
