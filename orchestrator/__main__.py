@@ -142,13 +142,13 @@ def main(
 def _explained(request: Request, *, dry_run: bool) -> int:
     """Exit status; whatever a user can cause ends in one line on standard error."""
     from orchestrator.errors import ClusterError, HeadLost, SweepError
-    from orchestrator.request import local_profile, prepare
+    from orchestrator.request import planned_here
     from workers.hardware.device import UnknownDevice
 
     try:
         if dry_run:
-            _, plan = prepare(request, request.profile or local_profile())
-            _show_plan(plan, _notes(request, plan), as_json=request.json)
+            plan, notes = planned_here(request)
+            _show_plan(plan, [*notes, *_notes(request, plan)], as_json=request.json)
             return 0
         return _run(request)
     except (SweepError, UnknownDevice) as error:

@@ -33,7 +33,8 @@ from rich.console import Console
 from orchestrator import events, manifest, schedule
 from orchestrator.display.base import Display, choose, span
 from orchestrator.errors import ClusterError, HeadLost
-from orchestrator.plan import Group, Plan, Planned
+from orchestrator.needs import notes, refuse
+from orchestrator.plan import Group, Plan
 from orchestrator.progress import Tracker
 from orchestrator.request import Request, local_profile, prepare
 from orchestrator.sheets import shelf
@@ -98,8 +99,12 @@ def execute(request: Request) -> Summary:
         HeadLost: the cluster's head died; what was measured is on disk.
         StoreError: the dataset cannot be opened or written.
     """
+    from orchestrator.cluster import Cluster, chosen
+
     profile = request.profile or local_profile()
     sweep, planned = prepare(request, profile)
+    if chosen(request.address) is None:  # engines will run here
+        refuse(planned.absent)
     _refuse_lost(request.out)
     with (
         os.fdopen(os.dup(2), "w", encoding="utf-8", errors="replace") as errors,
@@ -108,7 +113,6 @@ def execute(request: Request) -> Summary:
         diverted(dataset.logs / "driver.log") as terminal,
         interruptible(),
     ):
-        from orchestrator.cluster import Cluster
         from workers.forks import preloads
 
         kinds = sorted({group.trials[0].trial.engine.kind for group in planned.groups})
@@ -116,6 +120,8 @@ def execute(request: Request) -> Summary:
             found = _cluster_profile(cluster) or profile
             if request.profile is None and found != profile:
                 sweep, planned = prepare(request, found)
+            if cluster.alone:
+                refuse(planned.absent)
             display = choose(plain=request.plain, json=request.json, console=Console(file=terminal))
             with display:
                 run = _Run(request, sweep, planned, dataset, cluster, display)
@@ -155,7 +161,7 @@ class _Run:
         self._known_secrets = known_secrets(sweep.resolved)
         self._shelf = shelf(request, self._say)
         self._settled = self._earlier()
-        self._groups, self._infeasible = self._due()
+        self._groups, self._infeasible = planned.due(self._settled, request.limit)
         known = list(self._exhausted())
         self._packings = self._known_packings()
         side_by_side = {node_id: one.unchanged for node_id, one in self._packings.items()}
@@ -222,7 +228,8 @@ class _Run:
 
     def execute(self) -> Summary:
         self._open_manifest()
-        for warning in self._dataset.warnings:
+        missing = notes(self._plan.absent, here=self._cluster.alone)
+        for warning in (*self._dataset.warnings, *missing):
             self._say(warning)
         if (line := self._shelf.missing(self._groups)) is not None:
             self._say(line)
@@ -564,18 +571,6 @@ class _Run:
                 continue
             for host in self._cluster.hosts.values():
                 yield Guard(engine=kind, engine_version=host.engine_version, device=host.device)
-
-    def _due(self) -> tuple[list[Group], list[Planned]]:
-        """Groups and infeasible points that still owe a record, cut to `--limit`."""
-        room = self._request.limit if self._request.limit is not None else sys.maxsize
-        infeasible = [one for one in self._plan.infeasible if one.trial_id not in self._settled]
-        groups = []
-        for group in self._plan.groups:
-            due = [one.trial_id for one in group.trials if one.trial_id not in self._settled]
-            if left := group.only(due[:room]):
-                groups.append(left)
-                room -= len(left.trials)
-        return groups, infeasible
 
     def _open_manifest(self) -> None:
         state = manifest.started(
