@@ -11,14 +11,15 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from workers.contract.outcome import OUTCOMES, Outcome
+from workers.contract.outcome import FAULTS, OUTCOMES, Outcome
 
 if TYPE_CHECKING:
     from orchestrator.plan import Plan
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 
 NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
 PIPE_WIDTH = 120
-"""Columns of a plan that goes to a file or a pipe."""
+"""Columns of a plan that goes to a file or a pipe, and of a reason."""
+SHOWN_REASONS = 8
 
 
 def _outcomes(ctx: click.Context, param: click.Parameter, value: str) -> frozenset[Outcome]:
@@ -234,6 +236,7 @@ def _show_summary(summary: Summary, *, as_json: bool) -> None:
                     "seconds": summary.seconds,
                     "busy_share": summary.busy_share,
                     "interrupted": summary.interrupted,
+                    "reasons": [asdict(one) for one in summary.reasons],
                 }
             )
         )
@@ -243,12 +246,29 @@ def _show_summary(summary: Summary, *, as_json: bool) -> None:
     print(f"{made} of {summary.trials} trials have a record: {words or 'none'}")
     if summary.resumed:
         print(f"{summary.resumed} of them from earlier runs (--fresh measures them again)")
+    for line in _reasons(summary):
+        print(line)
     print(f"dataset  {summary.dataset}")
     print(f"table    python -m analysis table {summary.dataset}")
     print("figures  python -m analysis figures     (lists their names)")
     print(f"draw     python -m analysis figure NAME {summary.dataset} -o NAME.png")
     if summary.interrupted:
         print("interrupted: the same command goes on where this one stopped")
+
+
+def _reasons(summary: Summary) -> Iterator[str]:
+    """Why trials did not end `ok`: a line each, and where to read on."""
+    from orchestrator.errors import one_line
+
+    if not summary.reasons:
+        return
+    yield "why"
+    for one in summary.reasons[:SHOWN_REASONS]:
+        yield f"{one.trials:>6} {one.outcome:<11} {one_line(one.text, PIPE_WIDTH)}"
+        if one.log is not None and one.outcome in FAULTS | {"unsupported"}:
+            yield f"{'log':>10}         {summary.dataset / one.log}"
+    if (left := len(summary.reasons) - SHOWN_REASONS) > 0:
+        yield f"       and {left} more reasons, which the table has"
 
 
 if __name__ == "__main__":

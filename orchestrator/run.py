@@ -35,7 +35,7 @@ from orchestrator.display.base import Display, choose, span
 from orchestrator.errors import ClusterError, HeadLost
 from orchestrator.needs import notes, refuse
 from orchestrator.plan import Group, Plan
-from orchestrator.progress import Tracker
+from orchestrator.progress import Reason, Tracker
 from orchestrator.request import Request, local_profile, prepare
 from orchestrator.sheets import shelf
 from orchestrator.signals import deaf, interruptible
@@ -80,6 +80,8 @@ class Summary:
     seconds: float
     busy_share: float | None
     interrupted: bool = False
+    reasons: tuple[Reason, ...] = ()
+    """Why trials did not end `ok`, faults first, then the most frequent."""
 
     @property
     def status(self) -> int:
@@ -192,7 +194,9 @@ class _Run:
             self._schedule.nodes,
             device=_devices(cluster),
             resumed=resumed,
+            hide=lambda text: hide_text(text, self._known_secrets),
         )
+        self._recall(resumed)
         self._pool: Pool = Pool(
             cluster,
             sweep=sweep.name,
@@ -260,6 +264,7 @@ class _Run:
             seconds=time.monotonic() - self._began,
             busy_share=self._tracker.busy_share(),
             interrupted=interrupted,
+            reasons=tuple(self._tracker.reasons.all()),
         )
 
     def _loop(self) -> None:
@@ -463,8 +468,8 @@ class _Run:
         """Terminal records that no engine writes, of trials of one group."""
         self._dataset.commit(self._run_id, records=records)
         self._made[outcome] += len(records)
-        for _ in records:
-            self._tracker.ended(group_id, outcome)
+        for one in records:
+            self._tracker.ended(group_id, one)
 
     def _blame(self, blame: events.Blame, error: TrialError) -> None:
         """Terminal records of trials whose host can no longer write them."""
@@ -528,6 +533,21 @@ class _Run:
         for guard in self._guards():
             done |= settled(records, guard=guard, rerun=self._request.rerun, runs=runs)
         return done
+
+    def _recall(self, resumed: Mapping[str, Outcome]) -> None:
+        """Counts why earlier runs did not measure the trials that this one takes from them."""
+        without = [trial_id for trial_id, outcome in resumed.items() if outcome != "ok"]
+        if not without:
+            return
+        columns = ("trial_id", "outcome", "outcome_reason", "log", "finished_at")
+        found = self._dataset.finished(columns).filter(pl.col("trial_id").is_in(without))
+        newest = {
+            row["trial_id"]: row
+            for row in found.sort("finished_at").to_dicts()
+            if row["outcome"] == resumed[row["trial_id"]]
+        }
+        for row in newest.values():
+            self._tracker.reasons.add(None, row["outcome"], row["outcome_reason"], row["log"])
 
     def _records(self) -> pl.DataFrame:
         return self._dataset.finished((*RESUME, "group_id", "oom_stage", "oom_scope"))
