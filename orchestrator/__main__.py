@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from workers.contract.outcome import FAULTS, OUTCOMES, Outcome
+from workers.output import OutputLost, command
 
 if TYPE_CHECKING:
     from orchestrator.plan import Plan
@@ -183,7 +184,11 @@ def _run(request: Request) -> int:
     except StoreError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    _show_summary(summary, as_json=request.json)
+    try:
+        _show_summary(summary, as_json=request.json)
+        sys.stdout.flush()
+    except OutputLost as lost:
+        return lost.answer(summary.status, f"the records are in {summary.dataset}")
     return summary.status
 
 
@@ -272,4 +277,4 @@ def _reasons(summary: Summary) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    main(prog_name="python -m orchestrator")
+    command(lambda: main(prog_name="python -m orchestrator"))

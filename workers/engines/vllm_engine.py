@@ -457,7 +457,7 @@ def _skeleton(config: dict[str, Any]) -> Path:
     folder = _skeletons() / hashlib.sha256(text.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     whole = folder / f"{os.getpid()}.tmp"
-    whole.write_text(text)
+    whole.write_text(text, encoding="utf-8")
     whole.replace(folder / "config.json")
     return folder
 
@@ -492,7 +492,7 @@ def _kv_cache_room(trial: Trial, source: str, workloads: Sequence[Workload]) -> 
     """
     name, layout = trial.model.name, trial.layout
     kv_dtype = trial.engine.args.get("kv_cache_dtype")
-    config = configuration(name) or json.loads((Path(source) / "config.json").read_text())
+    config = configuration(name) or json.loads((Path(source) / "config.json").read_text("utf-8"))
     a = read(bend(config, replace(trial.model, prune=None)))  # the cache is that of all experts
     stored = _stored(a, trial.model, kv_dtype)
     model, second = drafts.draft(trial), drafts.structure(trial)

@@ -85,7 +85,7 @@ def configuration(name: str) -> Mapping[str, Any] | None:
         if not file.is_file():
             raise UnknownModel(f"folder {name} has no config.json")
         try:
-            found = json.loads(file.read_text())
+            found = json.loads(file.read_text("utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             raise UnknownModel(f"{file} cannot be read: {error}") from error
         if not isinstance(found, dict):
@@ -231,7 +231,7 @@ def catalogue() -> Mapping[str, Mapping[str, Any]]:
     """Catalogue name → `{hub_id, aliases, source, config, …}`; its README explains them."""
     folder = resources.files("workers.moe") / "catalog"
     return {
-        entry.name.removesuffix(".json"): json.loads(entry.read_text())
+        entry.name.removesuffix(".json"): json.loads(entry.read_text("utf-8"))
         for entry in folder.iterdir()
         if entry.name.endswith(".json")
     }

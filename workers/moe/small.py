@@ -19,6 +19,7 @@ from pathlib import Path
 import click
 
 from workers.moe.upcycle import PROVENANCE, Recipe, UpcycleError, upcycle
+from workers.output import command
 
 RESERVED = "models/"
 """How the names of checkpoints that are made on this machine begin."""
@@ -65,7 +66,7 @@ def _told(recipe: Recipe) -> dict[str, object]:
 def _recipe_of(folder: Path) -> dict[str, object] | None:
     """The recipe of a folder that was made here; null for any other."""
     try:
-        arguments = json.loads((folder / PROVENANCE).read_text())["arguments"]
+        arguments = json.loads((folder / PROVENANCE).read_text("utf-8"))["arguments"]
         return {key: value for key, value in arguments.items() if key != "dtype"}
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
@@ -88,4 +89,4 @@ def main(names: tuple[str, ...], source: str) -> None:
 
 
 if __name__ == "__main__":
-    main(prog_name="python -m workers.moe.small")
+    command(lambda: main(prog_name="python -m workers.moe.small"))
