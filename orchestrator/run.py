@@ -42,7 +42,7 @@ from orchestrator.signals import deaf, interruptible
 from orchestrator.store import RESUME, Dataset, Guard, StoreError, settled
 from orchestrator.streams import diverted
 from orchestrator.sweep import Sweep
-from workers import recorder
+from workers import caches, recorder
 from workers.contract.errors import Crashed, TimedOut, TrialError
 from workers.contract.job import Job, Ticket
 from workers.contract.message import Finished, Progress, Released
@@ -103,6 +103,7 @@ def execute(request: Request) -> Summary:
     """
     from orchestrator.cluster import Cluster, chosen
 
+    moved = caches.ensure()
     profile = request.profile or local_profile()
     sweep, planned = prepare(request, profile)
     if chosen(request.address) is None:  # engines will run here
@@ -127,6 +128,8 @@ def execute(request: Request) -> Summary:
             display = choose(plain=request.plain, json=request.json, console=Console(file=terminal))
             with display:
                 run = _Run(request, sweep, planned, dataset, cluster, display)
+                if moved is not None:
+                    display.say(moved)
                 cluster.or_else(lambda: _end_stuck(run, errors))
                 return run.execute()
 

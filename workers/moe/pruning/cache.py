@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+from workers import caches
 from workers.contract.fingerprint import fingerprint
 from workers.contract.model import Prune
 from workers.moe.pruning.errors import PruneError
@@ -33,7 +34,7 @@ REFUSED = 2
 
 def folder() -> Path:
     """Where pruned checkpoints lie."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "moe-sweep/pruned"
+    return caches.own() / "pruned"
 
 
 def cached(source: Path, prune: Prune) -> Path:
