@@ -16,6 +16,7 @@ import click
 from analysis.catalogue_commands import asks, devices, models, plan
 from analysis.errors import AnalysisError, DatasetError, OptionError
 from analysis.options import Options
+from workers.output import command
 
 if TYPE_CHECKING:
     import polars as pl
@@ -290,4 +291,4 @@ def _names(name: str, aliases: tuple[str, ...]) -> str:
 
 
 if __name__ == "__main__":
-    main(prog_name="python -m analysis")
+    command(lambda: main(prog_name="python -m analysis"))

@@ -13,14 +13,16 @@ per engine and found again by the identity of those objects.
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, lru_cache
 from operator import attrgetter
 from typing import Any
 
 from orchestrator.grid import Expansion, Point, uncollected
+from orchestrator.needs import Absent
 from orchestrator.sweep import Sweep
 from workers.contract.engine import EngineSettings
 from workers.contract.errors import Infeasible, Unsupported
@@ -201,6 +203,30 @@ class Plan:
     groups: tuple[Group, ...]
     unknown: Mapping[str, str] = field(default_factory=dict)
     """Names of which nobody here can tell what they stand for, and why; identities go by them."""
+    absent: tuple[Absent, ...] = ()
+    """What its trials name and this machine has not."""
+
+    def due(
+        self, settled: Container[str] = (), limit: int | None = None
+    ) -> tuple[list[Group], list[Planned]]:
+        """Groups and infeasible points that owe a record.
+
+        Args:
+            settled: trials that have one.
+            limit: so many trials of groups at most; null for all.
+        """
+        room = limit if limit is not None else sys.maxsize
+        groups = []
+        for group in self.groups:
+            owed = [one.trial_id for one in group.trials if one.trial_id not in settled]
+            if left := group.only(owed[:room]):
+                groups.append(left)
+                room -= len(left.trials)
+        return groups, [one for one in self.infeasible if one.trial_id not in settled]
+
+    def first(self, limit: int | None) -> Plan:
+        """What a run begins with that has no records yet, and is to run `limit` trials."""
+        return self if limit is None else replace(self, groups=tuple(self.due(limit=limit)[0]))
 
     @property
     def trials(self) -> int:

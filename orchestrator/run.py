@@ -33,15 +33,16 @@ from rich.console import Console
 from orchestrator import events, manifest, schedule, vouching
 from orchestrator.display.base import Display, choose, span
 from orchestrator.errors import ClusterError, HeadLost
-from orchestrator.plan import Group, Plan, Planned
-from orchestrator.progress import Tracker
+from orchestrator.needs import notes, refuse
+from orchestrator.plan import Group, Plan
+from orchestrator.progress import Reason, Tracker
 from orchestrator.request import Request, local_profile, prepare
 from orchestrator.sheets import shelf
 from orchestrator.signals import deaf, interruptible
 from orchestrator.store import RESUME, Dataset, Guard, StoreError, settled, unvouched
 from orchestrator.streams import diverted
 from orchestrator.sweep import Sweep
-from workers import recorder
+from workers import caches, recorder
 from workers.contract.errors import Crashed, TimedOut, TrialError
 from workers.contract.job import Job, Ticket
 from workers.contract.message import Finished, Progress, Released
@@ -81,6 +82,8 @@ class Summary:
     seconds: float
     busy_share: float | None
     interrupted: bool = False
+    reasons: tuple[Reason, ...] = ()
+    """Why trials did not end `ok`, faults first, then the most frequent."""
 
     @property
     def status(self) -> int:
@@ -100,8 +103,13 @@ def execute(request: Request) -> Summary:
         HeadLost: the cluster's head died; what was measured is on disk.
         StoreError: the dataset cannot be opened or written.
     """
+    from orchestrator.cluster import Cluster, chosen
+
+    moved = caches.ensure()
     profile = request.profile or local_profile()
     sweep, planned = prepare(request, profile)
+    if chosen(request.address) is None:  # engines will run here
+        refuse(planned.absent)
     _refuse_lost(request.out)
     with (
         os.fdopen(os.dup(2), "w", encoding="utf-8", errors="replace") as errors,
@@ -110,7 +118,6 @@ def execute(request: Request) -> Summary:
         diverted(dataset.logs / "driver.log") as terminal,
         interruptible(),
     ):
-        from orchestrator.cluster import Cluster
         from workers.forks import preloads
 
         kinds = sorted({group.trials[0].trial.engine.kind for group in planned.groups})
@@ -118,9 +125,13 @@ def execute(request: Request) -> Summary:
             found = _cluster_profile(cluster) or profile
             if request.profile is None and found != profile:
                 sweep, planned = prepare(request, found)
+            if cluster.alone:
+                refuse(planned.absent)
             display = choose(plain=request.plain, json=request.json, console=Console(file=terminal))
             with display:
                 run = _Run(request, sweep, planned, dataset, cluster, display)
+                if moved is not None:
+                    display.say(moved)
                 cluster.or_else(lambda: _end_stuck(run, errors))
                 return run.execute()
 
@@ -158,7 +169,7 @@ class _Run:
         self._shelf = shelf(request, self._say)
         self._settled = self._earlier(request.rerun)
         self._disturbed = self._settled.keys() - self._earlier(request.rerun | {DISTURBED}).keys()
-        self._groups, self._infeasible = self._due()
+        self._groups, self._infeasible = planned.due(self._settled, request.limit)
         known = list(self._exhausted())
         self._packings = self._known_packings()
         side_by_side = {node_id: one.unchanged for node_id, one in self._packings.items()}
@@ -190,7 +201,9 @@ class _Run:
             device=_devices(cluster),
             resumed=resumed,
             disturbed=len(self._disturbed & resumed.keys()),
+            hide=lambda text: hide_text(text, self._known_secrets),
         )
+        self._recall(resumed)
         self._pool: Pool = Pool(
             cluster,
             sweep=sweep.name,
@@ -226,7 +239,8 @@ class _Run:
 
     def execute(self) -> Summary:
         self._open_manifest()
-        for warning in self._dataset.warnings:
+        missing = notes(self._plan.absent, here=self._cluster.alone)
+        for warning in (*self._dataset.warnings, *missing):
             self._say(warning)
         for line in (
             self._plan.by_name,
@@ -263,6 +277,7 @@ class _Run:
             seconds=time.monotonic() - self._began,
             busy_share=self._tracker.busy_share(),
             interrupted=interrupted,
+            reasons=tuple(self._tracker.reasons.all()),
         )
 
     def _loop(self) -> None:
@@ -466,8 +481,8 @@ class _Run:
         """Terminal records that no engine writes, of trials of one group."""
         self._dataset.commit(self._run_id, records=records)
         self._made[outcome] += len(records)
-        for _ in records:
-            self._tracker.ended(group_id, outcome)
+        for one in records:
+            self._tracker.ended(group_id, one)
 
     def _blame(self, blame: events.Blame, error: TrialError) -> None:
         """Terminal records of trials whose host can no longer write them."""
@@ -534,6 +549,21 @@ class _Run:
             done |= settled(records, guard=guard, rerun=rerun, runs=runs)
         return done
 
+    def _recall(self, resumed: Mapping[str, Outcome]) -> None:
+        """Counts why earlier runs did not measure the trials that this one takes from them."""
+        without = [trial_id for trial_id, outcome in resumed.items() if outcome != "ok"]
+        if not without:
+            return
+        columns = ("trial_id", "outcome", "outcome_reason", "log", "finished_at")
+        found = self._dataset.finished(columns).filter(pl.col("trial_id").is_in(without))
+        newest = {
+            row["trial_id"]: row
+            for row in found.sort("finished_at").to_dicts()
+            if row["outcome"] == resumed[row["trial_id"]]
+        }
+        for row in newest.values():
+            self._tracker.reasons.add(None, row["outcome"], row["outcome_reason"], row["log"])
+
     def _records(self) -> pl.DataFrame:
         more = ("group_id", "oom_stage", "oom_scope", *vouching.COLUMNS)
         return self._dataset.finished((*RESUME, *more))
@@ -591,18 +621,6 @@ class _Run:
                     device=host.device,
                     device_digest=host.device_digest,
                 )
-
-    def _due(self) -> tuple[list[Group], list[Planned]]:
-        """Groups and infeasible points that still owe a record, cut to `--limit`."""
-        room = self._request.limit if self._request.limit is not None else sys.maxsize
-        infeasible = [one for one in self._plan.infeasible if one.trial_id not in self._settled]
-        groups = []
-        for group in self._plan.groups:
-            due = [one.trial_id for one in group.trials if one.trial_id not in self._settled]
-            if left := group.only(due[:room]):
-                groups.append(left)
-                room -= len(left.trials)
-        return groups, infeasible
 
     def _open_manifest(self) -> None:
         state = manifest.started(

@@ -63,6 +63,21 @@ class GroupView:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Why:
+    """A trial that did not end `ok`, and why: the first of its group with that reason."""
+
+    label: str
+    """Of its group; empty where it is in none."""
+    outcome: Outcome
+    reason: str
+
+    @property
+    def line(self) -> str:
+        """In words."""
+        return ": ".join(filter(None, (self.label, self.outcome, self.reason)))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Snapshot:
     """A whole run at one moment."""
 
@@ -79,8 +94,8 @@ class Snapshot:
     """Terminal records by outcome, resumed ones included."""
     lanes: tuple[LaneView, ...]
     groups: tuple[GroupView, ...]
-    last_oom: tuple[str, ...]
-    """Labels of the trials that last ran out of memory."""
+    whys: tuple[Why, ...]
+    """Why trials were not `ok`, once per group and reason, in the order in which they ended."""
     busy_share: float | None
     """Time in passes over time in which devices were held."""
     disturbed: int = 0

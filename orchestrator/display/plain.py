@@ -34,7 +34,7 @@ LONGEST = 400
 
 
 class PlainDisplay(Display):
-    """One line per trial that ends and per group that starts or ends."""
+    """One line per trial that ends, per group that starts or ends, and per reason of a group."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -105,6 +105,8 @@ def _changes(last: Snapshot | None, snapshot: Snapshot) -> Iterator[str]:
             yield f"end     {group.label}: {counted(group.outcomes) or 'nothing ran'}{noise}"
     for outcome, count in _gained({}, without).items():
         yield f"{outcome}: {count} that need no engine{_progress(snapshot)}"
+    for why in snapshot.whys[len(last.whys) if last else 0 :]:
+        yield f"why     {why.line}"
 
 
 def _gained(before: Mapping[Outcome, int], after: Mapping[Outcome, int]) -> dict[Outcome, int]:

@@ -34,6 +34,7 @@ from workers.hardware.contention import between, snapshot
 from workers.hardware.cpu import processor
 from workers.hardware.host import Host, describe
 from workers.hardware.peaks import Calibration
+from workers.output import command
 
 Kind = Literal["cpu", "cuda"]
 Work = Callable[[], object]
@@ -319,4 +320,4 @@ def _lines(found: Calibration) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

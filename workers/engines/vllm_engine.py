@@ -27,10 +27,11 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from workers import caches
 from workers.contract.engine import DRAFT_MODEL, MODELLESS, UNFUSED, StandIn
-from workers.contract.errors import Infeasible, TrialError, Unsupported
+from workers.contract.errors import Crashed, Infeasible, TrialError, Unsupported
 from workers.contract.layout import Layout
 from workers.contract.measurement import Memory, Pass, PassKind
 from workers.contract.model import Model
@@ -84,6 +85,9 @@ class VllmEngine:
     """One vLLM engine; see `workers.engines.base.Engine`."""
 
     loaded: Loaded
+    _refused: ClassVar[TrialError | None] = None
+    """Why vLLM could not be imported by this process, or the one that it was forked from. A
+    second try finds half of the modules there and says something else."""
 
     def __init__(self, trial: Trial, workloads: Sequence[Workload], site: Site) -> None:
         self._stage: OomStage = "load"
@@ -113,9 +117,11 @@ class VllmEngine:
     @classmethod
     def prepare(cls) -> None:
         os.environ.update(ENVIRONMENT)
-        root = Path(os.environ.get("VLLM_CACHE_ROOT") or "~/.cache/vllm").expanduser()
+        root = Path(os.environ.get("VLLM_CACHE_ROOT") or caches.home() / "vllm").expanduser()
         # Its default is the place for temporary files, which goes with every engine.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(root / "inductor"))
+        if cls._refused is not None:
+            raise cls._refused.with_traceback(None)
         try:
             import_module("vllm.v1.engine.llm_engine")
             from vllm import LLM
@@ -125,8 +131,10 @@ class VllmEngine:
             if current_platform.is_cpu():
                 # Otherwise imported by the first engine, and counted in its load.
                 import_module("vllm.v1.worker.cpu_worker")
-        except ImportError as error:
-            raise Unsupported(f"vLLM cannot be imported: {error}") from error
+        except Exception as error:
+            kind = Unsupported if isinstance(error, ImportError) else Crashed
+            cls._refused = kind(f"vLLM cannot be imported: {type(error).__name__}: {error}")
+            raise cls._refused from error
 
     @classmethod
     def stands_for(cls, device: str) -> StandIn | None:
@@ -483,7 +491,7 @@ def _told(args: dict[str, Any], name: str, draft: str | None) -> dict[str, Any]:
 
 
 def _skeletons() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "moe-sweep/skeletons"
+    return caches.own() / "skeletons"
 
 
 def _skeleton(config: dict[str, Any], code: Path | None = None) -> Path:

@@ -33,6 +33,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from workers import caches
 from workers.hardware.contention import between, snapshot
 from workers.hardware.host import Host
 
@@ -331,7 +332,7 @@ def _path(host: Host) -> Path:
 
 
 def _folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "moe-sweep"
+    return caches.own()
 
 
 @contextlib.contextmanager

@@ -263,7 +263,7 @@ def catalogue() -> Mapping[str, Mapping[str, Any]]:
     """Catalogue name → `{hub_id, aliases, source, config, …}`; its README explains them."""
     folder = resources.files("workers.moe") / "catalog"
     return {
-        entry.name.removesuffix(".json"): json.loads(entry.read_text())
+        entry.name.removesuffix(".json"): json.loads(entry.read_text("utf-8"))
         for entry in folder.iterdir()
         if entry.name.endswith(".json")
     }

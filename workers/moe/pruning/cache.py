@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+from workers import caches
 from workers.contract.fingerprint import fingerprint
 from workers.contract.model import Model, Prune
 from workers.moe.content import content, tokenizer
@@ -35,7 +36,7 @@ REFUSED = 2
 
 def folder() -> Path:
     """Where pruned checkpoints lie."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "moe-sweep/pruned"
+    return caches.own() / "pruned"
 
 
 def cached(source: Path, prune: Prune) -> Path:
