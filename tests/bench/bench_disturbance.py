@@ -127,6 +127,7 @@ def main() -> None:
     parser.add_argument("--input-tokens", type=int, default=16)
     parser.add_argument("--output-tokens", type=int, default=16)
     parser.add_argument("--budget-s", type=float, default=400.0, help="of both engines together")
+    parser.add_argument("--engine", choices=[ALL_CORES, ONE_CORE], help="this one alone")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--raw", type=Path, help="file for a line of JSON per record")
     parser.add_argument("--replay", type=Path, help="judge such a file; run nothing")
@@ -150,9 +151,9 @@ def _measure_of(asked: argparse.Namespace) -> Measure:
 def _made(asked: argparse.Namespace) -> Iterator[Record]:
     """Records of both engines, each in a process of its own."""
     context = multiprocessing.get_context("spawn")
-    share = {ALL_CORES: 0.75, ONE_CORE: 0.25}
+    share = {ALL_CORES: 0.75, ONE_CORE: 0.25} if asked.engine is None else {asked.engine: 1.0}
     with Cluster.connect("local"):
-        for name in (ALL_CORES, ONE_CORE):
+        for name in [asked.engine] if asked.engine else (ALL_CORES, ONE_CORE):
             if name == ONE_CORE and len(os.sched_getaffinity(0)) < 2:
                 print("one core only: there is none that an engine could leave alone")
                 continue

