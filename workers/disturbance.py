@@ -159,7 +159,10 @@ def _tells(reading: Reading) -> bool:
 def _sign(amount_s: float, whole_s: float, share: float, least_s: float, words: str) -> _Sign:
     """`words` has a place for the share."""
     found = amount_s / whole_s if whole_s > 0 else 0.0
-    return _Sign(weight=min(found / share, amount_s / least_s), reason=words.format(f"{found:.0%}"))
+    return _Sign(
+        weight=min(found / share, amount_s / least_s),
+        reason=words.format(f"{min(found, 1.0):.0%}"),  # threads that wait together add up
+    )
 
 
 def _of_cores(reading: Reading) -> Iterator[_Sign]:
