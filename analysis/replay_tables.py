@@ -34,11 +34,11 @@ _FIGURES = {
 """Compared columns, with what people read: heading and factor."""
 _CIRCUMSTANCES = (
     *("engine_version", "torch_version", "profile", "device", "device_count", "threads", "host"),
-    *("side_by_side", "memory_limit_gib"),
+    *("side_by_side", "disturbed", "memory_limit_gib"),
 )
 _SIDE = (
     *("run_id", "outcome", "oom_stage", "outcome_reason", "measured", "finished_at", "repeats"),
-    *("ci_level", "engine_version", "device"),
+    *("ci_level", "engine_version", "device", "disturbed", "disturbed_reason"),
 )
 
 
@@ -123,6 +123,9 @@ def sentences(facts: Facts) -> Iterator[str]:
             "One of the two does not say which files its model was of (model_digest is null): that "
             "it is the same model cannot be vouched for."
         )
+    for name, side in (("record", original), ("replay", replay)):
+        if side["disturbed"]:
+            yield f"The {name} was disturbed by something else: {_shown(side['disturbed_reason'])}"
     if original["outcome"] == replay["outcome"] == "ok":
         yield _agreement(facts)
     elif _ended(original) == _ended(replay):

@@ -622,3 +622,14 @@ def test_a_device_that_kept_its_name_and_is_another_one_is_told() -> None:
         {"name": "device: cores by quota", "original": "?", "replay": "1.5"},
     ]
     assert replay_facts(one, made(), status=0)["differences"] == []  # 0.1.0 tells nothing of it
+
+
+def test_a_disturbed_side_is_named_before_the_figures_are_compared() -> None:
+    noisy = made(disturbed=True, disturbed_reason="the hypervisor took 9% of its cores' time")
+    facts = replay_facts(noisy, made(disturbed=False), status=0)
+    first, second, *_ = sentences(facts)
+    said = "disturbed by something else: the hypervisor took 9% of its cores' time"
+    assert [f"The record was {said}"] == [one for one in (first, second) if "disturbed" in one]
+    assert {"name": "disturbed", "original": True, "replay": False} in facts["differences"]
+    quiet = replay_facts(made(disturbed=False), made(disturbed=False), status=0)
+    assert not any("disturbed" in one for one in sentences(quiet))
