@@ -2,7 +2,7 @@
 
 A disturbed pass is made up for by another, within a budget: a machine that is never quiet would
 otherwise never be done. What counts are the quiet passes; where too few came, those that were
-disturbed least fill up, and the record says so. The first pass in full and the one of one token
+disturbed least fill up, and the record says so. A pass in full and the one of one token before it
 come in pairs but are judged each by itself.
 """
 
@@ -28,7 +28,10 @@ def enough(measure: Measure, passes: Sequence[Pass]) -> bool:
     timed = _quiet(passes, verdicts, "timed")
     quiet = min(len(timed), len(_quiet(passes, verdicts, "one_token")))
     made = sum(one.kind == "timed" for one in passes)
-    disturbed = sum(bool(one.disturbed) for one in verdicts)
+    disturbed = any(
+        verdict.disturbed and one.kind != "warmup"
+        for one, verdict in zip(passes, verdicts, strict=True)
+    )
     if made < measure.repeats:
         return False
     if disturbed and not _time_for_more(measure, passes, made):

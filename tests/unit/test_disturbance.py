@@ -205,6 +205,17 @@ def test_disturbed_passes_are_made_up_for_within_a_budget(
         assert (record.reason or "").startswith(whole)
 
 
+def test_a_disturbed_warm_up_changes_nothing() -> None:
+    measure = Measure(repeats=2, timeout_s=2.0)
+    made = [_pass(BUSY, "warmup", 5.0)]
+    for _ in range(2):
+        assert not repeats.enough(measure, made)
+        made += [_pass(_scaled(QUIET, 0.2), "one_token", 0.2), _pass()]
+    assert repeats.enough(measure, made)
+    judged = repeats.settled(measure, made)
+    assert judged[0].disturbed and disturbance.of_record(judged).disturbed is False
+
+
 def test_the_stop_rule_sees_quiet_passes_alone() -> None:
     """Two disturbed passes of twice the time would keep the interval wide for ever."""
     measure = Measure(repeats=3, ci_width=0.05)
