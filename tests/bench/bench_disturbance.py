@@ -33,7 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -291,6 +291,7 @@ def report(records: Sequence[Record], measure: Measure) -> None:
     for one in records:
         if one.read_gb_s is not None:
             best[one.engine] = max(best.get(one.engine, 0.0), *one.read_gb_s)
+    counts = {True: [0, 0], False: [0, 0]}
     for engine in dict.fromkeys(one.engine for one in records):
         mine = [one for one in records if one.engine == engine]
         usual = _usual([one for one in mine if one.kind == QUIET])
@@ -298,7 +299,11 @@ def report(records: Sequence[Record], measure: Measure) -> None:
         for kind in dict.fromkeys((QUIET, *sorted({one.kind for one in mine}))):
             some = [one for one in mine if one.kind == kind]
             if some:
-                _kind(kind, some, measure, best.get(engine), usual)
+                _kind(kind, some, measure, best.get(engine), usual, counts)
+    for was, words in ((True, "disturbed passes, found"), (False, "quiet passes, wrongly marked")):
+        whole, said = counts[was]
+        share = f" ({said / whole:.1%})" if whole else ""
+        print(f"all records with figures of {words}: {said} of {whole}{share}")
     costs = [
         (one.reading.check_s / one.e2e_s, one.kind)
         for record in records
@@ -318,8 +323,10 @@ def _kind(
     measure: Measure,
     best_gb_s: float | None,
     usual: float | None,
+    counts: Mapping[bool, list[int]],
 ) -> None:
-    """What is to be said of the records of one kind."""
+    """What is to be said of the records of one kind; adds to `counts`, by whether figures were
+    of disturbed passes, all records and those that were marked."""
     judged = [repeats.settled(measure, one.passes) for one in records]
     verdicts = []
     truly = []
@@ -333,6 +340,9 @@ def _kind(
     marked = [bool(one.disturbed) for one in verdicts]
     right = sum(a and b for a, b in zip(marked, truly, strict=True))
     wrong = sum(a and not b for a, b in zip(marked, truly, strict=True))
+    for was, said in zip(truly, marked, strict=True):
+        counts[was][0] += 1
+        counts[was][1] += said
     print(f"  {kind}: {len(records)} records")
     if any(truly):
         print(f"    figures of disturbed passes: {sum(truly)}, of them marked {right}")
