@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--input-tokens", type=int, default=16)
     parser.add_argument("--output-tokens", type=int, default=16)
-    parser.add_argument("--budget-s", type=float, default=400.0, help="of both engines together")
+    parser.add_argument("--budget-s", type=float, default=360.0, help="of both engines together")
     parser.add_argument("--engine", choices=[ALL_CORES, ONE_CORE], help="this one alone")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--raw", type=Path, help="file for a line of JSON per record")
