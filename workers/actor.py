@@ -47,7 +47,7 @@ NODE_GRACE_S = 30.0
 HOME = "moe-host-"
 """How folders of hosts begin, on nodes of clusters that were there before the driver."""
 SOCKET = len("/g-12345678/e-12345678/00000000-0000-0000-0000-000000000000")
-"""Length of the longest path of a socket in them: vLLM's between ranks, in an engine's folder of a group's."""
+"""Length of the longest path of a socket in them: vLLM's between ranks, in an engine's folder."""
 GPU_WAIT_S = 60.0
 """Wait for memory of an earlier process to leave a GPU, seconds."""
 
