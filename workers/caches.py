@@ -27,15 +27,20 @@ _AT_HOME = ("TRITON_HOME", "FLASHINFER_WORKSPACE_BASE")
 
 def home() -> Path:
     """The folder of this user's caches, which need not be there."""
-    try:
-        return Path(os.environ.get(CACHES) or "~/.cache").expanduser()
-    except RuntimeError:  # nobody knows this user, and no HOME is set
-        return _spare()
+    return _asked() or _spare()
 
 
 def own() -> Path:
     """That of this project's."""
     return home() / "moe-sweep"
+
+
+def _asked() -> Path | None:
+    """Where this user's caches are to be; null for a user whom nobody knows, without a HOME."""
+    try:
+        return Path(os.environ.get(CACHES) or "~/.cache").expanduser()
+    except RuntimeError:
+        return None
 
 
 def ensure() -> str | None:
@@ -60,15 +65,15 @@ def ensure() -> str | None:
 
 def _moved(instead: Callable[[], Path]) -> Iterator[str]:
     """Names another folder for every one that cannot be written, and says why."""
-    asked = home()
-    if (why := _unwritable(asked)) is not None:
-        hub = asked / "huggingface"
-        if _HUB not in os.environ and hub.is_dir():
-            os.environ[_HUB] = str(hub)  # its models can be read
+    asked = _asked()
+    why = _unwritable(asked) if asked is not None else "is that of nobody: HOME is not set"
+    if why is not None:
+        if _HUB not in os.environ and asked is not None and (asked / "huggingface").is_dir():
+            os.environ[_HUB] = str(asked / "huggingface")  # its models can be read
         os.environ[CACHES] = str(instead())
         for name in _AT_HOME:
             os.environ.setdefault(name, str(instead()))
-        yield f"{asked} {why}"
+        yield f"{asked or '~/.cache'} {why}"
     for name in _NAMED:
         if (value := os.environ.get(name)) and (why := _unwritable(Path(value))) is not None:
             os.environ[name] = str(instead() / name.lower())

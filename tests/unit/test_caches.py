@@ -80,3 +80,19 @@ def test_models_of_a_home_that_can_only_be_read_are_found(
     )
     assert caches.ensure() is not None
     assert os.environ["HF_HOME"] == str(hub)
+
+
+def test_a_user_whom_nobody_knows_has_caches_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nobody(_: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", nobody)
+    spare = tmp_path / f"moe-cache-{os.getuid()}"
+    assert caches.own() == spare / "moe-sweep"
+    with monkeypatch.context() as context:
+        context.setattr(caches, "_unwritable", lambda folder: None)
+        said = caches.ensure()
+    assert said == f"caches go to {spare}, since ~/.cache is that of nobody: HOME is not set"
+    assert os.environ[caches.CACHES] == str(spare)
