@@ -60,6 +60,13 @@ def test_ascii_output_can_be_read(ascii_only: dict[str, str]) -> None:
     assert "ffn_dim 14336 - num_experts 16 - top_k 8" in text
 
 
+@pytest.mark.parametrize("asked", ["figures", "plan --model deepseek-r1 --tpot 0.1 --batch 1"])
+def test_ascii_reaches_what_click_prints_too(asked: str) -> None:
+    done = _shell(f"PY -m analysis {asked}", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.isascii() and len(done.stdout) > 500
+
+
 def test_characters_that_look_like_none_have_their_numbers() -> None:
     prepare_text = "from workers.output import prepare; prepare(); print('a × b … 漢 \\udc80 ≤ 1')"
     done = _shell(f'PY -c "{prepare_text}"', PYTHONIOENCODING="ascii")
