@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from workers.contract.outcome import FAULTS, OUTCOMES, Outcome
+from workers.contract.outcome import FAULTS, RERUNS, Rerun
 from workers.output import OutputLost, command
 
 if TYPE_CHECKING:
@@ -34,12 +34,12 @@ PIPE_WIDTH = 120
 SHOWN_REASONS = 8
 
 
-def _outcomes(ctx: click.Context, param: click.Parameter, value: str) -> frozenset[Outcome]:
+def _outcomes(ctx: click.Context, param: click.Parameter, value: str) -> frozenset[Rerun]:
     asked = {part.strip() for part in value.split(",") if part.strip()}
-    if unknown := sorted(asked.difference(OUTCOMES)):
-        known = ", ".join(OUTCOMES)
+    if unknown := sorted(asked.difference(RERUNS)):
+        known = ", ".join(RERUNS)
         raise click.BadParameter(f"{', '.join(unknown)}: no such outcome; known are {known}")
-    return frozenset(outcome for outcome in OUTCOMES if outcome in asked)
+    return frozenset(one for one in RERUNS if one in asked)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -71,7 +71,8 @@ def _outcomes(ctx: click.Context, param: click.Parameter, value: str) -> frozens
     callback=_outcomes,
     metavar="OUTCOME[,…]",
     default="",
-    help="Run trials again that ended this way, for example: crashed,timeout.",
+    help="Run trials again that ended this way, for example: crashed,timeout; or that something "
+    "else disturbed: disturbed.",
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Run at most this many trials.")
 @click.option(
@@ -107,7 +108,7 @@ def main(
     as_json: bool,
     plain: bool,
     fresh: bool,
-    rerun: frozenset[Outcome],
+    rerun: frozenset[Rerun],
     limit: int | None,
     no_skip: bool,
     node_wait: float,
@@ -212,14 +213,15 @@ def _show_plan(plan: Plan, notes: Sequence[str], *, as_json: bool) -> None:
 
 
 def _notes(request: Request, plan: Plan) -> list[str]:
-    """Which trials will find no activation sheet, and what is none."""
+    """Which names nobody can resolve; which trials will find no activation sheet, and what is
+    none."""
+    said: list[str] = []
     if not plan.asks_for_sheets:
-        return []
+        return [*filter(None, [plan.by_name])]
     from orchestrator.sheets import shelf
 
-    said: list[str] = []
     missing = shelf(request, said.append).missing(plan.groups)
-    return [*said, *filter(None, [missing])]
+    return [*said, *filter(None, [plan.by_name, missing])]
 
 
 @cache
@@ -239,6 +241,7 @@ def _show_summary(summary: Summary, *, as_json: bool) -> None:
                     "trials": summary.trials,
                     "resumed": summary.resumed,
                     "outcomes": dict(summary.counts),
+                    "disturbed": summary.disturbed,
                     "seconds": summary.seconds,
                     "busy_share": summary.busy_share,
                     "interrupted": summary.interrupted,
@@ -249,7 +252,14 @@ def _show_summary(summary: Summary, *, as_json: bool) -> None:
         return
     made = sum(summary.counts.values())
     words = ", ".join(f"{count} {outcome}" for outcome, count in summary.counts.items())
+    if summary.disturbed:
+        words += f", {summary.disturbed} disturbed"
     print(f"{made} of {summary.trials} trials have a record: {words or 'none'}")
+    if summary.disturbed:
+        print(
+            "disturbed: something else took part in their figures (column disturbed_reason); "
+            "--rerun disturbed measures them again"
+        )
     if summary.resumed:
         print(f"{summary.resumed} of them from earlier runs (--fresh measures them again)")
     for line in _reasons(summary):

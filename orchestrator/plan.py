@@ -14,6 +14,7 @@ per engine and found again by the identity of those objects.
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, lru_cache
@@ -32,15 +33,20 @@ from workers.contract.trial import Trial
 from workers.engines.roofline_engine import pace
 from workers.hardware.device import Device, UnknownDevice
 from workers.hardware.device import device as find_device
-from workers.hardware.roofline import Prediction, Roofline, roofline
-from workers.moe import drafts
-from workers.moe.architecture import UnknownModel, check, resolve
+from workers.hardware.roofline import Prediction, Roofline, roofline, unpredictable
+from workers.identity import Identities
+from workers.moe import drafts, hub
+from workers.moe.architecture import UnknownModel, Unread, check, resolve
 from workers.moe.structure import Architecture
 
 ENGINE_SECTIONS = ("model", "layout", "engine")
 """Sections of a trial that its engine is built from."""
 TOP_K = "model.top_k"
 """The one field of them that may vary within a group."""
+_NAMED = 4
+"""Names that are listed in one line; the rest is counted."""
+DETAILED = 1_000
+"""Trials of a plan that is told with what its models are made of."""
 ROOFLINE_S = 0.01
 """Building a roofline engine, seconds: it only computes."""
 
@@ -54,7 +60,18 @@ class Planned:
     axes: Mapping[str, Any]
     prediction: Prediction | None = None
     """Null where the model's structure is not spelled out."""
+    unpredicted: str | None = None
+    """Why there is no prediction; null where there is one."""
     infeasible: Infeasible | None = None
+    digests: Mapping[str, str] = field(default_factory=dict)
+    """Columns of its record that say what its names stand for (`workers.identity.DIGESTS`)."""
+
+    @property
+    def predicted(self) -> Mapping[str, Any]:
+        """The `predicted_*` columns of its record."""
+        if self.prediction is not None:
+            return self.prediction.columns()
+        return {"predicted_reason": self.unpredicted} if self.unpredicted else {}
 
     @property
     def predicted_s(self) -> float:
@@ -124,6 +141,11 @@ class Group:
         return self.predicted_load_s + self.predicted_passes_s
 
     @property
+    def unpredicted(self) -> tuple[str, ...]:
+        """Why trials have no prediction, each reason once; empty where all have one."""
+        return tuple(dict.fromkeys(one.unpredicted for one in self.trials if one.unpredicted))
+
+    @property
     def predicted_memory_gib(self) -> float | None:
         """Memory that the most demanding trial needs on one device."""
         return self._estimate.memory_gib
@@ -179,6 +201,8 @@ class Plan:
     """Constraint → points it dropped."""
     infeasible: tuple[Planned, ...]
     groups: tuple[Group, ...]
+    unknown: Mapping[str, str] = field(default_factory=dict)
+    """Names of which nobody here can tell what they stand for, and why; identities go by them."""
     absent: tuple[Absent, ...] = ()
     """What its trials name and this machine has not."""
 
@@ -209,6 +233,24 @@ class Plan:
         """Points that get a terminal record, infeasible ones included."""
         return len(self.infeasible) + sum(len(group.trials) for group in self.groups)
 
+    def named_ids(self) -> set[str]:
+        """What version 0.1.0 called these trials."""
+        names = Fingerprints()
+        grouped = (one for group in self.groups for one in group.trials)
+        return {names.of(one.trial) for one in (*self.infeasible, *grouped)}
+
+    @property
+    def by_name(self) -> str | None:
+        """Which names identities go by, in one line; null where all are resolved."""
+        if not self.unknown:
+            return None
+        told = [f"{name} ({why})" for name, why in self.unknown.items()]
+        more = f"; and {len(told) - _NAMED} more" if len(told) > _NAMED else ""
+        return (
+            "what these names stand for cannot be told here, so trials are identified by the "
+            f"names, and a change behind them would not be seen: {'; '.join(told[:_NAMED])}{more}"
+        )
+
     @property
     def asks_for_sheets(self) -> bool:
         """Whether a trial takes the experts that ran from an earlier probe."""
@@ -221,12 +263,19 @@ class Plan:
         return sum(group.predicted_s for group in self.groups)
 
     @property
+    def unpredicted(self) -> Mapping[str, int]:
+        """Why trials have no prediction → how many; they are in no sum of the plan."""
+        trials = (one for group in self.groups for one in group.trials)
+        return Counter(one.unpredicted for one in trials if one.unpredicted)
+
+    @property
     def device_hours(self) -> float:
         """Devices held times time held."""
         return sum(group.predicted_s * group.devices for group in self.groups) / 3600
 
     def to_json(self) -> dict[str, Any]:
-        """The answer of `--dry-run --json`."""
+        """The answer of `--dry-run --json`; of a small plan with what its models are made of."""
+        detailed = self.trials <= DETAILED
         return {
             "sweep": self.sweep,
             "profile": self.profile,
@@ -234,7 +283,12 @@ class Plan:
             "trials": self.trials,
             "dropped": dict(self.dropped),
             "infeasible": [
-                {"trial_id": one.trial_id, "axes": dict(one.axes), "reason": str(one.infeasible)}
+                {
+                    "trial_id": one.trial_id,
+                    "axes": dict(one.axes),
+                    "reason": str(one.infeasible),
+                    "digests": one.digests,
+                }
                 for one in self.infeasible
             ],
             "groups": [
@@ -244,12 +298,18 @@ class Plan:
                     "devices": group.devices,
                     "trials": len(group.trials),
                     "trial_ids": [one.trial_id for one in group.trials],
+                    "digests": group.trials[0].digests,
                     "predicted_memory_gib": group.predicted_memory_gib,
                     "memory_limit_gib": group.memory_limit_gib,
                     "predicted_oom": group.predicted_oom,
-                    "predicted_seconds": group.predicted_s,
+                    "predicted_seconds": None if group.unpredicted else group.predicted_s,
+                    "unpredicted": list(group.unpredicted),
+                    **(_details(group) if detailed else {}),
                 }
                 for group in self.groups
+            ],
+            "unpredicted": [
+                {"reason": reason, "trials": count} for reason, count in self.unpredicted.items()
             ],
             "predicted_seconds": self.predicted_s,
             "predicted_device_hours": self.device_hours,
@@ -260,9 +320,10 @@ def build(sweep: Sweep, expansion: Expansion, device: Device) -> Plan:
     """The plan of an expanded sweep on devices of one class.
 
     Raises:
-        SweepError: a model that is neither in the catalogue, nor a folder, nor a hub id.
+        SweepError: a model that is neither in the catalogue, nor a folder, nor a hub id, or that
+            this machine lacks and may not fetch.
     """
-    planner = _Planner(sweep, device)
+    planner = _Planner(sweep, device, expansion.identities)
     infeasible: list[Planned] = []
     groups: dict[str, list[Planned]] = {}
     with uncollected():
@@ -281,7 +342,26 @@ def build(sweep: Sweep, expansion: Expansion, device: Device) -> Plan:
         dropped=expansion.dropped,
         infeasible=tuple(infeasible),
         groups=tuple(built),
+        unknown=dict(expansion.identities.unknown),
     )
+
+
+def _details(group: Group) -> dict[str, Any]:
+    """The structure that its first trial runs, as far as it is known, and what version 0.1.0
+    called its trials."""
+    return {
+        "named_ids": [one.trial.named_id for one in group.trials],
+        "structure": _dimensions(_structure(group.trials[0].trial.model)),
+    }
+
+
+def _dimensions(a: Architecture | None) -> dict[str, int] | None:
+    """Columns of a record; null where only the engine can find out."""
+    if a is None:
+        return None
+    names = ("num_layers", "hidden_size", "ffn_dim", "num_experts", "top_k", "shared_experts")
+    counted = ("params_total", "params_active") if a.exact else ()
+    return {name: getattr(a, name) for name in (*names, *counted)}
 
 
 def engine_group(trial: Trial) -> tuple[Model, Layout, EngineSettings]:
@@ -302,7 +382,7 @@ def own_dimensions(model: Model) -> Mapping[str, Any]:
     try:
         a = _structure(model)
     except (UnknownModel, Infeasible):
-        return {}  # reported for the point itself, with its line
+        a = None  # reported for the point itself, with its line
     if a is None:
         return {}
     return {
@@ -314,11 +394,18 @@ def own_dimensions(model: Model) -> Mapping[str, Any]:
     }
 
 
+def forget() -> None:
+    """Models are read again: their files may have changed since the last plan."""
+    _resolved.cache_clear()
+
+
 @dataclass(kw_only=True, slots=True)
 class _Costs:
     """What is known of all engines that cost the same, whatever else sets them apart."""
 
     roofline: Roofline | None = None
+    unpredicted: str | None = None
+    """Why there is no roofline."""
     infeasible: Infeasible | None = None
     predictions: dict[int, Prediction] = field(default_factory=dict)
     """By `id` of a workload."""
@@ -330,9 +417,8 @@ class _Planner:
     Memories go by the `id` of blocks, which the points keep alive.
     """
 
-    def __init__(self, sweep: Sweep, device: Device) -> None:
-        self._sweep, self._device = sweep, device
-        self._ids = Fingerprints()
+    def __init__(self, sweep: Sweep, device: Device, identities: Identities) -> None:
+        self._sweep, self._device, self._identities = sweep, device, identities
         self._engines: dict[tuple[int, int, int], tuple[_Costs, str]] = {}
         self._costs: dict[tuple[Any, ...], _Costs] = {}
         self._weights: dict[tuple[int, bool], Model] = {}
@@ -354,10 +440,12 @@ class _Planner:
                 costs.predictions[workload] = prediction
         planned = Planned(
             trial=trial,
-            trial_id=self._ids.of(trial),
+            trial_id=point.trial_id,
             axes=point.axes,
             prediction=prediction,
+            unpredicted=costs.unpredicted,
             infeasible=costs.infeasible,
+            digests=self._identities.digests(trial),
         )
         return planned, group_id
 
@@ -379,10 +467,17 @@ class _Planner:
             if asked is not None:
                 device = find_device(asked)
             architecture = _structure(trial.model)
-            if architecture is not None:
+            if architecture is None:
+                found.unpredicted = _lacking(trial.model)
+                return found
+            if architecture.exact:
                 check(architecture, trial.layout)
-                drafted = self._draft(trial)
-                found.roofline = roofline(architecture, trial, device, drafted)
+            drafted = self._draft(trial)
+            found.roofline = roofline(architecture, trial, device, drafted)
+            if found.roofline is None:
+                found.unpredicted = unpredictable(architecture, trial)
+        except Unread as error:
+            found.unpredicted = str(error)
         except UnknownModel as error:
             raise self._sweep.place("model.name", trial.model.name).error(str(error)) from error
         except UnknownDevice as error:
@@ -393,9 +488,15 @@ class _Planner:
 
     def _draft(self, trial: Trial) -> Architecture | None:
         """The structure of its draft, whose vocabulary is the target's."""
+        model = drafts.draft(trial)
         try:
             drafts.check(trial)
-            return drafts.structure(trial)
+            found = drafts.structure(trial)
+            if found is None and model is not None:
+                _lacking(model)
+            return found
+        except Unread:
+            raise
         except UnknownModel as error:
             speculative = trial.engine.speculative
             assert speculative is not None
@@ -410,7 +511,7 @@ class _Planner:
         model = self._weights.get(key)
         if model is None:
             model = self._weights[key] = engine_group(trial)[0]
-        return self._ids.of([model, trial.layout, trial.engine])[:12]
+        return self._identities.engine_key(model, trial.layout, trial.engine)[:12]
 
 
 def _group(group_id: str, trials: list[Planned]) -> Group:
@@ -479,7 +580,21 @@ def _top_k(planned: Planned) -> int:
     return architecture.top_k if architecture is not None else 0
 
 
-_shape = attrgetter("name", "ffn_dim", "num_experts", "top_k", "num_layers", "scale", "prune")
+def _lacking(model: Model) -> str:
+    """Why nothing is known of a model that is named by hub id.
+
+    Raises:
+        UnknownModel: this machine was told not to ask the hub for it.
+    """
+    reason = hub.absent(model.name, model.revision)
+    if hub.offline():
+        raise UnknownModel(f"{reason} (HF_HUB_OFFLINE is set)")
+    return reason
+
+
+_shape = attrgetter(
+    "name", "revision", "ffn_dim", "num_experts", "top_k", "num_layers", "scale", "prune"
+)
 """All of a model that its structure follows from."""
 
 
@@ -490,6 +605,7 @@ def _structure(model: Model) -> Architecture | None:
 @lru_cache(maxsize=16_384)
 def _resolved(
     name: str,
+    revision: str | None,
     ffn_dim: int | None,
     num_experts: int | None,
     top_k: int | None,
@@ -500,6 +616,7 @@ def _resolved(
     return resolve(
         Model(
             name=name,
+            revision=revision,
             weights="dummy",  # which may be scaled
             ffn_dim=ffn_dim,
             num_experts=num_experts,

@@ -324,7 +324,8 @@ class Pool:
                     trial_id=one.trial_id,
                     attempt=attempts[one.trial_id],
                     axes=one.axes,
-                    predicted=one.prediction.columns() if one.prediction else {},
+                    predicted=one.predicted,
+                    digests=one.digests,
                 )
                 for one in group.trials
             ),

@@ -109,6 +109,7 @@ class _Group:
     group: Group
     outcomes: Counter[Outcome] = field(default_factory=Counter)
     throughput: float | None = None
+    disturbed: int = 0
     loading_s: float = 0.0
     """Building and closing its engine."""
     passing_s: float = 0.0
@@ -130,6 +131,7 @@ class Tracker:
         *,
         device: str,
         resumed: Mapping[str, Outcome],
+        disturbed: int = 0,
         hide: Callable[[str], str] = str,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -151,6 +153,8 @@ class Tracker:
         """Of trials that did not end `ok`."""
         self.counts: Counter[Outcome] = Counter(resumed.values())
         """Terminal records by outcome, resumed ones included."""
+        self.disturbed = disturbed
+        """Those of them that something else disturbed."""
 
     def opened(self, lane: Lane) -> None:
         """A lane got its devices."""
@@ -193,9 +197,11 @@ class Tracker:
         self, group_id: str | None, record: pa.RecordBatch, throughput: float | None = None
     ) -> None:
         """A trial has its terminal record."""
-        row = record.select(["outcome", "outcome_reason", "log"]).to_pylist()[0]
+        row = record.select(["outcome", "outcome_reason", "log", "disturbed"]).to_pylist()[0]
         outcome: Outcome = row["outcome"]
         self.counts[outcome] += 1
+        disturbed = row["disturbed"] is True
+        self.disturbed += disturbed
         if outcome != "ok":
             self._why(group_id, outcome, row["outcome_reason"], row["log"])
         if group_id is None:
@@ -204,6 +210,7 @@ class Tracker:
         state = self._groups[group_id]
         self._changed.add(group_id)
         state.outcomes[outcome] += 1
+        state.disturbed += disturbed
         state.throughput = throughput or state.throughput
         if sum(state.outcomes.values()) == len(state.group.trials):
             state.done = True
@@ -275,6 +282,7 @@ class Tracker:
             trials_total=self._total,
             resumed=self._resumed,
             counts=dict(self.counts),
+            disturbed=self.disturbed,
             lanes=tuple(self._lane_view(one) for one in self._lanes.values()),
             groups=self._group_views(),
             whys=self._whys,
@@ -325,6 +333,7 @@ class Tracker:
             done=done,
             outcomes=dict(one.outcomes),
             throughput_tok_s=one.throughput,
+            disturbed=one.disturbed,
             state="done" if one.done else "running" if one.started else "waiting",
         )
 

@@ -17,7 +17,7 @@ from orchestrator.needs import absent, notes, refuse
 from orchestrator.plan import Plan
 from orchestrator.sweep import Sweep, load
 from workers import caches
-from workers.contract.outcome import Outcome
+from workers.contract.outcome import Rerun
 from workers.hardware.device import device
 from workers.hardware.host import describe, device_class
 
@@ -38,7 +38,7 @@ class Request:
     profile: str | None = None
     address: str | None = None
     fresh: bool = False
-    rerun: frozenset[Outcome] = frozenset()
+    rerun: frozenset[Rerun] = frozenset()
     limit: int | None = None
     no_skip: bool = False
     """Run trials too that dominance makes pointless."""
@@ -60,6 +60,7 @@ def prepare(request: Request, profile: str) -> tuple[Sweep, Plan]:
     """
     target = device(profile)
     sweep = load(request.sweep, request.overrides, profile)
+    plan.forget()
     expansion = expand(sweep, plan.own_dimensions)
     missing = absent(sweep, expansion.points)
     return sweep, replace(plan.build(sweep, expansion, target), absent=missing)

@@ -30,7 +30,7 @@ import polars as pl
 import pyarrow as pa
 from rich.console import Console
 
-from orchestrator import events, manifest, schedule
+from orchestrator import events, manifest, schedule, vouching
 from orchestrator.display.base import Display, choose, span
 from orchestrator.errors import ClusterError, HeadLost
 from orchestrator.needs import notes, refuse
@@ -39,14 +39,14 @@ from orchestrator.progress import Reason, Tracker
 from orchestrator.request import Request, local_profile, prepare
 from orchestrator.sheets import shelf
 from orchestrator.signals import deaf, interruptible
-from orchestrator.store import RESUME, Dataset, Guard, StoreError, settled
+from orchestrator.store import RESUME, Dataset, Guard, StoreError, settled, unvouched
 from orchestrator.streams import diverted
 from orchestrator.sweep import Sweep
 from workers import caches, recorder
 from workers.contract.errors import Crashed, TimedOut, TrialError
 from workers.contract.job import Job, Ticket
 from workers.contract.message import Finished, Progress, Released
-from workers.contract.outcome import FAULTS, Outcome
+from workers.contract.outcome import DISTURBED, FAULTS, Outcome, Rerun
 from workers.hardware import roofline
 from workers.hardware.device import CPU, device
 from workers.hardware.host import Host, device_class
@@ -77,6 +77,8 @@ class Summary:
     """Those that an earlier run had settled."""
     counts: Mapping[Outcome, int]
     """Terminal records by outcome, resumed ones included."""
+    disturbed: int
+    """Those of them that something else disturbed."""
     seconds: float
     busy_share: float | None
     interrupted: bool = False
@@ -165,7 +167,8 @@ class _Run:
         self._began = time.monotonic()
         self._known_secrets = known_secrets(sweep.resolved)
         self._shelf = shelf(request, self._say)
-        self._settled = self._earlier()
+        self._settled = self._earlier(request.rerun)
+        self._disturbed = self._settled.keys() - self._earlier(request.rerun | {DISTURBED}).keys()
         self._groups, self._infeasible = planned.due(self._settled, request.limit)
         known = list(self._exhausted())
         self._packings = self._known_packings()
@@ -197,6 +200,7 @@ class _Run:
             self._schedule.nodes,
             device=_devices(cluster),
             resumed=resumed,
+            disturbed=len(self._disturbed & resumed.keys()),
             hide=lambda text: hide_text(text, self._known_secrets),
         )
         self._recall(resumed)
@@ -238,8 +242,13 @@ class _Run:
         missing = notes(self._plan.absent, here=self._cluster.alone)
         for warning in (*self._dataset.warnings, *missing):
             self._say(warning)
-        if (line := self._shelf.missing(self._groups)) is not None:
-            self._say(line)
+        for line in (
+            self._plan.by_name,
+            *self._of_earlier(),
+            self._shelf.missing(self._groups),
+        ):
+            if line is not None:
+                self._say(line)
         interrupted = False
         try:
             self._write_infeasible()
@@ -264,6 +273,7 @@ class _Run:
             trials=self._plan.trials,
             resumed=self._resumed,
             counts=dict(self._tracker.counts),
+            disturbed=self._tracker.disturbed,
             seconds=time.monotonic() - self._began,
             busy_share=self._tracker.busy_share(),
             interrupted=interrupted,
@@ -522,11 +532,13 @@ class _Run:
             records = []
             for one in self._infeasible[start : start + AT_ONCE]:
                 assert one.infeasible is not None
-                ticket = Ticket(trial=one.trial, trial_id=one.trial_id, axes=one.axes)
+                ticket = Ticket(
+                    trial=one.trial, trial_id=one.trial_id, axes=one.axes, digests=one.digests
+                )
                 records.append(recorder.failed(job, ticket, one.infeasible))
             self._end(None, "infeasible", records)
 
-    def _earlier(self) -> dict[str, Outcome]:
+    def _earlier(self, rerun: frozenset[Rerun]) -> dict[str, Outcome]:
         """Trials that an earlier run settled on machines like the ones in hand."""
         if self._request.fresh:
             return {}
@@ -534,7 +546,7 @@ class _Run:
         runs = manifest.read(self._dataset.manifest, self._sweep.name)["runs"]
         done: dict[str, Outcome] = {}
         for guard in self._guards():
-            done |= settled(records, guard=guard, rerun=self._request.rerun, runs=runs)
+            done |= settled(records, guard=guard, rerun=rerun, runs=runs)
         return done
 
     def _recall(self, resumed: Mapping[str, Outcome]) -> None:
@@ -553,7 +565,17 @@ class _Run:
             self._tracker.reasons.add(None, row["outcome"], row["outcome_reason"], row["log"])
 
     def _records(self) -> pl.DataFrame:
-        return self._dataset.finished((*RESUME, "group_id", "oom_stage", "oom_scope"))
+        more = ("group_id", "oom_stage", "oom_scope", *vouching.COLUMNS)
+        return self._dataset.finished((*RESUME, *more))
+
+    def _of_earlier(self) -> Iterator[str | None]:
+        """What there is to say of the models and machines behind earlier records."""
+        if self._request.fresh:
+            return
+        yield unvouched(self._records(), self._plan.named_ids())
+        hosts = {host.device_digest: host.device_facts for host in self._cluster.hosts.values()}
+        guards = {(one, hosts.get(one.device_digest)) for one in self._guards()}
+        yield from vouching.machines(self._records(), self._settled.keys(), guards)
 
     def _exhausted(self) -> Iterator[schedule.Exhausted]:
         """What an earlier run found out of device memory, with what its engine held besides.
@@ -593,7 +615,12 @@ class _Run:
                 yield Guard(engine=kind, engine_version=roofline.VERSION, device=target)
                 continue
             for host in self._cluster.hosts.values():
-                yield Guard(engine=kind, engine_version=host.engine_version, device=host.device)
+                yield Guard(
+                    engine=kind,
+                    engine_version=host.engine_version,
+                    device=host.device,
+                    device_digest=host.device_digest,
+                )
 
     def _open_manifest(self) -> None:
         state = manifest.started(

@@ -134,7 +134,7 @@ class Rehearsal:
 
     def _pass(self) -> float:
         workload = self._trial.workload
-        vocabulary = self._engine.loaded.architecture.vocab_size
+        vocabulary = self._engine.loaded.vocab_size
         prompts = random_ids(workload, vocab_size=vocabulary, index=self._index)
         self._index += 1
         start = time.perf_counter()

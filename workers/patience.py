@@ -46,13 +46,13 @@ def patience_s(job: Job, stage: Stage, trial_id: str | None) -> float:
 def _step_s(ticket: Ticket, stage: Stage) -> float | None:
     """Predicted seconds from one message to the next; null where there is no telling."""
     trial, known = ticket.trial, ticket.predicted
-    if not known or trial.engine.kind == "roofline":
+    pass_s = ticket.predicted_pass_s
+    if pass_s is None or trial.engine.kind == "roofline":
         return None
-    e2e_s, ttft_s = float(known["predicted_e2e_s"]), float(known["predicted_ttft_s"])
     if stage == "run":
-        return e2e_s + ttft_s
+        return pass_s
     if stage == "warmup":
-        return trial.measure.warmup * e2e_s
+        return trial.measure.warmup * float(known["predicted_e2e_s"])
     model = trial.model
     if model.weights == "checkpoint" and not Path(model.name).is_dir():
         return None  # it may have to be fetched first

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from workers import usage
+from workers.contract import reading
 from workers.contract.engine import StandIn
 from workers.contract.errors import OutOfMemory, TrialError
 from workers.contract.job import Job, Ticket
@@ -27,8 +28,10 @@ from workers.contract.record import ACTIVATIONS, RECORDS, SAMPLES, SCHEMA_VERSIO
 from workers.hardware.device import Device
 from workers.hardware.host import Host
 from workers.metrics import figures
-from workers.moe.architecture import UnknownModel, resolve, run_dtype
+from workers.moe.architecture import UnknownModel, Unread, configuration, resolve, run_dtype
+from workers.moe.partial import Partial, partial
 from workers.moe.sheets import Sheet
+from workers.moe.storage.found import quantization
 from workers.moe.structure import Architecture
 from workers.secrecy import hide, hide_json, hide_text, known_secrets
 
@@ -39,7 +42,7 @@ def ok(
     job: Job,
     ticket: Ticket,
     measurement: Measurement,
-    architecture: Architecture,
+    architecture: Architecture | Partial,
     target: Device | None,
     measured: bool = True,
     probed: Probed | None = None,
@@ -78,7 +81,7 @@ def failed(
     job: Job,
     ticket: Ticket,
     error: TrialError,
-    architecture: Architecture | None = None,
+    architecture: Architecture | Partial | None = None,
     **columns: Any,
 ) -> pa.RecordBatch:
     """The row of a trial that ended in any other way."""
@@ -130,6 +133,10 @@ def samples(
                 "token_s": one.token_s,
                 "step_s": one.step_s,
                 **_drafted(one),
+                "counted": None if one.kind == "warmup" else one.counted,
+                "disturbed": one.disturbed,
+                "disturbed_reason": one.disturbed_reason,
+                **reading.columns(one.reading),
             }
             for one in measurement.passes
         ]
@@ -192,6 +199,8 @@ def where(host: Host, stand_in: StandIn | None = None) -> dict[str, Any]:
         "engine_version": host.engine_version,
         "torch_version": host.torch_version,
         "device": host.device,
+        "device_digest": host.device_digest,
+        "device_facts": host.device_facts,
         "host": host.hostname,
     }
 
@@ -200,7 +209,7 @@ def _row(
     job: Job,
     ticket: Ticket,
     outcome: Outcome,
-    architecture: Architecture | None,
+    architecture: Architecture | Partial | None,
     columns: dict[str, Any],
 ) -> pa.RecordBatch:
     trial = ticket.trial
@@ -252,6 +261,7 @@ def _row(
         "seed": trial.workload.seed,
         "dataset": trial.workload.dataset,
         "memory_limit_gib": trial.engine.memory_limit_gib,
+        **ticket.digests,
         **ticket.predicted,
         **_structure(ticket, architecture),
     }
@@ -274,17 +284,21 @@ def _publishable(row: dict[str, Any], args: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def _structure(ticket: Ticket, architecture: Architecture | None) -> dict[str, Any]:
+def _structure(ticket: Ticket, architecture: Architecture | Partial | None) -> dict[str, Any]:
     """Dimensions that ran or, where nothing did, would have run."""
     model = ticket.trial.model
-    if architecture is None:
-        try:
-            architecture = resolve(model)
-        except (TrialError, UnknownModel):
-            return {}
-    if architecture is None:
+    a = architecture or _would_run(model)
+    if a is None:
         return {}
-    a = architecture
+    if isinstance(a, Partial):
+        return {
+            "num_layers": a.num_layers,
+            "hidden_size": a.hidden_size,
+            "num_experts": a.num_experts,
+            "top_k": a.top_k,
+            "dtype": run_dtype(a, model),
+            "quantization": _quantization(a, model),
+        }
     return {
         "num_layers": a.num_layers,
         "hidden_size": a.hidden_size,
@@ -299,11 +313,23 @@ def _structure(ticket: Ticket, architecture: Architecture | None) -> dict[str, A
     }
 
 
-def _quantization(a: Architecture, model: Model) -> str | None:
+def _would_run(model: Model) -> Architecture | Partial | None:
+    try:
+        return resolve(model)
+    except Unread as error:
+        config = configuration(model.name, model.revision)
+        return partial(config, str(error)) if config is not None else None
+    except (TrialError, UnknownModel):
+        return None
+
+
+def _quantization(a: Architecture | Partial, model: Model) -> str | None:
     """The one asked for, else the checkpoint's own."""
-    stored = a.config.get("quantization_config")
-    own = stored.get("quant_method") if isinstance(stored, dict) else None
-    return model.quantization or (str(own) if own else None)
+    try:
+        stored = quantization(a.config)
+    except ValueError:  # it cannot be read, and so has no name
+        stored = None
+    return model.quantization or (str(stored["quant_method"]) if stored else None)
 
 
 def _cache_dtype(args: dict[str, Any]) -> str | None:

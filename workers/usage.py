@@ -32,6 +32,7 @@ from workers.contract.trace import Step, Trace
 from workers.contract.trial import Trial
 from workers.hardware.device import CPU, Device
 from workers.moe.accounting import Slice, prefill
+from workers.moe.partial import Partial
 from workers.moe.precision import precision
 from workers.moe.sheets import Sheet, spread
 from workers.moe.skew import expected_distinct, inclusion, parse, probabilities
@@ -50,7 +51,7 @@ INTERPOLATED = "sheet-interpolated"
 
 def columns(
     trial: Trial,
-    a: Architecture,
+    a: Architecture | Partial,
     timed: Sequence[Pass],
     device: Device | None,
     probed: Probed | None = None,
@@ -61,7 +62,7 @@ def columns(
     Those that need the experts that ran are null where a sweep asks for a sheet and there is none.
 
     Null, too, with speculative decoding (a pass then feeds drafts, and a second model reads
-    its own weights) and for encoder-decoders.
+    its own weights), for encoder-decoders, and where the structure cannot be told.
 
     Args:
         trial: what was asked for.
@@ -71,6 +72,8 @@ def columns(
         probed: which experts ran in some of the timed passes.
         sheet: how many ran in an earlier probe, for a trial that asks for it.
     """
+    if isinstance(a, Partial):
+        return {}
     traces = probed.traces if probed is not None else {}
     told = _activation(probed) if probed is not None and traces else {}
     if sheet is not None:

@@ -58,6 +58,8 @@ class GroupView:
     throughput_tok_s: float | None
     """Of the trial that was measured last."""
     state: Literal["waiting", "running", "done"]
+    disturbed: int = 0
+    """Records of it that something else disturbed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,6 +98,8 @@ class Snapshot:
     """Why trials were not `ok`, once per group and reason, in the order in which they ended."""
     busy_share: float | None
     """Time in passes over time in which devices were held."""
+    disturbed: int = 0
+    """Records that something else disturbed, resumed ones included."""
 
 
 class Display(Protocol):

@@ -198,6 +198,8 @@ def _head(snapshot: Snapshot, width: int, age_s: float) -> list[RenderableType]:
     counts = _outcomes(snapshot.counts)
     if snapshot.resumed:
         counts.append(f" ({snapshot.resumed} from earlier runs)")
+    if snapshot.disturbed:
+        counts.append(f" · {snapshot.disturbed} disturbed", "yellow")
     if snapshot.busy_share is not None:
         counts.append(f" · measuring {100 * snapshot.busy_share:.0f} %")
     return [_one_line(line) for line in (title, bar, counts)]
@@ -243,7 +245,7 @@ def _groups(groups: Sequence[GroupView], rows: int, width: int) -> RenderableTyp
             Text(group.state, _COLOUR.get(group.state, "")),
             Text(_cell(group.label)),
             Text(f"{group.done}/{group.trials}"),
-            _outcomes(group.outcomes),
+            _outcomes(group.outcomes, group.disturbed),
             Text(rate(group.throughput_tok_s)),
         ]
         if width >= 100:
@@ -297,8 +299,10 @@ def _of(why: Why) -> str:
     return ": ".join(filter(None, (why.label, why.reason)))
 
 
-def _outcomes(outcomes: Mapping[Outcome, int]) -> Text:
+def _outcomes(outcomes: Mapping[Outcome, int], disturbed: int = 0) -> Text:
     words = [(f"{name} {outcomes[name]}", _COLOUR[name]) for name in OUTCOMES if outcomes.get(name)]
+    if disturbed:
+        words.append((f"{disturbed} disturbed", "yellow"))
     return Text(" · ").join(Text(*one) for one in words) if words else Text("–", "dim")
 
 

@@ -33,10 +33,10 @@ def preview(plan: Plan, notes: Sequence[str] = ()) -> Renderables:
             f"{tight} trials are predicted to run out of memory; they run all the same, "
             "unless a less demanding one really does before"
         )
-    lines.append(
-        f"predicted: {_span(plan.predicted_s)} one after another, "
-        f"{plan.device_hours:.3g} device-hours (roofline, before any measurement)"
-    )
+    unknown = plan.unpredicted
+    lines += [f"no prediction for {count}: {reason}" for reason, count in unknown.items()]
+    if not unknown or sum(unknown.values()) < sum(len(group.trials) for group in plan.groups):
+        lines.append(_predicted(plan, sum(unknown.values())))
     lines += notes
     table = Table(title=None, box=None, pad_edge=False)
     table.add_column("engine")
@@ -49,11 +49,20 @@ def preview(plan: Plan, notes: Sequence[str] = ()) -> Renderables:
             str(len(group.trials)),
             Text(_gib(group.predicted_memory_gib), style="bold" if _too_large(group) else ""),
             _gib(group.memory_limit_gib) + (" !" if _too_large(group) else ""),
-            _span(group.predicted_s),
+            "–" if group.unpredicted else _span(group.predicted_s),
         )
     if len(plan.groups) > SHOWN:
         table.add_row(f"… and {len(plan.groups) - SHOWN} more")
     return Renderables(table, *(Text(one_line(line, 4 * LONGEST)) for line in lines))
+
+
+def _predicted(plan: Plan, without: int) -> str:
+    """Time of those trials that have a prediction."""
+    left_out = f", without the {without} trials that have no prediction" if without else ""
+    return (
+        f"predicted: {_span(plan.predicted_s)} one after another, {plan.device_hours:.3g} "
+        f"device-hours (roofline, before any measurement){left_out}"
+    )
 
 
 def _too_large(group: Group) -> bool:

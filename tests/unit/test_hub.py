@@ -123,10 +123,10 @@ def test_a_revision_leads_nowhere_else(
     ],
 )
 def test_ids(name: str, whether: bool) -> None:
-    from huggingface_hub.utils._validators import HFValidationError, validate_repo_id
+    from huggingface_hub.utils._validators import validate_repo_id
 
     assert hub.is_id(name) is whether
     try:
         validate_repo_id(name)
-    except HFValidationError:
+    except ValueError:
         assert not whether

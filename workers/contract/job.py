@@ -23,6 +23,15 @@ class Ticket:
     """The sweep's axes at this point, as written."""
     predicted: Mapping[str, Any] = field(default_factory=dict)
     """The `predicted_*` columns of its record."""
+    digests: Mapping[str, str] = field(default_factory=dict)
+    """The columns of its record that say what the names in the trial stand for."""
+
+    @property
+    def predicted_pass_s(self) -> float | None:
+        """Predicted length of a pass with its one-token pass, seconds; null without a
+        prediction."""
+        e2e_s, ttft_s = (self.predicted.get(f"predicted_{key}") for key in ("e2e_s", "ttft_s"))
+        return None if e2e_s is None or ttft_s is None else float(e2e_s) + float(ttft_s)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -20,6 +20,8 @@ from workers.contract.measurement import Memory, Pass, PassKind
 from workers.contract.trace import Trace
 from workers.contract.trial import Trial
 from workers.contract.workload import Workload
+from workers.hardware.reference import Reference
+from workers.moe.partial import Partial
 from workers.moe.structure import Architecture
 from workers.texts import Tokenizer
 
@@ -31,12 +33,23 @@ class Loaded:
     version: str
     args: dict[str, Any]
     """Arguments that build it as it now runs, as JSON data."""
-    architecture: Architecture
-    """Structure that it really runs."""
+    architecture: Architecture | Partial
+    """Structure that it really runs; where that cannot be told, the dimensions that can."""
     threads: int | None
     """CPU threads per device; null on GPUs."""
     moe_kernel: str | None = None
     """Kernel of its MoE layers, by the engine's own name; null where it tells of none."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens that it knows.
+
+        Raises:
+            Unsupported: it does not tell, so no prompt can be made.
+        """
+        if self.architecture.vocab_size is None:
+            raise Unsupported("the model tells no size of its vocabulary, and prompts need one")
+        return self.architecture.vocab_size
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -152,6 +165,16 @@ class Engine(Protocol):
 
         Raises:
             Infeasible: the model comes without one.
+        """
+
+    def reference(self) -> Reference | None:
+        """Runs the short load of fixed work (`workers.hardware.reference`) on every rank.
+
+        Never raises: a load that cannot run says nothing of the engine, and an engine that is
+        dead says so at its next pass.
+
+        Returns:
+            What all ranks reached together; null where nothing is measured, or nothing could be.
         """
 
     def memory(self) -> Memory:

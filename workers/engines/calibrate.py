@@ -28,7 +28,8 @@ from typing import Any, Literal
 import psutil
 
 from workers.hardware import peaks
-from workers.hardware.cpu import cache_bytes, processor
+from workers.hardware.caches import cache_bytes
+from workers.hardware.cpu import processor
 from workers.hardware.host import Host, describe
 from workers.hardware.peaks import Calibration
 from workers.output import command

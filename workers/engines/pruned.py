@@ -6,18 +6,18 @@ from pathlib import Path
 
 from workers.contract.errors import Unsupported
 from workers.contract.model import Model
-from workers.moe.architecture import catalogue, catalogue_name
+from workers.engines import hub_files
+from workers.moe import drafts
 from workers.moe.pruning.cache import cached
 from workers.moe.pruning.errors import PruneError
-
-_NEEDED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 
 
 def pruned_folder(model: Model) -> Path:
     """The checkpoint of `model`, pruned as it asks; from the cache, or made now.
 
     Raises:
-        Unsupported: its weights cannot be had, or cannot be pruned.
+        Unsupported: it cannot be pruned.
+        Crashed: its weights cannot be had.
     """
     assert model.prune is not None, "asked of models that are to be pruned"
     try:
@@ -28,15 +28,7 @@ def pruned_folder(model: Model) -> Path:
 
 def _checkpoint(model: Model) -> Path:
     """The folder with the whole checkpoint; of a hub id, its files are fetched if need be."""
-    folder = Path(model.name).expanduser()
-    known = catalogue_name(model.name)
-    if known is None and folder.is_dir():
-        return folder
-    name = catalogue()[known]["hub_id"] if known else model.name
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, revision=model.revision, allow_patterns=[*_NEEDED]))
-    except Exception as error:  # of several libraries: network, disk, access
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise Unsupported(f"model.prune needs the weights of {name}: {reason[:300]}") from error
+    hub_id = drafts.hub_id(model)
+    if hub_id is None:
+        return Path(model.name).expanduser()
+    return hub_files.folder(hub_id, model.revision)

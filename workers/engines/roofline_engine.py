@@ -26,7 +26,15 @@ from workers.contract.trial import Trial
 from workers.contract.workload import Workload
 from workers.engines.base import Loaded, Site
 from workers.hardware.device import UnknownDevice, device
-from workers.hardware.roofline import GIB, VERSION, Prediction, device_name, predict
+from workers.hardware.roofline import (
+    GIB,
+    VERSION,
+    Prediction,
+    device_name,
+    predict,
+    unpredictable,
+)
+from workers.moe import hub
 from workers.moe.architecture import UnknownModel, check, resolve
 from workers.moe.structure import Architecture
 
@@ -149,6 +157,9 @@ class RooflineEngine:
     def tokenizer(self) -> None:
         """Prompts are only counted."""
 
+    def reference(self) -> None:
+        return None
+
     def memory(self) -> Memory:
         one = self._largest
         return Memory(
@@ -187,10 +198,8 @@ class RooflineEngine:
         trial = replace(self._trial, workload=workload)
         prediction = predict(self._architecture, trial, self._device)
         if prediction is None:
-            raise Unsupported(
-                f"the roofline cannot tell what {trial.model.name} costs: its structure, or how "
-                "its weights are quantised, is not spelled out"
-            )
+            reason = unpredictable(self._architecture, trial)
+            raise Unsupported(f"the roofline cannot tell what {trial.model.name} costs: {reason}")
         return prediction
 
 
@@ -198,14 +207,12 @@ def _structure(trial: Trial) -> Architecture:
     try:
         architecture = resolve(trial.model)
         if architecture is not None:
-            check(architecture, trial.layout)
+            if architecture.exact:
+                check(architecture, trial.layout)
             return architecture
     except (UnknownModel, Infeasible) as error:
         raise Unsupported(str(error)) from error
-    raise Unsupported(
-        f"the configuration of {trial.model.name} is not on this machine: name a folder or a "
-        "catalogue entry"
-    )
+    raise Unsupported(hub.absent(trial.model.name, trial.model.revision))
 
 
 def _stamps(

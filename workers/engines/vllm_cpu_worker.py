@@ -17,23 +17,30 @@ are no tensors any more, and empties the parameters.
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import distributed, nn
+from vllm.config import VllmConfig
 from vllm.distributed.device_communicators.base_device_communicator import (
     DeviceCommunicatorBase,
 )
 from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.model_executor.model_loader import base_loader
+from vllm.v1.core import kv_cache_utils
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from workers import memory
+from workers.engines.reference_load import ReferenceLoad
 from workers.engines.vllm_worker import distinct_bytes
 
 LIMIT_KEY = "memory_limit_bytes"
 """Key of vLLM's `additional_config` that carries the limit of one rank."""
+REQUESTS_KEY = "kv_cache_requests"
+"""Key there of the number of requests that the KV cache must hold at their longest, where how
+many bytes that takes is not known before the model is loaded."""
 
 
 _PARALLEL = 2**20
@@ -97,9 +104,26 @@ class LimitedCPUWorker(CPUWorker):
 
     idle_bytes = 0
     weights_bytes: int | None = None
+    reference_load: ReferenceLoad | None = None
+
+    def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
+        if REQUESTS_KEY in vllm_config.additional_config:
+            vllm_config.cache_config.kv_cache_memory_bytes = 1  # no share of the machine's memory
+        super().__init__(vllm_config, *args, **kwargs)
+
+    def determine_available_memory(self) -> int:
+        requests = self.vllm_config.additional_config.get(REQUESTS_KEY)
+        if requests is not None:
+            specs = deepcopy(self.get_kv_cache_spec())  # sorting them into groups changes them
+            groups = kv_cache_utils.get_kv_cache_groups(self.vllm_config, specs)
+            each = kv_cache_utils._max_memory_usage_bytes_from_groups(self.vllm_config, groups)
+            # One more, for the block that vLLM keeps for itself.
+            self.cache_config.kv_cache_memory_bytes = (requests + 1) * each
+        return super().determine_available_memory()
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         torch.ones(_PARALLEL).mul_(2)  # threads that torch starts when it first needs them
+        self.reference_load = ReferenceLoad(torch.device("cpu"))
         memory.reset_peak()
         self.idle_bytes = memory.status("VmRSS")
         limit = self.vllm_config.additional_config.get(LIMIT_KEY)

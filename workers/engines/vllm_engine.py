@@ -21,9 +21,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
@@ -39,23 +39,26 @@ from workers.contract.outcome import OomStage
 from workers.contract.trace import Trace, per_request
 from workers.contract.trial import Trial
 from workers.contract.workload import Workload
+from workers.engines import hub_files
 from workers.engines.base import Loaded, Site
 from workers.engines.pruned import pruned_folder
 from workers.engines.vllm_replicas import Replicas
 from workers.engines.vllm_stepper import Batch, Done, Output, Stepper, clean, explained
 from workers.hardware import host
+from workers.hardware.reference import Reference, together
 from workers.hardware.roofline import CPU_BLOCK
-from workers.moe import drafts
+from workers.moe import drafts, hub
 from workers.moe.accounting import kv_cache_bytes
 from workers.moe.architecture import (
     UnknownModel,
     bend,
-    catalogue,
+    catalogue_name,
     configuration,
     resolve,
     run_dtype,
 )
 from workers.moe.families import read
+from workers.moe.partial import Partial, understood
 from workers.moe.precision import Precision, precision, skeleton
 from workers.moe.pruning import cache
 from workers.moe.skew import parse
@@ -72,6 +75,8 @@ ENVIRONMENT = {
 LEAST_TOKEN_BUDGET = 8192
 """Prompt tokens that vLLM's offline default takes into one pass on any GPU; on large ones it
 is twice that. A smaller budget is set only where no workload fills this one."""
+_FORMATS = (None, "auto", "safetensors", "pt", "dummy")
+"""Load formats that read the files of a folder; of others the engine knows what they need."""
 _GRAPH_ARGS = ("compilation_config", "cudagraph_capture_sizes", "max_cudagraph_capture_size")
 """Arguments that decide on captured sizes; vLLM refuses two of them together."""
 
@@ -89,6 +94,7 @@ class VllmEngine:
         self._output = Output()
         self._vllm: Stepper | Replicas | None = None
         self._tokenizer: Tokenizer | None = None
+        self._sources: dict[Model, _Source] = {}
         self._trial = trial
         self.prepare()
         from vllm.platforms import current_platform
@@ -173,7 +179,10 @@ class VllmEngine:
         its own; pipeline stages and spread experts were not checked.
         """
         before = self._trial
-        wanted = resolve(trial.model)
+        try:
+            wanted = resolve(trial.model)
+        except (UnknownModel, Infeasible):  # the engine that is built for it says why
+            return False
         if wanted is None or _weights_of(trial) != _weights_of(before):
             return False
         layout = trial.layout
@@ -195,7 +204,7 @@ class VllmEngine:
         self.loaded = replace(
             self.loaded,
             architecture=read(bend(runs, Model(name=trial.model.name, top_k=wanted.top_k))),
-            args=self.loaded.args | {"hf_overrides": _source(trial.model)[1]},
+            args=self.loaded.args | {"hf_overrides": self._from(trial).overrides},
         )
         return True
 
@@ -235,6 +244,8 @@ class VllmEngine:
         self._stage = "run"
         outputs = per_request(output_tokens, len(prompts))
         runs = self.loaded.architecture
+        if isinstance(runs, Partial):
+            raise Unsupported(runs.reason)
         if runs.moe is None:
             raise Unsupported("a model without experts has no routing to trace")
         batch = Batch(prompts=prompts, lengths=outputs, temperature=temperature)
@@ -271,11 +282,14 @@ class VllmEngine:
             from transformers import AutoTokenizer
 
             model = self._trial.model
+            source = self._from(self._trial)
+            name, hub_id = source.model, drafts.hub_id(model)
+            if hub_id is not None and model.weights == "checkpoint" and model.prune is None:
+                code = model.trust_remote_code
+                name = str(hub_files.folder(hub_id, model.revision, "tokenizer", code=code))
             try:
                 self._tokenizer = AutoTokenizer.from_pretrained(
-                    _source(model)[0],
-                    revision=model.revision,
-                    trust_remote_code=model.trust_remote_code,
+                    name, revision=source.revision, trust_remote_code=model.trust_remote_code
                 )
             except (OSError, ValueError, ImportError) as error:
                 reason = next(iter(str(error).splitlines()), type(error).__name__)
@@ -283,6 +297,13 @@ class VllmEngine:
                     f"workload.dataset needs the tokenizer of {model.name}: {reason[:200]}"
                 ) from error
         return self._tokenizer
+
+    def reference(self) -> Reference | None:
+        try:
+            return together(self._running.rpc("report_reference"))
+        except Exception as error:  # noqa: BLE001  a dead engine tells at its next pass
+            print(f"the reference load did not run: {error}")
+            return None
 
     def memory(self) -> Memory:
         with self._failing():
@@ -306,11 +327,12 @@ class VllmEngine:
         if replicas == 1:
             self._vllm = Stepper(args)
         else:
-            structure = resolve(trial.model)
+            config = self._from(trial).config
+            structure = understood(config) if config is not None else None
             self._vllm = Replicas(
                 args,
                 trial.layout,
-                together=structure is None or structure.moe is not None,
+                together=not isinstance(structure, Architecture) or structure.moe is not None,
                 on_cpu=self._on_cpu,
                 limited=self._limit_gib is not None,
                 output=self._output,
@@ -327,10 +349,18 @@ class VllmEngine:
         return Loaded(
             version=host.engine_version() or "unknown",
             args=_told(args, trial.model.name, draft.name if draft else None),
-            architecture=read(self._vllm.config),
+            architecture=_ran(self._vllm),
             threads=min(self._vllm.rpc("report_threads")) if self._on_cpu else None,
             moe_kernel=", ".join(kernels) or None,
         )
+
+    def _from(self, trial: Trial) -> _Source:
+        """Where the model comes from, looked up once: its files may be fetched on the way."""
+        known = self._sources.get(trial.model)
+        if known is None:
+            known = _source(trial.model, trial.engine.args.get("load_format"))
+            self._sources[trial.model] = known
+        return known
 
     def _explain(self, error: BaseException) -> TrialError:
         return explained(error, stage=self._stage, output=self._output, on_cpu=self._on_cpu)
@@ -351,13 +381,13 @@ class VllmEngine:
 
     def _arguments(self, trial: Trial, workloads: Sequence[Workload]) -> dict[str, Any]:
         model, layout, settings = trial.model, trial.layout, trial.engine
-        source, overrides = _source(model)
+        source = self._from(trial)
         args: dict[str, Any] = {
-            "model": source,
-            "revision": model.revision,
+            "model": source.model,
+            "revision": source.revision,
             "load_format": "dummy" if model.weights == "dummy" else "auto",
             "skip_tokenizer_init": True,
-            "hf_overrides": overrides,
+            "hf_overrides": dict(source.overrides),
             "trust_remote_code": model.trust_remote_code,
             "dtype": model.dtype,
             "quantization": None if skeleton(model) else model.quantization,
@@ -380,7 +410,11 @@ class VllmEngine:
             args["speculative_config"] = _speculative(trial)
             args["per_request_spec_decode_metrics"] = "summary"
         if self._on_cpu:
-            args["kv_cache_memory_bytes"] = _kv_cache_room(trial, source, workloads)
+            runs = understood(source.config) if source.config is not None else None
+            if isinstance(runs, Architecture) and runs.exact and _draft_known(trial):
+                args["kv_cache_memory_bytes"] = _kv_cache_room(trial, runs, workloads)
+            else:
+                more["kv_cache_requests"] = args["max_num_seqs"]
             args["worker_cls"] = "workers.engines.vllm_cpu_worker.LimitedCPUWorker"
             if self._limit_gib is not None:
                 more["memory_limit_bytes"] = int(self._limit_gib * 2**30)
@@ -441,11 +475,16 @@ def _weights_of(trial: Trial) -> tuple[Any, ...]:
 
 
 def _told(args: dict[str, Any], name: str, draft: str | None) -> dict[str, Any]:
-    """The arguments as JSON data, with models' names in place of folders of our caches."""
-    if any(Path(args["model"]).is_relative_to(ours) for ours in (_skeletons(), cache.folder())):
+    """The arguments as JSON data, with models' names in place of folders of caches."""
+    caches = (_skeletons(), cache.folder(), hub.cache_folder())
+
+    def cached(model: str) -> bool:
+        return any(Path(model).is_relative_to(folder) for folder in caches)
+
+    if cached(args["model"]):
         args = args | {"model": name}
     drafting = args.get("speculative_config") or {}
-    if draft and Path(drafting.get("model", "")).is_relative_to(_skeletons()):
+    if draft and cached(drafting.get("model", "")):
         args = args | {"speculative_config": drafting | {"model": draft}}
     told: dict[str, Any] = json.loads(json.dumps(args, default=str))
     return told
@@ -455,32 +494,58 @@ def _skeletons() -> Path:
     return caches.own() / "skeletons"
 
 
-def _skeleton(config: dict[str, Any]) -> Path:
-    """A folder with nothing but this configuration.
+def _skeleton(config: dict[str, Any], code: Path | None = None) -> Path:
+    """A folder with nothing but this configuration, and the Python code in the folder `code`.
 
     vLLM keys compiled code by the model's path among other things, so equal skeletons lie
     in one place: a folder of its own for every engine would compile each anew.
     """
     text = json.dumps(config, sort_keys=True)
-    folder = _skeletons() / hashlib.sha256(text.encode()).hexdigest()[:16]
+    modules = {one.name: one.read_bytes() for one in sorted(code.glob("*.py"))} if code else {}
+    digest = hashlib.sha256(text.encode())
+    for name, content in modules.items():
+        digest.update(f"{name} {len(content)}\n".encode() + content)
+    folder = _skeletons() / digest.hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
-    whole = folder / f"{os.getpid()}.tmp"
-    whole.write_text(text, encoding="utf-8")
-    whole.replace(folder / "config.json")
+    for name, content in (*modules.items(), ("config.json", text.encode())):
+        whole = folder / f"{os.getpid()}.tmp"
+        whole.write_bytes(content)
+        whole.replace(folder / name)
     return folder
 
 
-def _source(model: Model) -> tuple[str, dict[str, Any]]:
-    """Folder or hub id to load from, and what to override in its configuration."""
-    config = configuration(model.name)
-    if model.weights == "dummy" and config is not None:
-        bent = bend(config, model)
-        if stored := skeleton(model):
-            bent["quantization_config"] = stored
-        return str(_skeleton(bent)), {}
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Source:
+    """What an engine loads a model from."""
+
+    model: str
+    """Folder, or a name of a kind that the engine alone knows."""
+    revision: str | None = None
+    """Commit where the folder is that of a hub id, else as asked."""
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    """What to change in the configuration there."""
+    config: Mapping[str, Any] | None = None
+    """The configuration with its changes; null where only the engine can find out."""
+
+
+def _source(model: Model, load_format: str | None = None) -> _Source:
+    """Where to load `model` from.
+
+    Args:
+        load_format: of `engine.args`, which may need no weights.
+
+    Raises:
+        Infeasible: what is asked of its shape has no place.
+        TrialError: its files cannot be had.
+    """
     if model.prune is not None and model.weights == "checkpoint":
         return _source(replace(model, name=str(pruned_folder(model)), prune=None))
-    name = catalogue()[model.name]["hub_id"] if model.name in catalogue() else model.name
+    folder, commit = _folder(model, load_format), model.revision
+    config = configuration(model.name, model.revision)
+    if folder is not None and (model.weights == "checkpoint" or config is None):
+        config = configuration(str(folder))
+    if hub_id := drafts.hub_id(model):
+        commit = hub.commit(hub_id, model.revision) or commit
     if config is None:
         asked = (model.ffn_dim, model.num_experts, model.top_k, model.num_layers)
         if any(one is not None for one in asked):
@@ -488,20 +553,42 @@ def _source(model: Model) -> tuple[str, dict[str, Any]]:
                 f"the configuration of {model.name} is not on this machine, so its shape "
                 "cannot be overridden: name a folder or a catalogue entry"
             )
-        return name, {}
+        return _Source(model=model.name, revision=model.revision)
     bent = bend(config, model)
-    return name, {key: value for key, value in bent.items() if config.get(key) != value}
+    if model.weights == "dummy":
+        if stored := skeleton(model):
+            bent["quantization_config"] = stored
+        code = folder if model.trust_remote_code else None
+        return _Source(model=str(_skeleton(bent, code)), revision=commit, config=bent)
+    changed = {key: value for key, value in bent.items() if config.get(key) != value}
+    name = str(folder) if folder is not None else drafts.hub_id(model) or model.name
+    return _Source(model=name, revision=commit, overrides=changed, config=bent)
 
 
-def _kv_cache_room(trial: Trial, source: str, workloads: Sequence[Workload]) -> int:
+def _folder(model: Model, load_format: str | None) -> Path | None:
+    """The folder with a model's files, fetched where need be; null where the engine has to find
+    them, or a skeleton needs none.
+
+    Raises:
+        TrialError: they cannot be had.
+    """
+    hub_id, dummy = drafts.hub_id(model), model.weights == "dummy"
+    if hub_id is None:
+        return Path(model.name).expanduser()
+    if not hub.is_id(hub_id) or load_format not in _FORMATS:
+        return None
+    if dummy and catalogue_name(model.name) is not None and not model.trust_remote_code:
+        return hub.snapshot(hub_id, model.revision) if model.revision is not None else None
+    need: hub_files.Need = "config" if dummy or load_format == "dummy" else "weights"
+    return hub_files.folder(hub_id, model.revision, need, code=model.trust_remote_code)
+
+
+def _kv_cache_room(trial: Trial, a: Architecture, workloads: Sequence[Workload]) -> int:
     """Bytes of KV cache per rank that the largest workload needs, and a little to spare.
 
     Spare: one block per request and one that vLLM keeps for itself.
     """
-    name, layout = trial.model.name, trial.layout
-    kv_dtype = trial.engine.args.get("kv_cache_dtype")
-    config = configuration(name) or json.loads((Path(source) / "config.json").read_text("utf-8"))
-    a = read(bend(config, replace(trial.model, prune=None)))  # the cache is that of all experts
+    layout, kv_dtype = trial.layout, trial.engine.args.get("kv_cache_dtype")
     stored = _stored(a, trial.model, kv_dtype)
     model, second = drafts.draft(trial), drafts.structure(trial)
 
@@ -558,8 +645,33 @@ def _speculative(trial: Trial) -> dict[str, Any]:
     assert asked is not None
     config: dict[str, Any] = {"num_speculative_tokens": asked.tokens, "method": asked.way}
     if draft is not None:
-        config["model"] = _source(draft)[0]
+        source = _source(draft)
+        config["model"] = source.model
+        if source.revision is not None:
+            return config | asked.args | {"revision": source.revision}
     return config | asked.args
+
+
+def _draft_known(trial: Trial) -> bool:
+    """Whether the bytes of its draft's cache follow from the draft's structure; so they do
+    without a draft."""
+    if drafts.draft(trial) is None:
+        return True
+    try:
+        structure = drafts.structure(trial)
+    except UnknownModel:
+        return False
+    return structure is not None and structure.exact
+
+
+def _ran(vllm: Stepper | Replicas) -> Architecture | Partial:
+    """The structure that was loaded; where it cannot be told, the dimensions that the engine has."""
+    found = understood(vllm.config)
+    if isinstance(found, Architecture):
+        return found
+    ranks: list[dict[str, Any]] = vllm.rpc("report_dimensions")
+    told = {key: value for rank in ranks for key, value in rank.items() if value is not None}
+    return replace(found, **told)
 
 
 @lru_cache(maxsize=64)  # every trial of a group asks
@@ -568,13 +680,7 @@ def _file(model: Model, name: str) -> Path | None:
     hub_id = drafts.hub_id(model)
     if hub_id is None:
         return drafts.in_folder(model, name)
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(hf_hub_download(hub_id, name, revision=model.revision))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError):
-        return None  # whoever loads it will say what is wrong
+    return hub_files.file(hub_id, model.revision, name)
 
 
 def _bind_threads(layout: Layout) -> None:

@@ -20,7 +20,9 @@ from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
 from workers import memory
 from workers.engines import vllm_routing, vllm_unfused
+from workers.engines.reference_load import ReferenceLoad, on_cuda
 from workers.engines.vllm_probe import Account, Probe
+from workers.hardware.reference import Reference
 
 # vLLM imports this in every rank, before it builds a model there.
 vllm_routing.take_over()
@@ -46,10 +48,15 @@ class Report:
     """Mixed into `vllm.v1.worker.*Worker`."""
 
     model_runner: Any
+    vllm_config: Any
     device: torch.device
     idle_bytes: int
     """Of `LimitedCPUWorker`: resident size before the first weight."""
     probe: Probe | None = None
+    reference_load: ReferenceLoad
+    """Of `LimitedCPUWorker`: made before the first weight."""
+    peak_before_reference: int = 0
+    """Most bytes that were reserved on a GPU before a reference load ran there."""
 
     def report_memory(self) -> dict[str, int]:
         """Bytes of this rank: `weights`, `kv_cache` and `peak`."""
@@ -65,11 +72,31 @@ class Report:
             "weights": counted_as_loaded,
             "kv_cache": distinct_bytes(_flatten(self.model_runner.kv_caches)),
             "peak": (
-                torch.cuda.max_memory_reserved(self.device)
+                max(self.peak_before_reference, torch.cuda.max_memory_reserved(self.device))
                 if self.device.type == "cuda"
                 else max(0, memory.status("VmHWM") - self.idle_bytes)
             ),
         }
+
+    def report_reference(self) -> Reference | None:
+        """What this rank's device does just now; null where it has no room to show it."""
+        try:
+            if self.device.type == "cuda":
+                return self._reference_on_cuda()
+            load: ReferenceLoad | None = getattr(self, "reference_load", None)
+            return load.run() if load is not None else None
+        except (RuntimeError, MemoryError) as error:
+            print(f"the reference load did not run: {error}")
+            return None
+
+    def _reference_on_cuda(self) -> Reference:
+        """With the peak kept free of what the load takes."""
+        peak = torch.cuda.max_memory_reserved(self.device)
+        self.peak_before_reference = max(self.peak_before_reference, peak)
+        try:
+            return on_cuda(self.device)
+        finally:
+            torch.cuda.reset_peak_memory_stats(self.device)
 
     def report_threads(self) -> int:
         """Threads that this rank's kernels compute on."""
@@ -80,6 +107,26 @@ class Report:
         model = self.model_runner.get_model()
         layers = [one for one in model.modules() if isinstance(one, MoERunner)]
         return sorted({_kernel(one.routed_experts.quant_method) for one in layers})
+
+    def report_dimensions(self) -> dict[str, int | None]:
+        """What this rank's model is made of, as far as vLLM tells; null where it does not.
+
+        Returns:
+            `num_layers`, `hidden_size` and `vocab_size` of the whole language model, and
+            `num_experts` and `top_k` of its MoE layers, where all have the same.
+        """
+        config = self.vllm_config.model_config
+        model = self.model_runner.get_model()
+        layers = [one for one in model.modules() if isinstance(one, MoERunner)]
+        experts = {one.moe_config.num_logical_experts for one in layers}
+        chosen = {one.moe_config.experts_per_token for one in layers}
+        return {
+            "num_layers": config.get_total_num_hidden_layers(),
+            "hidden_size": config.get_hidden_size(),
+            "vocab_size": config.get_vocab_size(),
+            "num_experts": experts.pop() if len(experts) == 1 else None,
+            "top_k": chosen.pop() if len(chosen) == 1 else None,
+        }
 
     def set_top_k(self, top_k: int) -> str | None:
         """Routes every token to `top_k` experts of each MoE layer from the next pass on.

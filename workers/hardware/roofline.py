@@ -38,6 +38,7 @@ from workers.hardware.device import CPU, Device
 from workers.hardware.host import describe
 from workers.moe import accounting, drafts
 from workers.moe.accounting import Sheet, Work
+from workers.moe.families import unspelled
 from workers.moe.precision import Precision, precision
 from workers.moe.structure import Architecture
 
@@ -123,14 +124,29 @@ def roofline(
     Null where there is no telling: a family whose structure is only estimated, an
     encoder-decoder, a quantisation of unknown form.
     """
-    if not a.exact or a.params_encoder:
-        return None
-    kv_cache_dtype = _text(trial.engine.args.get("kv_cache_dtype"))
-    try:
-        stored = precision(a, trial.model, kv_cache_dtype=kv_cache_dtype)
-    except (ValueError, Infeasible):
+    stored = _stored(a, trial)
+    if isinstance(stored, str):
         return None
     return Roofline(a, stored, trial.layout, trial.engine, device, _drafted(trial, draft))
+
+
+def unpredictable(a: Architecture, trial: Trial) -> str | None:
+    """Why `roofline` is null, in one line; null where it is not."""
+    stored = _stored(a, trial)
+    return stored if isinstance(stored, str) else None
+
+
+def _stored(a: Architecture, trial: Trial) -> Precision | str:
+    """How its weights and cache are stored, or why no cost follows from it."""
+    if not a.exact:
+        return f"{unspelled(a.config)}: its costs would be a guess"
+    if a.params_encoder:
+        return "the costs of an encoder-decoder are not known here"
+    kv_cache_dtype = _text(trial.engine.args.get("kv_cache_dtype"))
+    try:
+        return precision(a, trial.model, kv_cache_dtype=kv_cache_dtype)
+    except (ValueError, Infeasible) as error:
+        return f"how it is stored is not known: {error}"
 
 
 def _drafted(trial: Trial, draft: Architecture | None) -> accounting.Stage | None:

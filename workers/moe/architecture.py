@@ -19,14 +19,19 @@ from typing import Any
 from workers.contract.errors import Infeasible
 from workers.contract.layout import Layout
 from workers.contract.model import Model, Prune
+from workers.moe import hub
 from workers.moe.families import read
-from workers.moe.fields import NESTED, Fields
+from workers.moe.fields import EXPERTS, NESTED, TOP_K, Fields
 from workers.moe.fields import UnknownModel as UnknownModel
+from workers.moe.fields import Unread as Unread
+from workers.moe.partial import Partial
 from workers.moe.pruning.shape import remaining, shared_width
+from workers.moe.storage.found import with_file_beside, without
 from workers.moe.structure import Architecture, Part
 
 DTYPE_BYTES: Mapping[str, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
 
+CONFIG = "config.json"
 _HIDDEN = ("hidden_size", "d_model")
 _FFN = ("moe_intermediate_size", "ffn_hidden_size", "d_ff", "intermediate_size")
 _OTHER_WIDTHS = (
@@ -36,9 +41,7 @@ _OTHER_WIDTHS = (
     "shared_expert_intermediate_size",
     "shared_intermediate_size",
 )
-_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _SHARED = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
-_TOP_K = ("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k", "num_selected_experts")
 _LAYERS = ("num_hidden_layers", "n_layers", "num_layers")
 _HEADS = ("num_attention_heads", "n_heads", "num_heads")
 _KV_HEADS = ("num_key_value_heads", "n_kv_heads", "kv_n_heads")
@@ -58,45 +61,61 @@ def resolve(model: Model) -> Architecture | None:
 
     Raises:
         UnknownModel: the name is neither in the catalogue, nor a folder, nor a hub id; or
-            its configuration lacks what even an estimate needs.
-        Infeasible: an override that the configuration has no place for.
+            there is no configuration behind it.
+        Unread: its configuration lacks what even an estimate needs.
+        Infeasible: an override that the configuration has no place for, or of a structure that
+            cannot be told.
     """
-    config = configuration(model.name)
+    config = configuration(model.name, model.revision)
     if config is None:
         return None
+    bent, structure = _bent(config, model)
     try:
-        bent, structure = _bent(config, model)
         return structure or read(bent)
-    except UnknownModel as error:
-        raise UnknownModel(f"config.json of {model.name}: {error}") from error
+    except Unread as error:
+        raise Unread(f"config.json of {model.name}: {error}") from error
 
 
-def configuration(name: str) -> Mapping[str, Any] | None:
-    """The Hugging Face configuration behind a name; null for a hub id.
+def configuration(name: str, revision: str | None = None) -> Mapping[str, Any] | None:
+    """The Hugging Face configuration behind a name; null for a hub id that is not in the cache.
+
+    The catalogue's own is that of the published model; a revision of it which is in the cache
+    may be another.
 
     Raises:
         UnknownModel: see `resolve`.
     """
-    if known := catalogue_name(name):
+    known = catalogue_name(name)
+    if known is None and (folder := _folder(name)):
+        return _stored(folder, f"folder {name}")
+    hub_id = catalogue()[known]["hub_id"] if known is not None else name
+    if known is None or revision is not None:
+        snapshot = hub.snapshot(hub_id, revision)
+        if snapshot is not None and (snapshot / CONFIG).is_file():
+            return _stored(snapshot, f"{hub.named(hub_id, revision)} in the hub's cache")
+    if known is not None:
         config: Mapping[str, Any] = catalogue()[known]["config"]
         return config
-    if folder := _folder(name):
-        file = folder / "config.json"
-        if not file.is_file():
-            raise UnknownModel(f"folder {name} has no config.json")
-        try:
-            found = json.loads(file.read_text("utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise UnknownModel(f"{file} cannot be read: {error}") from error
-        if not isinstance(found, dict):
-            raise UnknownModel(f"{file} holds no configuration")
-        return found
     if name.count("/") == 1 and not name.startswith(("/", ".", "~")):
         return None
     names = ", ".join(sorted(catalogue()))
     raise UnknownModel(
         f"unknown model {name!r}: not in the catalogue ({names}), not a folder, not a hub id"
     )
+
+
+def _stored(folder: Path, what: str) -> Mapping[str, Any]:
+    """The configuration in a folder."""
+    file = folder / CONFIG
+    if not file.is_file():
+        raise UnknownModel(f"{what} has no {CONFIG}")
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UnknownModel(f"{file} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise UnknownModel(f"{file} holds no configuration")
+    return with_file_beside(found, folder)
 
 
 def _folder(name: str) -> Path | None:
@@ -123,14 +142,27 @@ def bend(config: Mapping[str, Any], model: Model) -> dict[str, Any]:
     is not quantised. Pruning comes last, so that its ratio is one of what runs.
 
     Raises:
-        Infeasible: the configuration has no place for an override, or does not follow it; or
-            pruning does not come out (`workers.moe.pruning.shape`).
+        Infeasible: the configuration has no place for an override, or does not follow it, or
+            cannot be read; or pruning does not come out (`workers.moe.pruning.shape`).
     """
     return _bent(config, model)[0]
 
 
 def _bent(config: Mapping[str, Any], model: Model) -> tuple[Tree, Architecture | None]:
     """The bent configuration, and the structure in it if that had to be read on the way."""
+    try:
+        return _bend(config, model)
+    except Unread as error:
+        keys = ("ffn_dim", "num_experts", "top_k", "num_layers", "prune")
+        asked = [f"model.{key}" for key in keys if getattr(model, key) is not None]
+        asked += ["model.scale"] if model.scale != 1.0 else []
+        raise Infeasible(
+            f"{', '.join(asked)} cannot be applied, since the structure of {model.name} cannot be "
+            f"told: {error}"
+        ) from error
+
+
+def _bend(config: Mapping[str, Any], model: Model) -> tuple[Tree, Architecture | None]:
     bent = _copied(config)
     structure = None
     asked = {
@@ -144,7 +176,7 @@ def _bent(config: Mapping[str, Any], model: Model) -> tuple[Tree, Architecture |
     if model.scale != 1.0:
         _shrink(bent, structure or read(bent), model.scale)
         # Its blocks and groups are made for the widths of the checkpoint.
-        bent.pop("quantization_config", None)
+        bent = without(bent)
         structure = None
     if model.prune is not None:
         structure = _prune(bent, structure or read(bent), model.prune, model.name)
@@ -246,7 +278,7 @@ def _hub_ids() -> Mapping[str, str]:
     }
 
 
-def run_dtype(architecture: Architecture, model: Model) -> str:
+def run_dtype(architecture: Architecture | Partial, model: Model) -> str:
     """The data type that runs: the one asked for, or with `auto` the configuration's own.
 
     A float32 checkpoint is served in bfloat16 then, as vLLM does it (config/model.py).
@@ -268,8 +300,8 @@ def _override(bent: Tree, asked: Mapping[str, int], name: str) -> None:
     places = list(_places(text))
     for wanted, keys in (
         ("ffn_dim", _FFN),
-        ("num_experts", _EXPERTS),
-        ("top_k", _TOP_K),
+        ("num_experts", EXPERTS),
+        ("top_k", TOP_K),
         ("num_layers", _LAYERS),
     ):
         if wanted not in asked:
@@ -334,12 +366,12 @@ def _regroup(text: Tree) -> None:
     """DeepSeek's groups of experts still divide them, and leave top-k enough to choose from."""
     f = Fields(text)
     groups = f.maybe("n_group")
-    if not groups or not (experts := _value(text, _EXPERTS)):
+    if not groups or not (experts := _value(text, EXPERTS)):
         return
     most = min(groups, _MOST_GROUPS)
     fitting = [n for n in range(1, most + 1) if experts % n == 0 and experts // n > 1]
     groups = max(fitting, default=1)
-    needed = math.ceil((_value(text, _TOP_K) or 1) / (experts // groups))
+    needed = math.ceil((_value(text, TOP_K) or 1) / (experts // groups))
     text["n_group"] = groups
     text["topk_group"] = min(groups, max(f.maybe("topk_group") or 1, needed))
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from reprlib import repr as short
 from typing import Any
 
 from workers.moe import dense, sparse
@@ -28,7 +29,7 @@ from workers.moe.blocks import (
     stack,
     stepped,
 )
-from workers.moe.fields import Fields
+from workers.moe.fields import EXPERTS, TOP_K, Fields, Unread
 from workers.moe.structure import Architecture
 from workers.moe.switch import switch
 
@@ -41,21 +42,37 @@ def read(config: Config) -> Architecture:
     """The structure in a Hugging Face configuration.
 
     Raises:
-        UnknownModel: a field that even an estimate needs is missing or not what it should be.
+        Unread: a field that even an estimate needs is missing or not what it should be.
     """
     whole = Fields(config)
     text = whole.language
     if reader := _FAMILIES.get(whole.word("model_type")):
         return reader(text, whole)
-    if reader := _FAMILIES.get(text.word("model_type")):
-        return replace(reader(text, whole), exact=False)  # what is around it is not known
-    return _estimate(text, whole)
+    try:
+        if reader := _FAMILIES.get(text.word("model_type")):
+            return replace(reader(text, whole), exact=False)  # what is around it is not known
+        return _estimate(text, whole)
+    except Unread as error:
+        raise Unread(f"{unspelled(config)}; read as its likes are: {error}") from error
+
+
+def unspelled(config: Config) -> str:
+    """What of a configuration is not known here, where its structure is a guess at best."""
+    whole = Fields(config)
+    outer, inner = whole.word("model_type"), whole.language.word("model_type")
+    if not outer and not inner:
+        return "it names no model_type"
+    words = f"family {short(outer or inner)} is not spelled out"
+    if outer and inner and inner != outer:
+        known = "is" if inner in _FAMILIES else "is not either"
+        words += f" (its language model's, {short(inner)}, {known})"
+    return words
 
 
 def _estimate(f: Fields, whole: Fields) -> Architecture:
     """By the fields that most families share."""
     bias = f.flag("attention_bias") or f.flag("qkv_bias")
-    num = next((n for key in _NUM if (n := f.maybe(key))), None)
+    num = next((n for key in EXPERTS if (n := f.maybe(key))), None)
     experts = None
     if num and num > 1:
         shared = next((n for key in _SHARED if (n := f.maybe(key))), 0)
@@ -63,8 +80,8 @@ def _estimate(f: Fields, whole: Fields) -> Architecture:
         together = f.maybe("shared_expert_intermediate_size") or shared * width
         experts = routed(
             f,
-            num=_NUM,
-            top_k=_TOP_K,
+            num=EXPERTS,
+            top_k=TOP_K,
             width=_WIDTH,
             shared=shared or (1 if together else 0),
             shared_weights=gated("mlp.shared_experts", f.hidden, together, "shared"),
@@ -88,9 +105,7 @@ def _estimate(f: Fields, whole: Fields) -> Architecture:
     )
 
 
-_NUM = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _SHARED = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
-_TOP_K = ("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k", "num_selected_experts")
 _WIDTH = (
     "moe_intermediate_size",
     "expert_ffn_hidden_size",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from reprlib import repr as short
 from typing import Any
 
 from workers.contract.model import MOST_LAYERS
@@ -18,10 +19,22 @@ _MOST = 1e18
 """Beyond any number of a model."""
 NESTED = ("text_config", "language_config", "llm_config")
 """Where multimodal configurations keep their language model."""
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+"""How the number of routed experts is called."""
+TOP_K = ("num_experts_per_tok", "moe_topk", "moe_top_k", "moe_k", "num_selected_experts")
+"""How the number of experts per token is called."""
 
 
 class UnknownModel(ValueError):
     """A name that means nothing here, or a configuration that cannot be read."""
+
+
+class Unread(UnknownModel):
+    """A configuration whose structure cannot be told from here.
+
+    An engine may well know what to make of it, so it ends no sweep: what would follow from the
+    structure is null, with this as the reason.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +49,7 @@ class Fields:
         A list with one number per layer counts as that number where all are the same.
 
         Raises:
-            UnknownModel: none is set and there is no default, or the value is no such number.
+            Unread: none is set and there is no default, or the value is no such number.
         """
         for key in keys:
             value = self.config.get(key)
@@ -47,21 +60,21 @@ class Fields:
             if value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise UnknownModel(f"{key} is {value!r}, not a whole number of at least {least}")
+                raise Unread(f"{key} is {short(value)}, not a whole number of at least {least}")
             return value
         if default is None:
-            raise UnknownModel(f"{' or '.join(keys)} is missing")
+            raise Unread(f"{' or '.join(keys)} is missing")
         return default
 
     def depth(self, *keys: str, default: int | None = None) -> int:
         """A number of layers, each of which becomes an item of the structure.
 
         Raises:
-            UnknownModel: as `whole`, or more than any model has.
+            Unread: as `whole`, or more than any model has.
         """
         layers = self.whole(*keys, default=default)
         if layers > MOST_LAYERS:
-            raise UnknownModel(f"{layers} layers, but at most {MOST_LAYERS} are read")
+            raise Unread(f"{layers} layers, but at most {MOST_LAYERS} are read")
         return layers
 
     def maybe(self, key: str, default: int | None = None) -> int | None:
@@ -74,9 +87,9 @@ class Fields:
         """A number that need not be whole."""
         value = self.config.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise UnknownModel(f"{key} is {value!r}, not a number")
+            raise Unread(f"{key} is {short(value)}, not a number")
         if not abs(value) <= _MOST:  # not so for a NaN either
-            raise UnknownModel(f"{key} is {value}, not a number of any use")
+            raise Unread(f"{key} is {short(value)}, not a number of any use")
         return float(value)
 
     def flag(self, key: str, *, default: bool = False) -> bool:
@@ -92,25 +105,25 @@ class Fields:
         """A list; empty where it is null or missing."""
         value = self.config.get(key) or ()
         if not isinstance(value, list | tuple):
-            raise UnknownModel(f"{key} is {value!r}, not a list")
+            raise Unread(f"{key} is {short(value)}, not a list")
         return tuple(value)
 
     def numbers(self, key: str) -> tuple[int, ...]:
         """A list of whole numbers; empty where it is null or missing."""
         items = self.items(key)
         if not all(isinstance(item, int) for item in items):
-            raise UnknownModel(f"{key} is {list(items)!r}, not a list of whole numbers")
+            raise Unread(f"{key} is {short(list(items))}, not a list of whole numbers")
         return items
 
     def per_layer(self, key: str) -> tuple[Any, ...]:
         """A list with one item per layer; empty where it is null or missing.
 
         Raises:
-            UnknownModel: it is shorter than there are layers.
+            Unread: it is shorter than there are layers.
         """
         items = self.items(key)
         if items and len(items) < self.layers:
-            raise UnknownModel(f"{key} has {len(items)} items for {self.layers} layers")
+            raise Unread(f"{key} has {len(items)} items for {self.layers} layers")
         return items
 
     def part(self, *keys: str) -> Fields:

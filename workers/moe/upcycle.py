@@ -46,6 +46,7 @@ import click
 from workers.moe.architecture import configuration
 from workers.moe.families import read
 from workers.moe.fields import UnknownModel
+from workers.moe.storage.found import carried
 from workers.moe.structure import Architecture, Layer, Weight
 from workers.output import command
 
@@ -212,7 +213,7 @@ def _folder(folder: Path) -> _Dense:
     except UnknownModel as error:
         raise UpcycleError(str(error)) from None
     family = _family(str(folder), raw)
-    if raw.get("quantization_config"):
+    if carried(raw):
         raise UpcycleError(f"{folder} is quantised; upcycling needs plain weights")
     files = tuple(sorted(folder.glob("*.safetensors")))
     if not files:
