@@ -8,6 +8,7 @@ other line; `only` then makes the choice explicit.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection, Iterable
 
 import polars as pl
@@ -125,7 +126,7 @@ def refuse_mixed(frame: pl.DataFrame, varied: Collection[str]) -> None:
         listed = "; ".join(f"{name} ({_list(values)})" for name, values in mixed.items())
         raise SelectionError(
             f"records of different conditions in one figure: {listed}{_of_one_name(frame, mixed)}. "
-            f"Choose, for instance --only {first}={_word(mixed[first][-1])}"
+            f"Choose, for instance --only {_for_a_shell(first, mixed[first][-1])}"
         )
 
 
@@ -137,11 +138,12 @@ def refuse_repeated(frame: pl.DataFrame, keys: Collection[str]) -> None:
     others = [name for name in _TELLTALES if name not in keys]
     spread = again.group_by(*keys).agg(pl.col(*others).n_unique())
     apart = [name for name in others if (spread.get_column(name) > 1).any()] or ["run_id"]
+    values = again.get_column(apart[0])
     point = ", ".join(f"{key} {_word(again.get_column(key)[0])}" for key in keys)
     raise SelectionError(
         f"several records for one point ({point}), which differ in {', '.join(apart)}"
         f"{_of_one_name(again, apart)}. "
-        f"Choose, for instance --only {apart[0]}={_word(again.get_column(apart[0])[-1])}"
+        f"Choose, for instance --only {_for_a_shell(apart[0], values[-1])}"
     )
 
 
@@ -184,6 +186,11 @@ def _values(frame: pl.LazyFrame, column: str) -> str:
 def _list(values: list[object], most: int = 8) -> str:
     words = [_word(value) for value in values]
     return ", ".join(words if len(words) <= most else [*words[:most], "…"])
+
+
+def _for_a_shell(column: str, value: object) -> str:
+    """`COLUMN=VALUE`, to be copied into a command line."""
+    return shlex.quote(f"{column}={_word(value)}")
 
 
 def _word(value: object) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json as jsonlib
 import os
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -264,9 +265,10 @@ def _show_summary(summary: Summary, *, as_json: bool) -> None:
     for line in _reasons(summary):
         print(line)
     print(f"dataset  {summary.dataset}")
-    print(f"table    python -m analysis table {summary.dataset}")
+    dataset = shlex.quote(str(summary.dataset))
+    print(f"table    python -m analysis table {dataset}")
     print("figures  python -m analysis figures     (lists their names)")
-    print(f"draw     python -m analysis figure NAME {summary.dataset} -o NAME.png")
+    print(f"draw     python -m analysis figure NAME {dataset} -o NAME.png")
     if summary.interrupted:
         print("interrupted: the same command goes on where this one stopped")
 

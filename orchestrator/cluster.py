@@ -34,6 +34,8 @@ from workers.nursery import USABLE, Nursery
 OBJECT_STORE_BYTES = 128 * 2**20
 SESSION = "moe-ray-"
 """How folders of clusters of our own begin."""
+RAY_SOCKET = len("/session_2026-11-30_20-00-00_000000_4194304/sockets/plasma_store")
+"""Length of Ray's longest path of a socket below its folder; those of engines are shorter."""
 KNOCK_S = 10.0
 """Wait for a cluster's address to answer at all, seconds."""
 DESCRIBE_S = 120.0
@@ -92,7 +94,7 @@ class _Session:
     @classmethod
     def begin(cls, preloads: Sequence[str]) -> _Session:
         """A new one, after those are removed that killed drivers left."""
-        held = Folder.begin(SESSION)
+        held = Folder.begin(SESSION, RAY_SOCKET)
         nursery = Nursery(preloads, held.path) if preloads and USABLE else None
         return cls(held=held, nursery=nursery)
 

@@ -131,7 +131,7 @@ def _model(model: Model, simulated: bool) -> tuple[str, bool] | None:
 
 def _offline(hub_id: str, model: Model) -> str:
     named = "" if hub_id == model.name else f"{model.name}: "
-    return f"{named}{hub.absent(hub_id, model.revision)} (this machine was told to be offline)"
+    return f"{named}{hub.absent(hub_id, model.revision)} (HF_HUB_OFFLINE is set)"
 
 
 def _folder(name: str) -> str:

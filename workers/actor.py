@@ -46,6 +46,8 @@ NODE_GRACE_S = 30.0
 """Time in which a cluster notices that a node is gone, seconds (Ray: five times three, and ten)."""
 HOME = "moe-host-"
 """How folders of hosts begin, on nodes of clusters that were there before the driver."""
+SOCKET = len("/g-12345678/e-12345678/00000000-0000-0000-0000-000000000000")
+"""Length of the longest path of a socket in them: vLLM's between ranks, in an engine's folder."""
 GPU_WAIT_S = 60.0
 """Wait for memory of an earlier process to leave a GPU, seconds."""
 
@@ -66,7 +68,7 @@ class EngineHost:
     ) -> None:
         self._home: Folder | None = None
         if lodger:
-            self._home = Folder.begin(HOME)
+            self._home = Folder.begin(HOME, SOCKET)
             tempfile.tempdir = os.environ["TMPDIR"] = str(self._home.path)
         if lodger and (moved := caches.ensure()) is not None:  # elsewhere the driver has done it
             print(moved)

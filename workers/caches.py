@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 CACHES = "XDG_CACHE_HOME"
@@ -27,15 +27,20 @@ _AT_HOME = ("TRITON_HOME", "FLASHINFER_WORKSPACE_BASE")
 
 def home() -> Path:
     """The folder of this user's caches, which need not be there."""
-    try:
-        return Path(os.environ.get(CACHES) or "~/.cache").expanduser()
-    except RuntimeError:  # nobody knows this user, and no HOME is set
-        return _spare()
+    return _asked() or _spare()
 
 
 def own() -> Path:
     """That of this project's."""
     return home() / "moe-sweep"
+
+
+def _asked() -> Path | None:
+    """Where this user's caches are to be; null for a user whom nobody knows, without a HOME."""
+    try:
+        return Path(os.environ.get(CACHES) or "~/.cache").expanduser()
+    except RuntimeError:
+        return None
 
 
 def ensure() -> str | None:
@@ -47,26 +52,31 @@ def ensure() -> str | None:
     Raises:
         OSError: they can be written nowhere.
     """
-    moved = list(_moved())
-    if not moved:
-        return None
-    return f"caches go to {_spare()}, since {'; '.join(moved)}"
+    spare: list[Path] = []
+
+    def instead() -> Path:
+        if not spare:
+            spare.append(_made(_spare()))
+        return spare[0]
+
+    moved = list(_moved(instead))
+    return f"caches go to {spare[0]}, since {'; '.join(moved)}" if moved else None
 
 
-def _moved() -> Iterator[str]:
+def _moved(instead: Callable[[], Path]) -> Iterator[str]:
     """Names another folder for every one that cannot be written, and says why."""
-    asked = home()
-    if (why := _unwritable(asked)) is not None:
-        hub = asked / "huggingface"
-        if _HUB not in os.environ and hub.is_dir():
-            os.environ[_HUB] = str(hub)  # its models can be read
-        os.environ[CACHES] = str(_made(_spare()))
+    asked = _asked()
+    why = _unwritable(asked) if asked is not None else "is that of nobody: HOME is not set"
+    if why is not None:
+        if _HUB not in os.environ and asked is not None and (asked / "huggingface").is_dir():
+            os.environ[_HUB] = str(asked / "huggingface")  # its models can be read
+        os.environ[CACHES] = str(instead())
         for name in _AT_HOME:
-            os.environ.setdefault(name, str(_spare()))
-        yield f"{asked} {why}"
+            os.environ.setdefault(name, str(instead()))
+        yield f"{asked or '~/.cache'} {why}"
     for name in _NAMED:
         if (value := os.environ.get(name)) and (why := _unwritable(Path(value))) is not None:
-            os.environ[name] = str(_made(_spare() / name.lower()))
+            os.environ[name] = str(instead() / name.lower())
             yield f"{value} ({name}) {why}"
 
 
@@ -86,15 +96,15 @@ def _spare() -> Path:
 
 
 def _made(folder: Path) -> Path:
-    """`folder`, which others cannot enter: its name can be guessed, and what is compiled into it
-    is run.
+    """`folder`, if nobody else can enter it, else a new one: its name can be guessed, and what is
+    compiled into it is run.
 
     Raises:
-        OSError: it cannot be made, or is somebody else's.
+        OSError: it cannot be made.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = folder.lstat()
     private = stat.S_ISDIR(status.st_mode) and not status.st_mode & 0o077
-    if status.st_uid != os.getuid() or not private:
-        raise PermissionError(f"{folder} is not a folder of this user alone: remove it")
-    return folder
+    if status.st_uid == os.getuid() and private:
+        return folder
+    return Path(tempfile.mkdtemp(prefix=f"{folder.name}-"))

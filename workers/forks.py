@@ -81,8 +81,10 @@ class Forks:
         if self._own:
             return
         if self._nursery is not None:
-            with contextlib.suppress(OSError):  # without it we import ourselves
+            try:
                 nursery.adopt(self._nursery)
+            except OSError as error:
+                print(f"imports are done here, for there is no nursery: {error}", flush=True)
         with _findable(), _without_main():
             forkserver.ensure_running()
             first = self._context.Process(target=_nothing)

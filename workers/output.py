@@ -25,6 +25,8 @@ from typing import Any, NoReturn
 ERRORS = "moe-spelt"
 """Name of how a character is written that an encoding lacks: as ASCII that looks like it, else by
 its number."""
+ASCII = "moe-ascii"
+"""ASCII by another name: click takes an output of ASCII for a mistake and writes UTF-8 to it."""
 _ALIKE = {
     "·": "-",
     "–": "-",
@@ -101,6 +103,7 @@ def command(work: Callable[[], Any]) -> NoReturn:
 def prepare() -> None:
     """Opens descriptors 0 to 2 where they are closed, and makes text streams of the last two."""
     codecs.register_error(ERRORS, _spelt)
+    codecs.register(_codec)
     for descriptor, mode in enumerate(_MODES):
         try:
             os.fstat(descriptor)
@@ -116,12 +119,28 @@ def prepare() -> None:
 
 def _stream(descriptor: int, before: Any) -> io.TextIOWrapper:
     """A text stream on a descriptor, like the one before it."""
+    encoding = getattr(before, "encoding", None) or "utf-8"
     return io.TextIOWrapper(
         io.BufferedWriter(_Raw(descriptor, "w", closefd=False)),
-        encoding=getattr(before, "encoding", None) or "utf-8",
+        encoding=ASCII if codecs.lookup(encoding).name == "ascii" else encoding,
         errors=ERRORS,
         line_buffering=descriptor == 2 or os.isatty(descriptor),
         write_through=getattr(before, "write_through", False),
+    )
+
+
+def _codec(name: str) -> codecs.CodecInfo | None:
+    if name != ASCII.replace("-", "_"):
+        return None
+    same = codecs.lookup("ascii")
+    return codecs.CodecInfo(
+        name=ASCII,
+        encode=same.encode,
+        decode=same.decode,
+        incrementalencoder=same.incrementalencoder,
+        incrementaldecoder=same.incrementaldecoder,
+        streamreader=same.streamreader,
+        streamwriter=same.streamwriter,
     )
 
 

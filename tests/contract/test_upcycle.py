@@ -30,8 +30,10 @@ from workers.contract.trial import Trial
 from workers.contract.workload import Workload
 from workers.engines.base import Site
 from workers.engines.vllm_engine import VllmEngine
+from workers.moe import small
 from workers.moe import upcycle as module
 from workers.moe.architecture import resolve
+from workers.moe.small import SMALL
 from workers.moe.upcycle import PROVENANCE, TARGETS, Recipe, UpcycleError, main, upcycle
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(240)]
@@ -100,6 +102,28 @@ def _logits(folder: Path) -> torch.Tensor:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
         return model(IDS).logits
+
+
+def test_small_models_are_made_once_and_nothing_else_is_taken_for_them(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    small.make(str(llama), list(SMALL))
+    made = {name: json.loads((Path(name) / "config.json").read_text()) for name in SMALL}
+    experts = {name: config.get("num_local_experts") for name, config in made.items()}
+    assert experts == {
+        "models/smollm2": None,
+        "models/smollm2-noisy": None,
+        "models/smollm2-4x": 4,
+        "models/smollm2-8x": 8,
+    }
+    capsys.readouterr()
+    small.make(str(llama), list(SMALL))
+    assert capsys.readouterr().out.splitlines() == [f"{name}: there already" for name in SMALL]
+    Path("models/smollm2").rename("models/mine")
+    Path("models/smollm2-noisy").rename("models/smollm2")  # of another recipe
+    with pytest.raises(UpcycleError, match="models/smollm2 is there, and was not made by make"):
+        small.make(str(llama), ["models/smollm2"])
 
 
 @pytest.mark.parametrize("router", ["random", "embedding"])

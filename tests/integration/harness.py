@@ -45,10 +45,17 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "orchestrator", *(str(one) for one in arguments)]
 
 
-def orchestrate(*arguments: object, timeout: float = 200) -> subprocess.CompletedProcess[str]:
-    """Runs the orchestrator to its end."""
+def orchestrate(
+    *arguments: object, timeout: float = 200, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs the orchestrator to its end; `env` goes over the environment."""
     return subprocess.run(
-        command(*arguments), capture_output=True, text=True, timeout=timeout, check=False
+        command(*arguments),
+        env=os.environ | env,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
     )
 
 

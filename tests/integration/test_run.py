@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from tests.integration.harness import (
     sweep_file,
     until,
 )
+from workers import caches
 from workers.contract.record import RECORDS
 
 pytestmark = [pytest.mark.engine, pytest.mark.cluster, pytest.mark.timeout(280)]
@@ -178,7 +180,11 @@ def test_a_killed_engine_ends_its_trial_and_no_other(tmp_path: Path, whose: str)
     finally:
         driver.kill()
     assert driver.returncode == 1, err
-    assert json.loads(out)["outcomes"] == {"crashed": 1, "ok": 1}
+    answer = json.loads(out)
+    assert answer["outcomes"] == {"crashed": 1, "ok": 1}
+    (why,) = answer["reasons"]
+    assert (why["outcome"], why["trials"]) == ("crashed", 1) and "died" in why["text"]
+    assert (tmp_path / "tiny" / why["log"]).is_file()
     crashed = records(tmp_path / "tiny").filter(pl.col("outcome") == "crashed")
     assert "died" in crashed["outcome_reason"][0]
     assert ("SIGKILL" in crashed["outcome_reason"][0]) == (whose == "engine")
@@ -189,6 +195,12 @@ def test_a_killed_engine_ends_its_trial_and_no_other(tmp_path: Path, whose: str)
 
 
 def test_a_trial_that_says_nothing_is_timed_out(tmp_path: Path) -> None:
+    """And an engine needs no home folder that can be written."""
+    spare = tmp_path / f"moe-cache-{os.getuid()}"
+    (spare / "moe-sweep").mkdir(parents=True)
+    spare.chmod(0o700)
+    for calibration in caches.own().glob("peaks-*.json"):  # or this machine is measured again
+        shutil.copy(calibration, spare / "moe-sweep")
     path = sweep_file(
         tmp_path,
         base=_base(
@@ -197,8 +209,14 @@ def test_a_trial_that_says_nothing_is_timed_out(tmp_path: Path) -> None:
         ),
         grid={"workload.batch_size": [1]},
     )
-    done = orchestrate(path, "--out", tmp_path, "--json")
+    homeless = {"HOME": "/proc/nobody", "XDG_CACHE_HOME": "", "TMPDIR": str(tmp_path)}
+    done = orchestrate(path, "--out", tmp_path, "--plain", **homeless)
     assert done.returncode == 1, done.stderr
+    assert f"caches go to {spare}, since /proc/nobody/.cache cannot be written" in done.stdout
+    (why,) = [line for line in done.stdout.splitlines() if " 1 timeout " in line]
+    assert "measure.timeout_s" in why
+    log = next(line.split()[1] for line in done.stdout.splitlines() if line.lstrip()[:4] == "log ")
+    assert Path(log).is_file()
     frame = records(tmp_path / "tiny")
     assert frame["outcome"].to_list() == ["timeout"]
     assert "measure.timeout_s" in frame["outcome_reason"][0]
@@ -222,7 +240,9 @@ def test_a_sweep_for_hardware_that_nobody_has_is_predicted_and_resumed(tmp_path:
         grid={"model.num_experts": [8, 64], "workload.batch_size": [1, 16]},
     )
     arguments = (path, "--out", tmp_path, "--profile", "h100", "--json")
-    done = orchestrate(*arguments)
+    long = tmp_path / ("t" * 60)  # Ray's sockets have no room in it
+    long.mkdir()
+    done = orchestrate(*arguments, TMPDIR=str(long), PYTHONIOENCODING="ascii")
     assert done.returncode == 0, done.stderr
     assert summary(done)["outcomes"] == {"ok": 2, "oom": 2}
     frame = records(tmp_path / "tiny")

