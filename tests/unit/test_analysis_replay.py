@@ -622,3 +622,21 @@ def test_a_device_that_kept_its_name_and_is_another_one_is_told() -> None:
         {"name": "device: cores by quota", "original": "?", "replay": "1.5"},
     ]
     assert replay_facts(one, made(), status=0)["differences"] == []  # 0.1.0 tells nothing of it
+
+
+def test_a_machine_that_was_slower_is_told_with_its_reference_loads() -> None:
+    def loads(rate: float) -> dict[str, float]:
+        return {
+            "reference_bandwidth_gb_s_before": rate,
+            "reference_bandwidth_gb_s_after": rate,
+            "reference_bandwidth_spread": 0.05,
+        }
+
+    facts = replay_facts(made(**loads(20.0)), made(**loads(8.0)), status=0)
+    assert facts["drift"] == [{"load": "memory was read, GB/s", "original": 20.0, "replay": 8.0}]
+    assert (
+        "The machine was not equally fast: around the replay memory was read at 0.40 of the rate "
+        "around the record." in list(sentences(facts))
+    )
+    assert "memory was read, GB/s" in table(facts)
+    assert replay_facts(made(**loads(20.0)), made(**loads(19.9)), status=0)["drift"] == []
