@@ -13,6 +13,7 @@ import polars as pl
 
 from analysis.conditions import CONDITIONS
 from analysis.drift import DRIFT, corrected
+from workers.contract.shares import AGAINST, CALIBRATED
 
 ABOVE_ZERO: tuple[str, ...] = (
     *("ttft_s", "ttft_paper_s", "itl_s", "itl_p90_s", "itl_p99_s", "itl_paper_s", "tpot_s"),
@@ -36,6 +37,11 @@ def _sound(name: str) -> pl.Expr:
     """The column where it can be true; else null."""
     value = pl.col(name)
     possible = value.is_finite() & (value > 0)
+    for shares in AGAINST:
+        if name in shares.columns:  # version 0.1.0 kept what is taken against a peak that is none
+            beyond = pl.any_horizontal(pl.col(bounded) > 1 for bounded in shares.bounded)
+            measured = pl.col("peak_source").str.starts_with(CALIBRATED)
+            possible &= ~(beyond & measured).fill_null(False)
     if name in _BETWEEN_TOKENS:  # version 0.1.0 had some for requests of a single token
         possible &= pl.col("output_tokens").ne_missing(1)
     return pl.when(possible).then(value).alias(name)
