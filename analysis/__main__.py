@@ -49,6 +49,14 @@ _only = click.option(
 )
 
 
+_drift = click.option(
+    "--correct-drift",
+    is_flag=True,
+    help="Scale times to the machine's usual speed, by the reference loads around each trial: "
+    "prompts by multiplying matrices, decoding by reading memory.",
+)
+
+
 @click.group(cls=_Commands)
 def main() -> None:
     """Figures and tables of what was measured, and what follows from the catalogues.
@@ -82,31 +90,34 @@ def figures() -> None:
     help="File to write, .png, .svg, .html or .csv; repeatable.",
 )
 @_only
+@_drift
 @asks
 def figure(
     name: str,
     datasets: tuple[Path, ...],
     outputs: tuple[Path, ...],
     only: tuple[str, ...],
+    correct_drift: bool,
     **asked: Any,
 ) -> None:
     """Draw the figure NAME and print what follows from it.
 
     Figures of records need a DATASET; figures of the catalogues take --model and so on.
     """
-    from analysis import disturbed
+    from analysis import disturbed, drift
     from analysis.figures.registry import find
     from analysis.figures.write import check, write
 
     chosen = find(name)
     for path in outputs:
         check(path)
-    frame = _frame(chosen, datasets, only, Options(**asked))
+    frame = _frame(chosen, datasets, only, Options(**asked), correct_drift=correct_drift)
     for path in outputs:
         write(chosen, frame, path)
     click.echo(chosen.insight(frame))
-    if said := disturbed.line(frame):
-        click.echo(f"{said}.")
+    for said in (disturbed.line(frame), *drift.lines(frame)):
+        if said:
+            click.echo(f"{said}.")
 
 
 @main.command()
@@ -115,6 +126,7 @@ def figure(
 @click.option("--figure", "name", metavar="NAME", help="Show the grid of this figure instead.")
 @click.option("--every", is_flag=True, help="Show superseded records of repeated trials too.")
 @click.option("--json", "as_json", is_flag=True, help="Write a list of objects instead.")
+@_drift
 @asks
 def table(
     datasets: tuple[Path, ...],
@@ -122,26 +134,29 @@ def table(
     name: str | None,
     every: bool,
     as_json: bool,
+    correct_drift: bool,
     **asked: Any,
 ) -> None:
     """Show one row per trial, or with --figure what that figure draws."""
-    from analysis import disturbed
+    from analysis import disturbed, drift
     from analysis.figures.registry import find
     from analysis.insights import summary
     from analysis.tables import pivot_table, reasons, records_table, show
 
     if name is not None:
         chosen = find(name)
-        frame = _frame(chosen, datasets, only, Options(**asked), every=every)
+        frame = _frame(
+            chosen, datasets, only, Options(**asked), every=every, correct_drift=correct_drift
+        )
         shown: list[Table | Text] = [pivot_table(pivot) for pivot in chosen.pivots(frame)]
         sentence = chosen.insight(frame)
-        if said := disturbed.line(frame):
-            sentence += f" {said}."
+        for said in (disturbed.line(frame), *drift.lines(frame)):
+            sentence += f" {said}." if said else ""
     else:
         if not datasets:
             raise OptionError("a table of records: name a DATASET, or a --figure of the catalogues")
         Options(**asked).over(Options(), takes=(), what="a table of records")
-        frame = _records(datasets, only, every=every).collect()
+        frame = _records(datasets, only, every=every, correct_drift=correct_drift).collect()
         shown = [records_table(frame), *reasons(frame)] if len(frame) else []
         sentence = summary(frame)
     if as_json:
@@ -232,14 +247,16 @@ def _frame(
     options: Options,
     *,
     every: bool = False,
+    correct_drift: bool = False,
 ) -> pl.DataFrame:
     """What `chosen` draws: from datasets or from the catalogues, never from both."""
     from analysis import load
     from analysis.figures.figure import CatalogueFigure, RecordsFigure
 
     if isinstance(chosen, CatalogueFigure):
-        if datasets or only:
-            given = f"dataset ({datasets[0]})" if datasets else "--only"
+        if datasets or only or correct_drift:
+            given = "--only" if only else "--correct-drift"
+            given = f"dataset ({datasets[0]})" if datasets else given
             raise OptionError(
                 f"figure {chosen.name!r} comes from the catalogues: it takes no {given}"
             )
@@ -248,18 +265,22 @@ def _frame(
     if not datasets:
         raise OptionError(f"figure {chosen.name!r} is drawn from records: name a DATASET")
     options.over(Options(), takes=(), what=f"figure {chosen.name!r}")
-    records = _records(datasets, only, every=every)
+    records = _records(datasets, only, every=every, correct_drift=correct_drift)
     return chosen.prepare(records, *(load.table(one, *datasets) for one in chosen.beside))
 
 
 def _records(
-    datasets: tuple[Path, ...], only: tuple[str, ...], *, every: bool = False
+    datasets: tuple[Path, ...],
+    only: tuple[str, ...],
+    *,
+    every: bool = False,
+    correct_drift: bool = False,
 ) -> pl.LazyFrame:
     from analysis import load
     from analysis.conditions import only as choose
 
     _exist(datasets)
-    return choose(load(*datasets, every=every), only)
+    return choose(load(*datasets, every=every, correct_drift=correct_drift), only)
 
 
 def _exist(datasets: tuple[Path, ...]) -> None:

@@ -12,6 +12,8 @@ from __future__ import annotations
 import polars as pl
 
 from analysis.conditions import CONDITIONS
+from analysis.drift import DRIFT, corrected
+from workers.contract.shares import AGAINST, CALIBRATED
 
 ABOVE_ZERO: tuple[str, ...] = (
     *("ttft_s", "ttft_paper_s", "itl_s", "itl_p90_s", "itl_p99_s", "itl_paper_s", "tpot_s"),
@@ -23,6 +25,8 @@ ABOVE_ZERO: tuple[str, ...] = (
     *("mbu", "mfu", "s_mbu", "s_mbu_paper", "s_mfu", "s_mbu_uniform"),
     *("prefill_s_mbu", "prefill_s_mfu", "activated_experts_decode", "activated_experts_prefill"),
     *("memory_limit_gib", "peak_memory_gib", "weights_gib", "accepted_length"),
+    *("reference_bandwidth_gb_s_before", "reference_bandwidth_gb_s_after"),
+    *("reference_tflops_before", "reference_tflops_after"),
 )
 """Stored figures that are above 0 wherever there is one at all."""
 
@@ -33,6 +37,11 @@ def _sound(name: str) -> pl.Expr:
     """The column where it can be true; else null."""
     value = pl.col(name)
     possible = value.is_finite() & (value > 0)
+    for shares in AGAINST:
+        if name in shares.columns:  # version 0.1.0 kept what is taken against a peak that is none
+            beyond = pl.any_horizontal(pl.col(bounded) > 1 for bounded in shares.bounded)
+            measured = pl.col("peak_source").str.starts_with(CALIBRATED)
+            possible &= ~(beyond & measured).fill_null(False)
     if name in _BETWEEN_TOKENS:  # version 0.1.0 had some for requests of a single token
         possible &= pl.col("output_tokens").ne_missing(1)
     return pl.when(possible).then(value).alias(name)
@@ -144,6 +153,14 @@ DERIVED: tuple[pl.Expr, ...] = (
 """Every derived column, in the order in which `load` appends them."""
 
 
-def derived(records: pl.DataFrame) -> pl.LazyFrame:
-    """Records as they are stored, made sound, with every derived column."""
-    return records.lazy().with_columns(SOUND).with_columns(DERIVED)
+def derived(records: pl.DataFrame, *, correct_drift: bool = False) -> pl.LazyFrame:
+    """Records as they are stored, made sound, with every derived column.
+
+    Args:
+        records: as the files have them.
+        correct_drift: scale times to the usual speed of the machine (`analysis.drift`).
+    """
+    frame = records.lazy().with_columns(SOUND).with_columns(DRIFT)
+    if correct_drift:
+        frame = corrected(frame)
+    return frame.with_columns(DERIVED)

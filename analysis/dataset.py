@@ -51,12 +51,16 @@ _READS = 5
 class Loader:
     """The tables of one or several dataset folders (`DIR/<sweep>`)."""
 
-    def __call__(self, *datasets: Folder, every: bool = False) -> pl.LazyFrame:
+    def __call__(
+        self, *datasets: Folder, every: bool = False, correct_drift: bool = False
+    ) -> pl.LazyFrame:
         """Records, one row per trial, with the derived columns of `analysis.columns`.
 
         Args:
             datasets: dataset folders; one that is missing or empty adds no rows.
             every: keep superseded records of repeated trials too.
+            correct_drift: scale times to the usual speed of the machine, by the reference loads
+                around each trial (`analysis.drift`); `drift_corrected` is true where that was done.
 
         Raises:
             DatasetError: for a file that is torn, foreign, or of a newer schema version.
@@ -70,7 +74,7 @@ class Loader:
             )
         if not every:
             records = current(records, [_runs_if_readable(Path(one)) for one in datasets])
-        return derived(records)
+        return derived(records, correct_drift=correct_drift)
 
     def samples(self, *datasets: Folder) -> pl.LazyFrame:
         """Raw stamps, one row per pass; as `table`."""

@@ -18,6 +18,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from analysis import drift
 from analysis.insights import percent
 from analysis.keys import enumeration
 from analysis.replay import CHANGED, Made, apart
@@ -50,7 +51,8 @@ def replay_facts(
     `models` (what the two models differ in, structure first), `figures` and `differences` are
     empty where there is no replay. `ratio` is the replay's figure over the original's, null
     where the models differ and `across_models` is not asked for; `overlap` says whether the
-    confidence intervals do, null where a record has none.
+    confidence intervals do, null where a record has none. `drift` has the reference loads around
+    the two that differ by more than their own noise.
     """
     models = apart(original.record, replay.record) if replay else []
     compared = across_models or not models
@@ -67,6 +69,10 @@ def replay_facts(
         if replay
         else [],
         "differences": list(_differences(original, replay)) if replay else [],
+        "drift": [
+            {"load": load, "original": old, "replay": new}
+            for load, old, new in (drift.between(original.record, replay.record) if replay else [])
+        ],
     }
 
 
@@ -106,6 +112,9 @@ def replay_table(facts: Facts) -> Table:
     for one in facts["differences"]:
         cells = (one["name"], one["original"], one["replay"])
         table.add_row(*(Text(_shown(cell)) for cell in cells))
+    for one in facts["drift"]:
+        rates = (_number(one[side]) for side in ("original", "replay"))
+        table.add_row(one["load"], *rates, f"{one['replay'] / one['original']:.3f}")
     return table
 
 
@@ -138,6 +147,11 @@ def sentences(facts: Facts) -> Iterator[str]:
     for where, reason in reasons.items():
         if reason:
             yield f"Reason in {where}: {_shown(reason)}"
+    for one in facts["drift"]:
+        yield (
+            f"The machine was not equally fast: around the replay {one['load'].split(',')[0]} at "
+            f"{one['replay'] / one['original']:.2f} of the rate around the record."
+        )
     if original["code"] == replay["code"] and str(replay["code"]).endswith(CHANGED):
         yield "The code had changes that were not committed, both times; nobody knows which."
     elif not facts["differences"]:

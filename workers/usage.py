@@ -33,6 +33,7 @@ import numpy as np
 
 from workers.contract.measurement import Pass
 from workers.contract.probed import PHASES, Phase, Probed
+from workers.contract.shares import AGAINST, CALIBRATED, DISTURBED
 from workers.contract.trace import Step, Trace
 from workers.contract.trial import Trial
 from workers.hardware.device import CPU, Device
@@ -50,19 +51,6 @@ from workers.moe.utilisation import (
     utilisation,
 )
 
-CALIBRATED = "calibrated"
-DISTURBED = "calibrated-disturbed"
-"""`peak_source` of peaks that were measured on the machine, in a quiet moment or in none."""
-_AGAINST = (
-    (
-        "peak_bandwidth_gb_s",
-        "GB/s",
-        ("s_mbu", "s_mbu_paper", "prefill_s_mbu"),
-        ("mbu", "s_mbu_uniform"),
-    ),
-    ("peak_tflops", "TFLOPS", ("s_mfu", "prefill_s_mfu"), ("mfu",)),
-)
-"""Of each peak: column, unit, shares of it that are 1 at most, and those that may be more."""
 INTERPOLATED = "sheet-interpolated"
 """`activation_source` of a batch between two that were probed."""
 
@@ -117,12 +105,12 @@ def _contradicted(found: Mapping[str, Any]) -> Iterator[tuple[set[str], str]]:
     """Columns taken against a measured peak that one of them goes beyond, and which does."""
     if found.get("peak_source") not in (CALIBRATED, DISTURBED):
         return
-    for peak, unit, bounded, others in _AGAINST:
-        shares = {name: share for name in bounded if (share := found.get(name)) is not None}
+    for one in AGAINST:
+        shares = {name: share for name in one.bounded if (share := found.get(name)) is not None}
         if beyond := [name for name, share in shares.items() if share > 1]:
             name = max(beyond, key=shares.__getitem__)
-            words = f"{name} would be {shares[name]:.2f} of the {found[peak]:.3g} {unit} measured"
-            yield {*bounded, *others}, words
+            peak = f"{found[one.peak]:.3g} {one.unit}"
+            yield {*one.columns}, f"{name} would be {shares[name]:.2f} of the {peak} measured"
 
 
 def _utilisations(

@@ -15,6 +15,7 @@ import polars as pl
 
 from analysis.conditions import constant, refuse_mixed, refuse_repeated
 from analysis.disturbed import mark
+from analysis.drift import CARRIED
 from analysis.errors import SelectionError
 from analysis.figures.figure import Pivot, RecordsFigure
 from analysis.insights import percent
@@ -60,6 +61,7 @@ def prepare(records: pl.LazyFrame) -> pl.DataFrame:
         "devices_label",
         "memory_limit_gib",
         "disturbed",
+        *CARRIED,
         "trial_id",
     ]
     conditions = [one for one in SHOWN if one != "batch_size"]

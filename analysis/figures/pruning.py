@@ -14,6 +14,7 @@ import polars as pl
 
 from analysis.conditions import CONDITIONS, refuse_mixed, refuse_repeated
 from analysis.disturbed import mark
+from analysis.drift import CARRIED
 from analysis.errors import SelectionError
 from analysis.figures.figure import Pivot, RecordsFigure
 from analysis.insights import MISSING, feasible, percent
@@ -35,6 +36,7 @@ _DRAWN = (
     "params_active",
     "memory_limit_gib",
     "disturbed",
+    *CARRIED,
     "devices_label",
     "trial_id",
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from analysis.errors import SelectionError, unknown
+from analysis.figures.drift import DRIFT
 from analysis.figures.figure import Figure
 from analysis.figures.heatmap import HEATMAP
 from analysis.figures.imbalance import IMBALANCE, ROUTING_COST
@@ -95,6 +96,7 @@ FIGURES: tuple[Figure, ...] = (
     QUANTIZATION_LENGTH,
     SPECULATIVE,
     SPECULATIVE_LENGTH,
+    DRIFT,
 )
 
 

@@ -20,6 +20,7 @@ import polars as pl
 
 from analysis.conditions import CONDITIONS, constant, refuse_mixed, refuse_repeated
 from analysis.disturbed import mark
+from analysis.drift import CARRIED
 from analysis.errors import SelectionError
 from analysis.figures.figure import Pivot, RecordsFigure
 from analysis.insights import MISSING, percent
@@ -246,7 +247,7 @@ class Variants:
         return f"From {self.x.phrase.format(f'{low} to {high}')}: {enumeration(words)}{median}."
 
 
-_FOR_PEOPLE = ("devices_label", "memory_limit_gib", "disturbed", "trial_id")
+_FOR_PEOPLE = ("devices_label", "memory_limit_gib", "disturbed", *CARRIED, "trial_id")
 
 
 def _names(frame: pl.DataFrame) -> list[str]:

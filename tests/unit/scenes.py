@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from itertools import product
 from typing import Any
 
@@ -98,7 +98,15 @@ _WHERE: Mapping[str, Any] = {
     "torch_version": "2.13.0+cpu",
     "device": "x86 CPU",
     "device_count": 1,
+    "device_digest": "0123456789ab",
+    "device_facts": json.dumps({"amx_tile": False, "cores": 2}),
     "threads": 2,
+    "reference_bandwidth_gb_s_before": 20.0,
+    "reference_bandwidth_gb_s_after": 20.5,
+    "reference_bandwidth_spread": 0.02,
+    "reference_tflops_before": 0.1,
+    "reference_tflops_after": 0.1,
+    "reference_tflops_spread": 0.03,
     "host": "host",
     "started_at": NOON,
     "finished_at": NOON,
@@ -278,6 +286,25 @@ def _drafts() -> list[dict[str, Any]]:
     ]
 
 
+def _runs() -> list[dict[str, Any]]:
+    """Two runs of three groups each; the second on a machine that is slower, and grows so."""
+    return [
+        full(
+            f"{run}{group}",
+            run_id=run,
+            group_id=f"g{group}",
+            started_at=NOON + timedelta(minutes=5 * group),
+            finished_at=NOON + timedelta(minutes=5 * group + 4),
+            reference_bandwidth_gb_s_before=speed * (20 - group),
+            reference_bandwidth_gb_s_after=speed * (19.5 - group),
+            reference_tflops_before=speed * 0.1,
+            reference_tflops_after=speed * 0.1,
+        )
+        for run, speed in (("r0", 1.0), ("r1", 0.5))
+        for group in range(3)
+    ]
+
+
 def _probed(trials: Iterable[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], ...]:
     """Samples and activations of probes of these trials: a prompt pass and two decode passes."""
     samples, counted = [], []
@@ -349,6 +376,7 @@ def _scenes() -> dict[str, Scene]:
         "pruning": _of(_pruned()),
         **dict.fromkeys(("quantization", "quantization-length"), _of(precisions)),
         **dict.fromkeys(("speculative", "speculative-length"), _of(drafts)),
+        "drift": _of(_runs()),
     }
 
 

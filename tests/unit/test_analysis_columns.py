@@ -8,6 +8,7 @@ import polars as pl
 import pytest
 
 from analysis.columns import DERIVED
+from analysis.columns import derived as add_derived
 from workers.contract.record import RECORDS
 
 
@@ -105,3 +106,23 @@ def test_ranks_that_share_the_cores_of_one_cpu_took_no_more_hardware() -> None:
 def test_without_one_device_there_is_nothing_to_be_relative_to() -> None:
     frame = several(_layout(1, None), _layout(2, 90.0), _layout(4, 150.0))
     assert frame.get_column("parallel_efficiency").to_list() == [None] * 3
+
+
+def test_shares_of_a_measured_peak_that_was_none_are_unknown_in_old_records_too() -> None:
+    """An S-MBU of 1.28 against a peak that was calibrated in noise, as 0.1.0 kept it."""
+    schema = pl.Schema(RECORDS)
+    shares = {"mbu": 1.9, "s_mbu": 1.28, "prefill_s_mbu": 0.4, "s_mfu": 0.2, "mfu": 3.0}
+    rows = [
+        {name: one.get(name) for name in schema}
+        for one in (
+            {"peak_source": "calibrated", **shares},
+            {"peak_source": "catalogue", **shares},
+            {"peak_source": "calibrated", **shares, "s_mbu": 0.9},
+        )
+    ]
+    told = add_derived(pl.DataFrame(rows, schema=schema)).select(*shares).collect().rows()
+    assert told == [
+        (None, None, None, 0.2, 3.0),
+        (1.9, 1.28, 0.4, 0.2, 3.0),
+        (1.9, 0.9, 0.4, 0.2, 3.0),
+    ]

@@ -17,6 +17,7 @@ import pytest
 from analysis import load
 from analysis.columns import DERIVED
 from analysis.dataset import is_dataset
+from analysis.drift import DRIFT
 from analysis.errors import DatasetError
 from workers.contract.record import ACTIVATIONS, RECORDS, SAMPLES, SCHEMA_VERSION, TABLES, rows
 
@@ -144,7 +145,7 @@ def test_a_missing_or_empty_folder_is_an_empty_frame_with_the_schema(tmp_path: P
     assert isinstance(frame, pl.LazyFrame)
     schema = frame.collect_schema()
     assert {name: schema[name] for name in RECORDS.names} == dict(pl.Schema(RECORDS))
-    assert list(schema)[len(RECORDS) :] == [one.meta.output_name() for one in DERIVED]
+    assert list(schema)[len(RECORDS) :] == [one.meta.output_name() for one in (*DRIFT, *DERIVED)]
     assert frame.collect().is_empty()
     assert load.samples(tmp_path).collect_schema() == pl.Schema(SAMPLES)
     assert load.activations(tmp_path).collect_schema() == pl.Schema(ACTIVATIONS)

@@ -633,3 +633,21 @@ def test_a_disturbed_side_is_named_before_the_figures_are_compared() -> None:
     assert {"name": "disturbed", "original": True, "replay": False} in facts["differences"]
     quiet = replay_facts(made(disturbed=False), made(disturbed=False), status=0)
     assert not any("disturbed" in one for one in sentences(quiet))
+
+
+def test_a_machine_that_was_slower_is_told_with_its_reference_loads() -> None:
+    def loads(rate: float) -> dict[str, float]:
+        return {
+            "reference_bandwidth_gb_s_before": rate,
+            "reference_bandwidth_gb_s_after": rate,
+            "reference_bandwidth_spread": 0.05,
+        }
+
+    facts = replay_facts(made(**loads(20.0)), made(**loads(8.0)), status=0)
+    assert facts["drift"] == [{"load": "memory was read, GB/s", "original": 20.0, "replay": 8.0}]
+    assert (
+        "The machine was not equally fast: around the replay memory was read at 0.40 of the rate "
+        "around the record." in list(sentences(facts))
+    )
+    assert "memory was read, GB/s" in table(facts)
+    assert replay_facts(made(**loads(20.0)), made(**loads(19.9)), status=0)["drift"] == []
