@@ -48,8 +48,8 @@ _NOTHING = {
     "prune_kind": "unpruned",
 }
 """Words for no value."""
-_FOLLOWS = ("hidden_size",)
-"""Differs between models and needs no word of its own."""
+_FOLLOWS = ("hidden_size", "model_digest", "dataset_digest")
+"""Differ between models, or texts, and need no words of their own."""
 
 VARIED: tuple[str, ...] = (*_WORDS, *_FOLLOWS)
 """Columns in which series may differ."""
