@@ -71,7 +71,8 @@ ODD = {
     "- {measure.accuracy: [gsm8k, 'no']}\n",
     "words": "  workload: {arrivals: ''}\n"
     "grid:\n  model.revision: ['1e10', '010', 'true', 'Null', '~', no, 'a b', 'a: b', '# c',"
-    ' "\\u00e9\\x07\\u2028\\U0001f600", "two\\nlines", "\'q\'", \'"\', "0x1F", "12:30", "="]\n',
+    ' "\\u00e9\\x07\\u2028\\U0001f600", "two\\nlines", "\'q\'", \'"\', "0x1F", "12:30", "="]\n'
+    "  model.name: [of/the-hub]\n",  # of a catalogue's skeleton a revision changes nothing
     "numbers": "  engine: {memory_limit_gib: 1.0e-05}\n"
     "grid:\n  measure.ci_width: [1, 0.1, 1.0e-7, 123456789.123456789, 1e22]\n"
     "  workload.seed: [0, 9223372036854775807]\n",
@@ -483,6 +484,7 @@ def made(
     code: str | None = "a" * 40, *, dirty: bool = False, companions: int | None = 1, **columns: Any
 ) -> Made:
     """A record as a dataset holds it, with what a manifest tells of its run."""
+    columns = {"model_digest": "0123456789abcdef"} | columns
     (row,) = rows(RECORDS, [record("abcdef0123456789", **columns)]).to_pylist()
     git = None if code is None else {"commit": code, "dirty": dirty}
     run = {"environment": {"driver": {"git": git}}}
