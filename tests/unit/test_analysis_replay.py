@@ -611,3 +611,66 @@ def test_check_speaks_of_the_one_file_only(tmp_path: Path) -> None:
     found = find(ids(folder)[0], [folder])
     with pytest.raises(DatasetError, match="not valid YAML"):
         check(found, "a: [")
+
+
+def folder_model(folder: Path, **changes: Any) -> str:
+    """A sweep of a folder's skeleton."""
+    config = json.loads((ROOT / "workers/moe/catalog/mixtral-8x7b.json").read_text())["config"]
+    small = {"hidden_size": 512, "intermediate_size": 128, "num_hidden_layers": 2}
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config | small | changes))
+    model = f"{{name: {folder}, weights: dummy}}"
+    return f"name: s\nbase:\n  model: {model}\n  engine: {{kind: roofline}}\n"
+
+
+def test_a_model_that_changed_is_refused_with_its_structure_first(tmp_path: Path) -> None:
+    kept = dataset(tmp_path, folder_model(tmp_path / "m"))
+    (name,) = ids(kept)
+    assert run(name, kept, "--print").exit_code == 0
+    folder_model(tmp_path / "m", num_hidden_layers=8)
+    line = refusal(name, kept, "--out", tmp_path / "out")
+    differ = line.partition("stand for now: ")[2]
+    assert differ.startswith("num_layers 8 instead of 2, params_total ")
+    assert "model_digest" in differ and "--across-models" in differ
+    assert not (tmp_path / "out").exists()
+    assert run(name, kept, "--print", "--across-models").exit_code == 0
+    folder_model(tmp_path / "m", rope_theta=1.0)  # one structure, and not one model
+    differ = refusal(name, kept, "--out", tmp_path / "out").partition("stand for now: ")[2]
+    assert differ.startswith("model_digest ")
+    folder_model(tmp_path / "m")
+    assert run(name, kept, "--print").exit_code == 0
+
+
+def test_a_record_of_version_0_1_0_is_found_again_by_its_names(tmp_path: Path) -> None:
+    kept = dataset(tmp_path, folder_model(tmp_path / "m"))
+    path = tmp_path / "r1.yaml"
+    (point,) = expand(sweeps.load(path, (), "h100")).points
+    changed(kept, trial_id=point.trial.named_id, model_digest=None)
+    assert run(point.trial.named_id, kept, "--print").exit_code == 0
+    folder_model(tmp_path / "m", num_local_experts=4)
+    differ = refusal(point.trial.named_id, kept, "--out", tmp_path / "out")
+    assert "num_experts 4 instead of 8" in differ
+
+
+def test_there_is_no_ratio_across_models_unless_asked() -> None:
+    one, other = made(), made(num_layers=9, model_digest="f" * 16)
+    facts = replay_facts(one, other, status=0)
+    assert [x["name"] for x in facts["models"]] == ["num_layers", "model_digest"]
+    assert (
+        {x["ratio"] for x in facts["figures"]} == {x["overlap"] for x in facts["figures"]} == {None}
+    )
+    said = list(sentences(facts))
+    assert said[:2] == [
+        "These are two models: they differ in num_layers and model_digest.",
+        "So there is no ratio of their figures; --across-models gives one.",
+    ]
+    shown = table(facts)
+    assert shown.index("num_layers") < shown.index("outcome")
+    asked = replay_facts(one, other, status=0, across_models=True)
+    assert asked["figures"][-1]["ratio"] == 1 and "1.000" in list(sentences(asked))[1]
+
+
+def test_what_a_record_does_not_say_is_no_difference_but_is_told() -> None:
+    facts = replay_facts(made(model_digest=None), made(), status=0)
+    assert facts["models"] == [] and facts["figures"][-1]["ratio"] == 1
+    assert "cannot be vouched for" in next(sentences(facts))
