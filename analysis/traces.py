@@ -39,6 +39,8 @@ _WORDS = {
     "prune_kind": "{}-expert pruning",
     "prune_ratio": "pruned by {}",
     "prune_criterion": "pruned {}",
+    "model_digest": "files {}",
+    "dataset_digest": "texts {}",
 }
 """What may differ between series, in the order of a label; `{}` stands for the value."""
 _NOTHING = {
@@ -48,8 +50,8 @@ _NOTHING = {
     "prune_kind": "unpruned",
 }
 """Words for no value."""
-_FOLLOWS = ("hidden_size", "model_digest", "dataset_digest")
-"""Differ between models, or texts, and need no words of their own."""
+_FOLLOWS = ("hidden_size",)
+"""Differs between models and needs no word of its own."""
 
 VARIED: tuple[str, ...] = (*_WORDS, *_FOLLOWS)
 """Columns in which series may differ."""
