@@ -199,7 +199,8 @@ def replay(
 
     TRIAL_ID is its identity, or the first digits of it. Without a DATASET, those in results
     are searched. Where the files behind its names are other ones by now, what differs is named
-    and nothing is measured, unless --across-models asks for it. Ends with the exit status of python -m orchestrator.
+    and nothing is measured, unless --across-models asks for it. Ends with the exit status of
+    python -m orchestrator.
     """
     from analysis.replay import check, find, rebuilt, run, written
     from analysis.replay_tables import replay_facts, replay_table, sentences

@@ -33,6 +33,8 @@ _REQUEST = (
     "moe_backend",
     "speculative",
     "draft_tokens",
+    "routing",
+    "dataset",
 )
 
 CONDITIONS: tuple[str, ...] = (
@@ -40,6 +42,7 @@ CONDITIONS: tuple[str, ...] = (
     "threads",
     "model",
     "revision",
+    "model_digest",
     "weights",
     "scale",
     "num_layers",
@@ -51,6 +54,8 @@ CONDITIONS: tuple[str, ...] = (
     "dtype",
     "kv_cache_dtype",
     *_REQUEST,
+    "draft_digest",
+    "dataset_digest",
     "tensor_parallel",
     "pipeline_parallel",
     "data_parallel",
@@ -64,6 +69,14 @@ CONDITIONS: tuple[str, ...] = (
 )
 """Columns of which a figure holds one value each, unless it varies them on purpose."""
 
+_BEHIND = {
+    "model": "model_digest",
+    "revision": "model_digest",
+    "speculative": "draft_digest",
+    "dataset": "dataset_digest",
+}
+"""What stands behind a name, and so may differ where the name does."""
+
 _TELLTALES = (
     *CONDITIONS,
     "activation_source",
@@ -74,6 +87,8 @@ _TELLTALES = (
     "host",
 )
 """Columns that may explain why one point has several records."""
+_RECORD = ("trial_id", "run_id", "attempt")
+"""Columns that tell any two records apart, where nothing else does."""
 
 
 def only(frame: pl.LazyFrame, choices: Iterable[str]) -> pl.LazyFrame:
@@ -120,7 +135,8 @@ def varying(frame: pl.DataFrame) -> dict[str, list[object]]:
 
 def refuse_mixed(frame: pl.DataFrame, varied: Collection[str]) -> None:
     """Raises SelectionError where a condition outside `varied` takes several values."""
-    mixed = {name: values for name, values in varying(frame).items() if name not in varied}
+    free = {*varied, *(_BEHIND[name] for name in varied if name in _BEHIND)}
+    mixed = {name: values for name, values in varying(frame).items() if name not in free}
     if mixed:
         first = next(iter(mixed))
         listed = "; ".join(f"{name} ({_list(values)})" for name, values in mixed.items())
@@ -135,16 +151,21 @@ def refuse_repeated(frame: pl.DataFrame, keys: Collection[str]) -> None:
     again = frame.filter(pl.struct(*keys).is_duplicated())
     if again.is_empty():
         return
-    others = [name for name in _TELLTALES if name not in keys]
-    spread = again.group_by(*keys).agg(pl.col(*others).n_unique())
-    apart = [name for name in others if (spread.get_column(name) > 1).any()] or ["run_id"]
-    values = again.get_column(apart[0])
-    point = ", ".join(f"{key} {_word(again.get_column(key)[0])}" for key in keys)
-    raise SelectionError(
-        f"several records for one point ({point}), which differ in {', '.join(apart)}"
-        f"{_of_one_name(again, apart)}. "
-        f"Choose, for instance --only {_for_a_shell(apart[0], values[-1])}"
-    )
+    for _, point in again.group_by(*keys, maintain_order=True):
+        where = ", ".join(f"{key} {_word(point.get_column(key)[0])}" for key in keys)
+        apart = _apart(point, _TELLTALES, keys) or _apart(point, _RECORD, keys)[:1]
+        if apart:
+            choice = _for_a_shell(apart[0], point.get_column(apart[0])[-1])
+            raise SelectionError(
+                f"several records for one point ({where}), which differ in {', '.join(apart)}"
+                f"{_of_one_name(point, apart)}. Choose, for instance --only {choice}"
+            )
+        raise SelectionError(f"several records for one point ({where}), equal in every column")
+
+
+def _apart(point: pl.DataFrame, columns: Iterable[str], keys: Collection[str]) -> list[str]:
+    """Those of `columns` that the records of one point differ in; null is a value."""
+    return [name for name in columns if name not in keys and point.get_column(name).n_unique() > 1]
 
 
 def _of_one_name(frame: pl.DataFrame, apart: Collection[str]) -> str:
@@ -199,4 +220,6 @@ def _word(value: object) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):  # short, but never so that two values look alike
+        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+    return str(value)

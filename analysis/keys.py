@@ -49,6 +49,7 @@ MODEL = Key(
     phrase="{}",
     follows=(
         "revision",
+        "model_digest",
         "num_layers",
         "hidden_size",
         "ffn_dim",

@@ -39,6 +39,8 @@ _WORDS = {
     "prune_kind": "{}-expert pruning",
     "prune_ratio": "pruned by {}",
     "prune_criterion": "pruned {}",
+    "model_digest": "files {}",
+    "dataset_digest": "texts {}",
 }
 """What may differ between series, in the order of a label; `{}` stands for the value."""
 _NOTHING = {

@@ -288,6 +288,7 @@ class Plan:
                     "axes": dict(one.axes),
                     "reason": str(one.infeasible),
                     "digests": one.digests,
+                    **({"named_ids": [one.trial.named_id]} if detailed else {}),
                 }
                 for one in self.infeasible
             ],

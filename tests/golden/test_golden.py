@@ -13,6 +13,8 @@ import pytest
 
 from analysis import load
 from analysis.figures.registry import find
+from orchestrator.request import Request, prepare
+from orchestrator.store import Guard, settled, unvouched
 from workers.contract.record import RECORDS
 
 DATASET = Path(__file__).parent / "hparam"
@@ -57,3 +59,19 @@ def test_the_three_figures_can_be_drawn_from_it(name: str, frame: pl.DataFrame) 
     assert prepared.filter(pl.col("outcome") == "oom").height == 12
     sentence = figure.insight(prepared)
     assert "12 out of memory" in sentence
+
+
+def test_resuming_over_it_says_which_records_nobody_can_vouch_for(frame: pl.DataFrame) -> None:
+    """Version 0.1.0 identified trials by names: its records are found by that, and not used."""
+    sweep = Path(__file__).parents[2] / "sweeps" / "hparam.yaml"
+    plan = prepare(Request(sweep=sweep), "cpu")[1]
+    assert plan.named_ids() == set(frame["trial_id"])
+    guard = Guard(engine_version=None, device=None)
+    done = settled(frame, guard=guard)
+    now = {one.trial_id for group in plan.groups for one in group.trials}
+    assert len(now) == 64 and not now & set(done)
+    line = unvouched(frame, plan.named_ids())
+    assert line is not None and "\n" not in line
+    assert line.startswith("64 records of version 0.1.0 (run ") and "measured anew" in line
+    assert unvouched(frame.with_columns(model_digest=pl.lit("d")), plan.named_ids()) is None
+    assert unvouched(frame, now) is None

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import polars as pl
+import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from analysis import load
+from analysis.columns import DERIVED
 from analysis.conditions import CONDITIONS, only, refuse_mixed, refuse_repeated, varying
 from analysis.errors import SelectionError
 from analysis.subtitle import subtitle
 from tests.unit.test_analysis_dataset import failure, grid, ids, record, write
+from workers.contract.record import RECORDS, rows
 from workers.hardware.facts import dumps
 
 
@@ -142,3 +148,51 @@ def test_the_subtitle_labels_predictions_and_full_size(tmp_path: Path) -> None:
         "experts spread over devices, 0.75 to 1.5 GiB per device, profile cpu",
         "batch 16, 32 input, 32 output tokens",
     ]
+
+
+_VARIANTS: dict[str, list[Any]] = {
+    "device": ["a", "b", None],
+    "scale": [1.0, 0.125, 0.1250001],
+    "model_digest": ["d", "e", None],
+    "draft_digest": ["d", None],
+    "dataset": ["builtin", None],
+    "routing": ["uniform", None],
+    "seed": [0, 1],
+    "eager": [True, False],
+    "memory_limit_gib": [1.0, None],
+    "engine_args": ["{}", None],
+    "axes": ["{}", '{"a":1}'],
+}
+_ROWS = st.lists(
+    st.fixed_dictionaries({name: st.sampled_from(values) for name, values in _VARIANTS.items()}),
+    min_size=2,
+    max_size=4,
+)
+
+
+@given(_ROWS, st.booleans())
+def test_a_refusal_never_blames_what_is_equal(values: list[dict[str, Any]], one_run: bool) -> None:
+    """And what it advises leaves fewer records than there are."""
+    full = rows(
+        RECORDS,
+        [
+            record(f"t{i}", run_id="r" if one_run else f"r{i}", **one)
+            for i, one in enumerate(values)
+        ],
+    )
+    frame = pl.DataFrame(pa.Table.from_batches([full])).lazy().with_columns(DERIVED).collect()
+    for refuse in (refuse_mixed, refuse_repeated):
+        try:
+            refuse(frame, ("top_k",))
+        except SelectionError as error:
+            message = str(error)
+        else:
+            assert refuse is refuse_mixed, "several records of one point"
+            continue
+        blamed = re.findall(r"(\w+) \(", message.partition("figure: ")[2]) or re.split(
+            ", ", message.partition("differ in ")[2].partition(". ")[0]
+        )
+        assert blamed and all(frame[name].n_unique() > 1 for name in blamed), message
+        advised = message.partition("--only ")[2]
+        left = only(frame.lazy(), [advised]).collect()
+        assert 0 < len(left) < len(frame), message

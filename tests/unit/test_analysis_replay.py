@@ -72,7 +72,8 @@ ODD = {
     "- {measure.accuracy: [gsm8k, 'no']}\n",
     "words": "  workload: {arrivals: ''}\n"
     "grid:\n  model.revision: ['1e10', '010', 'true', 'Null', '~', no, 'a b', 'a: b', '# c',"
-    ' "\\u00e9\\x07\\u2028\\U0001f600", "two\\nlines", "\'q\'", \'"\', "0x1F", "12:30", "="]\n',
+    ' "\\u00e9\\x07\\u2028\\U0001f600", "two\\nlines", "\'q\'", \'"\', "0x1F", "12:30", "="]\n'
+    "  model.name: [of/the-hub]\n",  # of a catalogue's skeleton a revision changes nothing
     "numbers": "  engine: {memory_limit_gib: 1.0e-05}\n"
     "grid:\n  measure.ci_width: [1, 0.1, 1.0e-7, 123456789.123456789, 1e22]\n"
     "  workload.seed: [0, 9223372036854775807]\n",
@@ -484,6 +485,7 @@ def made(
     code: str | None = "a" * 40, *, dirty: bool = False, companions: int | None = 1, **columns: Any
 ) -> Made:
     """A record as a dataset holds it, with what a manifest tells of its run."""
+    columns = {"model_digest": "0123456789abcdef"} | columns
     (row,) = rows(RECORDS, [record("abcdef0123456789", **columns)]).to_pylist()
     git = None if code is None else {"commit": code, "dirty": dirty}
     run = {"environment": {"driver": {"git": git}}}
@@ -651,3 +653,66 @@ def test_a_machine_that_was_slower_is_told_with_its_reference_loads() -> None:
     )
     assert "memory was read, GB/s" in table(facts)
     assert replay_facts(made(**loads(20.0)), made(**loads(19.9)), status=0)["drift"] == []
+
+
+def folder_model(folder: Path, **changes: Any) -> str:
+    """A sweep of a folder's skeleton."""
+    config = json.loads((ROOT / "workers/moe/catalog/mixtral-8x7b.json").read_text())["config"]
+    small = {"hidden_size": 512, "intermediate_size": 128, "num_hidden_layers": 2}
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config | small | changes))
+    model = f"{{name: {folder}, weights: dummy}}"
+    return f"name: s\nbase:\n  model: {model}\n  engine: {{kind: roofline}}\n"
+
+
+def test_a_model_that_changed_is_refused_with_its_structure_first(tmp_path: Path) -> None:
+    kept = dataset(tmp_path, folder_model(tmp_path / "m"))
+    (name,) = ids(kept)
+    assert run(name, kept, "--print").exit_code == 0
+    folder_model(tmp_path / "m", num_hidden_layers=8)
+    line = refusal(name, kept, "--out", tmp_path / "out")
+    differ = line.partition("stand for now: ")[2]
+    assert differ.startswith("num_layers 8 instead of 2, params_total ")
+    assert "model_digest" in differ and "--across-models" in differ
+    assert not (tmp_path / "out").exists()
+    assert run(name, kept, "--print", "--across-models").exit_code == 0
+    folder_model(tmp_path / "m", rope_theta=1.0)  # one structure, and not one model
+    differ = refusal(name, kept, "--out", tmp_path / "out").partition("stand for now: ")[2]
+    assert differ.startswith("model_digest ")
+    folder_model(tmp_path / "m")
+    assert run(name, kept, "--print").exit_code == 0
+
+
+def test_a_record_of_version_0_1_0_is_found_again_by_its_names(tmp_path: Path) -> None:
+    kept = dataset(tmp_path, folder_model(tmp_path / "m"))
+    path = tmp_path / "r1.yaml"
+    (point,) = expand(sweeps.load(path, (), "h100")).points
+    changed(kept, trial_id=point.trial.named_id, model_digest=None)
+    assert run(point.trial.named_id, kept, "--print").exit_code == 0
+    folder_model(tmp_path / "m", num_local_experts=4)
+    differ = refusal(point.trial.named_id, kept, "--out", tmp_path / "out")
+    assert "num_experts 4 instead of 8" in differ
+
+
+def test_there_is_no_ratio_across_models_unless_asked() -> None:
+    one, other = made(), made(num_layers=9, model_digest="f" * 16)
+    facts = replay_facts(one, other, status=0)
+    assert [x["name"] for x in facts["models"]] == ["num_layers", "model_digest"]
+    assert (
+        {x["ratio"] for x in facts["figures"]} == {x["overlap"] for x in facts["figures"]} == {None}
+    )
+    said = list(sentences(facts))
+    assert said[:2] == [
+        "These are two models: they differ in num_layers and model_digest.",
+        "So there is no ratio of their figures; --across-models gives one.",
+    ]
+    shown = table(facts)
+    assert shown.index("num_layers") < shown.index("outcome")
+    asked = replay_facts(one, other, status=0, across_models=True)
+    assert asked["figures"][-1]["ratio"] == 1 and "1.000" in list(sentences(asked))[1]
+
+
+def test_what_a_record_does_not_say_is_no_difference_but_is_told() -> None:
+    facts = replay_facts(made(model_digest=None), made(), status=0)
+    assert facts["models"] == [] and facts["figures"][-1]["ratio"] == 1
+    assert "cannot be vouched for" in next(sentences(facts))

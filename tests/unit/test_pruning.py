@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -218,7 +220,16 @@ def test_it_is_made_once_and_anew_for_another_source_or_another_cut(source: Path
         cache.key(source, Prune(criterion="norm")),
     }
     (source / "extra.txt").write_text("x")
-    assert len(others | {first.name, cache.key(source, Prune(ratio=0.5))}) == 5
+    moved = shutil.copytree(source, source.with_name("moved"))
+    assert cache.key(moved, Prune(ratio=0.5)) == first.name, "of no weight, and elsewhere"
+    (source / "tokenizer.json").write_text("{}")
+    others.add(cache.key(source, Prune(ratio=0.5)))
+    stamps = (source / "model.safetensors").stat()
+    weights = bytearray((source / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (source / "model.safetensors").write_bytes(weights)
+    os.utime(source / "model.safetensors", ns=(stamps.st_atime_ns, stamps.st_mtime_ns))
+    assert len(others | {first.name, cache.key(source, Prune(ratio=0.5))}) == 6
 
 
 def test_two_that_come_together_make_one(source: Path) -> None:

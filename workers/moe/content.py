@@ -84,15 +84,18 @@ def content(model: Model) -> Content:
             return True
         return model.weights == "checkpoint" and name.endswith((*_WEIGHTS, _INDEX))
 
-    return _content(model, decides, with_commit=model.weights == "checkpoint")
+    return _content(model, decides, with_commit=model.weights == "checkpoint", least=1)
 
 
 def tokenizer(model: Model) -> Content:
-    """What turns text into the tokens of `model`."""
-    return _content(model, lambda name: bool(_TOKENIZER.fullmatch(name)), with_commit=True)
+    """What turns text into the tokens of `model`; a folder without such files is known, too."""
+    return _content(model, lambda name: bool(_TOKENIZER.fullmatch(name)), with_commit=True, least=0)
 
 
-def _content(model: Model, decides: Callable[[str], bool], *, with_commit: bool) -> Content:
+def _content(
+    model: Model, decides: Callable[[str], bool], *, with_commit: bool, least: int
+) -> Content:
+    """By the files of a model that decide; null where there are fewer than `least`."""
     try:
         place = _place(model)
         if place is None:
@@ -100,9 +103,8 @@ def _content(model: Model, decides: Callable[[str], bool], *, with_commit: bool)
         if with_commit and place.commit is not None:
             return Content(digest=place.commit)
         files = tuple(_stamps(place.folder, decides)) if place.folder is not None else ()
-        if not files:
+        if place.folder is None or len(files) < least:
             return Content(digest=None, unknown="none of its files is on this machine")
-        assert place.folder is not None, "its files are in it"
         return Content(digest=_folder(place.folder, files))
     except (OSError, RuntimeError) as error:  # not for us to read; the home of nobody
         return Content(digest=None, unknown=f"its files cannot be read: {error}")
