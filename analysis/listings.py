@@ -34,17 +34,21 @@ def model_facts(name: str, a: Architecture | Partial) -> Facts:
     """
     entry = catalogue().get(catalogue_name(name) or "", {})
     told = {key: getattr(a, key, None) for key in _COUNTED}
-    exact = isinstance(a, Architecture)
-    family = a.family if exact else a.config.get("model_type")
+    if isinstance(a, Architecture):
+        note, family = None, a.family
+        attention, cached = a.attention_params, a.kv_values_per_token * _KV_BYTES
+    else:
+        note, family = a.reason, str(a.config.get("model_type") or "") or None
+        attention = cached = None
     return {
         "name": name,
         "hub_id": entry.get("hub_id"),
-        "family": str(family) if family else None,
+        "family": family,
         **told,
-        "attention_params_per_layer": a.attention_params if exact else None,
-        "kv_bytes_per_token": a.kv_values_per_token * _KV_BYTES if exact else None,
-        "exact": exact,
-        "note": None if exact else a.reason,
+        "attention_params_per_layer": attention,
+        "kv_bytes_per_token": cached,
+        "exact": note is None,
+        "note": note,
         "verified": entry.get("verified"),
         "papers": list(entry.get("papers", ())),
     }
@@ -69,7 +73,7 @@ def models_table(facts: Sequence[Facts]) -> Table:
             *(_plain(one[key]) for key in ("top_k", "shared_experts")),
             _scaled(one["expert_params"] or None, 1e6),
             _scaled(one["attention_params_per_layer"], 1e6),
-            number(one["kv_bytes_per_token"]),
+            "–" if one["kv_bytes_per_token"] is None else f"{one['kv_bytes_per_token']:,}",
         )
     return table
 
