@@ -33,22 +33,28 @@ def model_facts(name: str, a: Architecture | Partial) -> Facts:
     What does not follow from what is known of it is null, and `note` says why.
     """
     entry = catalogue().get(catalogue_name(name) or "", {})
-    told = {key: getattr(a, key, None) for key in _COUNTED}
+    told: Facts = {key: getattr(a, key, None) for key in _COUNTED}
+    more: Facts
     if isinstance(a, Architecture):
-        note, family = None, a.family
-        attention, cached = a.attention_params, a.kv_values_per_token * _KV_BYTES
+        more = {
+            "family": a.family,
+            "attention_params_per_layer": a.attention_params,
+            "kv_bytes_per_token": a.kv_values_per_token * _KV_BYTES,
+            "note": None,
+        }
     else:
-        note, family = a.reason, str(a.config.get("model_type") or "") or None
-        attention = cached = None
+        more = {
+            "family": str(a.config.get("model_type") or "") or None,
+            "attention_params_per_layer": None,
+            "kv_bytes_per_token": None,
+            "note": a.reason,
+        }
     return {
         "name": name,
         "hub_id": entry.get("hub_id"),
-        "family": family,
         **told,
-        "attention_params_per_layer": attention,
-        "kv_bytes_per_token": cached,
-        "exact": note is None,
-        "note": note,
+        **more,
+        "exact": isinstance(a, Architecture),
         "verified": entry.get("verified"),
         "papers": list(entry.get("papers", ())),
     }

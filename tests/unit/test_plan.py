@@ -213,7 +213,10 @@ def test_an_unknown_model_is_an_error_at_its_line(tmp_path: Path) -> None:
         _plan(tmp_path, grid={"model.name": ["mixtral-8x7b", "mixtral-8x8b"]})
 
 
-def test_a_hub_model_that_is_not_here_is_planned_without_a_prediction(tmp_path: Path) -> None:
+def test_a_hub_model_that_is_not_here_is_planned_without_a_prediction(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     plan = _plan(tmp_path, grid={"model.name": ["someone/some-moe"]})
     (group,) = plan.groups
     assert group.predicted_memory_gib is None
