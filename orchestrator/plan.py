@@ -390,7 +390,8 @@ class _Planner:
             drafted = self._draft(trial)
             found.roofline = roofline(architecture, trial, device, drafted)
             if found.roofline is None:
-                found.unpredicted = unpredictable(architecture, trial)
+                reason = unpredictable(architecture, trial)
+                found.unpredicted = f"{trial.model.name}: {reason}"
         except Unread as error:
             found.unpredicted = str(error)
         except UnknownModel as error:
