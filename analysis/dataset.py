@@ -8,8 +8,9 @@ they stay on disk until they are collected.
 
 Every run appends, so a trial that was repeated has several terminal records. Unless
 `every` is set, the newest one of each trial and environment is kept, where environment
-means engine version, device and dtype: the same guard that decides what a resumed run
-may reuse. Newest means of the run that the manifest lists last, whatever its clock said.
+means engine version, device (by its name and its facts) and dtype: the same guard that decides
+what a resumed run may reuse. Newest means of the run that the manifest lists last, whatever its
+clock said.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any, Literal, TypeVar
 
 import polars as pl
 
-from analysis.columns import DERIVED
+from analysis.columns import derived
 from analysis.errors import DatasetError
 from workers.contract.order import in_order
 from workers.contract.record import SCHEMA_VERSION, TABLES
@@ -41,6 +42,8 @@ _IDENTITY = {
 """What makes a row one row, by table."""
 
 _ENVIRONMENT = ("engine_version", "device", "dtype")
+_DEVICE = "device_digest"
+"""What tells devices of one name apart; records of 0.1.0 lack it and go by the name."""
 _READS = 5
 """Tries to read while a compaction takes files away under the reader."""
 
@@ -67,7 +70,7 @@ class Loader:
             )
         if not every:
             records = current(records, [_runs_if_readable(Path(one)) for one in datasets])
-        return records.lazy().with_columns(DERIVED)
+        return derived(records)
 
     def samples(self, *datasets: Folder) -> pl.LazyFrame:
         """Raw stamps, one row per pass; as `table`."""
@@ -138,10 +141,13 @@ def current(
     """
     trial = ("sweep", "trial_id", "profile")
     placed = pl.col("device").is_not_null()
+    environment = [*trial, *_ENVIRONMENT]
+    last = pl.int_range(1, pl.len() + 1).over(environment) == pl.len().over(environment)
     return (
         in_order(records, manifests)
         .filter(placed | placed.any().over(trial).not_())
-        .unique([*trial, *_ENVIRONMENT], keep="last", maintain_order=True)
+        .unique([*environment, _DEVICE], keep="last", maintain_order=True)
+        .filter(pl.col(_DEVICE).is_not_null() | last)
     )
 
 

@@ -30,8 +30,10 @@ MISSING = {
     "unsupported": "unsupported",
     "timeout": "timed out",
     "crashed": "crashed",
+    "ok": "no value",
 }
-"""Outcomes that leave a hole in a figure, in words."""
+"""Outcomes that leave a hole in a figure, in words. A trial that was measured leaves one where a
+figure does not exist, as the time between tokens of a request of one token."""
 
 
 def per_panel(frame: pl.DataFrame, axes: Axes) -> str:
@@ -118,7 +120,8 @@ def absent(frame: pl.DataFrame, axes: Axes) -> str:
     holes = drawn.filter(pl.col("throughput_tok_s").is_null())
     if len(holes):
         counts = holes.group_by("outcome").len().sort("len", "outcome", descending=[True, False])
-        why = [f"{count} {MISSING.get(outcome, outcome)}" for outcome, count in counts.iter_rows()]
+        words = MISSING | {"ok": "measured without one"}
+        why = [f"{count} {words.get(outcome, outcome)}" for outcome, count in counts.iter_rows()]
         has = "has" if len(holes) == 1 else "have"
         sentences.append(f"{len(holes)} of {len(drawn)} points {has} no value: {enumeration(why)}.")
     if refused := len(frame) - len(drawn):
@@ -139,6 +142,10 @@ def summary(records: pl.DataFrame) -> str:
     )
     ended = ", ".join(f"{count} {outcome}" for outcome, count in counts.iter_rows())
     sentence = f"{len(records)} trial{'' if len(records) == 1 else 's'}: {ended}."
+    if noisy := int(records.get_column("disturbed").sum()):
+        sentence += (
+            f" Something else disturbed {noisy} of them; --rerun disturbed measures them again."
+        )
     ranked = records.drop_nulls("throughput_tok_s").sort("throughput_tok_s", descending=True)
     if ranked.is_empty():
         return sentence

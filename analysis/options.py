@@ -23,6 +23,10 @@ FLAGS = {
     "s_mfu": "--s-mfu",
 }
 """Fields as the command line spells them."""
+_SHORTEST_S, _LONGEST_S = 1e-9, 1e9
+_LEAST_SHARE = 1e-6
+_MOST = 2**40
+"""Limits that no service comes near, within which every figure is a number."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,15 +52,23 @@ class Options:
 
     def __post_init__(self) -> None:
         for batch in self.batches:
-            if batch < 1:
-                raise OptionError(f"--batch {batch}: a batch has at least one sequence")
-        if self.tpot_s is not None and not 0 < self.tpot_s < float("inf"):
-            raise OptionError(f"--tpot {self.tpot_s:g}: a time above 0 seconds is needed")
-        if self.context is not None and self.context < 0:
-            raise OptionError(f"--context {self.context}: a number of tokens is not negative")
+            if not 1 <= batch <= _MOST:
+                limit = f"at most {_MOST:,} sequences" if batch > 1 else "at least one sequence"
+                raise OptionError(f"--batch {_short(batch)}: a batch has {limit}")
+        if self.tpot_s is not None and not _SHORTEST_S <= self.tpot_s <= _LONGEST_S:
+            raise OptionError(
+                f"--tpot {self.tpot_s:g}: a time above 0 seconds is needed, "
+                f"from {_SHORTEST_S:g} to {_LONGEST_S:g}"
+            )
+        if self.context is not None and not 0 <= self.context <= _MOST:
+            limit = f"at most {_MOST:,}" if self.context > 0 else "not negative"
+            raise OptionError(f"--context {_short(self.context)}: a number of tokens is {limit}")
         for flag, share in (("--s-mbu", self.s_mbu), ("--s-mfu", self.s_mfu)):
-            if share is not None and not 0 < share <= 1:
-                raise OptionError(f"{flag} {share:g}: a share above 0 and up to 1 is needed")
+            if share is not None and not _LEAST_SHARE <= share <= 1:
+                raise OptionError(
+                    f"{flag} {share:g}: a share above 0 and up to 1 is needed, "
+                    f"at least {_LEAST_SHARE:g}"
+                )
 
     def over(
         self, defaults: Options, *, takes: Collection[str] = tuple(FLAGS), what: str = ""
@@ -73,3 +85,9 @@ class Options:
                 hint = f"; it takes {listed}" if listed else ""
                 raise OptionError(f"{what} takes no {FLAGS[name]}{hint}")
         return replace(defaults, **asked)
+
+
+def _short(number: int) -> str:
+    """The number, or of one that fills lines its beginning."""
+    digits = str(number)
+    return digits if len(digits) <= 30 else f"{digits[:10]}… ({len(digits)} digits)"

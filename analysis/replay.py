@@ -7,8 +7,10 @@ rules (whole blocks, keys inside them, dotted arguments), and the new record has
 `axes`. No `profiles` block is in there any more, so none can be merged a second time.
 
 That it is the same trial is never assumed. The orchestrator plans the file before anything
-runs, and the identity that comes out must be the record's. Orchestrator and analysis meet on
-disk alone, so planning and running are processes of their own.
+runs, and the identity that comes out must be the record's. Identities follow content, so a model
+whose files were replaced is another trial: it is refused with what differs, structure first,
+unless the user asks for a comparison across models. Orchestrator and analysis meet on disk alone,
+so planning and running are processes of their own.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +48,38 @@ _PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*")
 """Text that is text without quotes, unless it is one of `_WORDS`."""
 _WORDS = ("true", "false", "null")
 _MOST_NAMED = 8
+STRUCTURE = (
+    *("num_layers", "hidden_size", "ffn_dim", "num_experts", "top_k", "shared_experts"),
+    *("params_total", "params_active"),
+)
+"""Columns that say what a model is made of."""
+CONTENT = ("model_digest", "draft_digest", "dataset_digest")
+"""Columns that say which files were behind the names."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Difference:
+    """A column in which a record and what would stand beside it are not the same."""
+
+    name: str
+    original: Any
+    replay: Any
+
+    def __str__(self) -> str:
+        told = (json.dumps(value) for value in (self.replay, self.original))
+        return f"{self.name} {' instead of '.join(told)}"
+
+
+def apart(record: Mapping[str, Any], other: Mapping[str, Any]) -> list[Difference]:
+    """What makes the models, drafts and texts of two records other ones, structure first.
+
+    A column that one of them leaves open is no difference: nobody knows.
+    """
+    return [
+        Difference(name=name, original=record[name], replay=other[name])
+        for name in (*STRUCTURE, *CONTENT)
+        if None not in (record.get(name), other.get(name)) and record[name] != other[name]
+    ]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,10 +165,19 @@ def written(made: Made, sweep: dict[str, Any]) -> str:
     return f"# Trial {made.trial_id} of run {_run_id(made)}, written by analysis replay.\n{text}"
 
 
-def check(made: Made, text: str) -> None:
+def check(made: Made, text: str, *, across_models: bool = False) -> str:
     """Plans `text` with the orchestrator's own loader.
 
+    Args:
+        across_models: take it too where the files behind its names are other ones by now.
+
+    Returns:
+        The identity of the planned trial: the record's, unless version 0.1.0 wrote the record,
+        or models may differ.
+
     Raises:
+        SelectionError: it is the trial of another model, draft or text; the message says how
+            they differ.
         DatasetError: it is not the one trial that the record is of; the message says why.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -148,9 +191,12 @@ def check(made: Made, text: str) -> None:
         )
         said = (done.stderr.splitlines() or [""])[-1].removeprefix("error: ")
         why = said.replace(str(path), "its sweep")
-    found = _planned(done.stdout) if done.returncode == 0 else []
+    planned = _planned(done.stdout) if done.returncode == 0 else []
+    found = [one["trial_id"] for one in planned]
     if found == [made.trial_id]:
-        return
+        return made.trial_id
+    if len(planned) == 1 and (by := _same_by_name(made, planned[0], across_models)):
+        return by
     trial = f"trial {made.trial_id} of run {_run_id(made)} cannot be rebuilt"
     if secrets := list(_hidden(made)):
         raise DatasetError(
@@ -166,18 +212,50 @@ def check(made: Made, text: str) -> None:
     )
 
 
-def run(made: Made, text: str, out: Path, *, quiet: bool) -> tuple[int, Made | None]:
+def _same_by_name(made: Made, planned: Mapping[str, Any], across_models: bool) -> str | None:
+    """The planned identity where it is what the record's names stand for now; null where
+    something else keeps the two apart.
+
+    Raises:
+        SelectionError: as `check`.
+    """
+    now = dict(planned.get("structure") or {}) | planned["digests"]
+    unvouched = made.record.get("model_digest") is None
+    differ = apart(made.record, now)
+    if unvouched and made.trial_id not in planned.get("named_ids", ()):
+        differ += [
+            Difference(name=name, original=None, replay=now[name])
+            for name in CONTENT
+            if made.record.get(name) is None and name in now
+        ]
+        if not differ:
+            return None
+    elif not unvouched and not any(one.name in CONTENT for one in differ):
+        return None
+    if differ and not across_models:
+        raise SelectionError(
+            f"trial {made.trial_id} of run {_run_id(made)} measured something else than its names "
+            f"stand for now: {', '.join(map(str, differ))}. A ratio of the two says nothing of "
+            "either; --across-models measures it all the same and shows both"
+        )
+    return str(planned["trial_id"])
+
+
+def run(
+    made: Made, text: str, out: Path, *, quiet: bool, across_models: bool = False
+) -> tuple[int, Made | None]:
     """Checks the point, measures it and keeps its record below `out`.
 
     Args:
         text: the sweep file; it is kept as `out/SWEEP-TRIAL.yaml`.
+        across_models: as `check`.
         quiet: leave standard output alone.
 
     Returns:
         The orchestrator's exit status, and the new record, null where none was made.
 
     Raises:
-        SelectionError: the new record would land in the dataset that it repeats.
+        SelectionError: the new record would land in the dataset that it repeats; or as `check`.
         DatasetError: as `check`; `out` cannot be written, or what is there cannot be read.
     """
     folder = out / str(made.record["sweep"])
@@ -186,8 +264,8 @@ def run(made: Made, text: str, out: Path, *, quiet: bool) -> tuple[int, Made | N
             f"{folder} is the dataset that this record comes from, and a replay must not touch "
             "it: give another --out"
         )
-    check(made, text)
-    before = _records_of(made.trial_id, folder).get_column("run_id").to_list()
+    trial_id = check(made, text, across_models=across_models)
+    before = _records_of(trial_id, folder).get_column("run_id").to_list()
     path = out / f"{folder.name}-{made.trial_id}.yaml"
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -199,7 +277,7 @@ def run(made: Made, text: str, out: Path, *, quiet: bool) -> tuple[int, Made | N
     if _looks_up(rebuilt(made)) and sheets.is_dir():  # it probes nothing, so it writes nothing
         asked += ["--sheets", str(sheets)]
     status = _waited_for([*_ORCHESTRATOR, *asked, *(["--json"] if quiet else [])], quiet=quiet)
-    after = _records_of(made.trial_id, folder)
+    after = _records_of(trial_id, folder)
     new = after.filter(~pl.col("run_id").is_in(before)).sort("finished_at")
     return status, _made(new.row(-1, named=True), [folder]) if len(new) else None
 
@@ -264,11 +342,15 @@ def _profile(made: Made) -> str:
     return str(made.record["profile"])
 
 
-def _planned(answer: str) -> list[str]:
-    """Identities of the trials in the answer of `--dry-run --json`."""
+def _planned(answer: str) -> list[dict[str, Any]]:
+    """The trials in the answer of `--dry-run --json`, each with what its group says of it."""
     plan = json.loads(answer)
-    grouped = [trial_id for group in plan["groups"] for trial_id in group["trial_ids"]]
-    return [one["trial_id"] for one in plan["infeasible"]] + grouped
+    grouped = [
+        group | {"trial_id": trial_id}
+        for group in plan["groups"]
+        for trial_id in group["trial_ids"]
+    ]
+    return [*plan["infeasible"], *grouped]
 
 
 def _looks_up(point: Any) -> bool:

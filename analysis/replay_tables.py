@@ -2,13 +2,15 @@
 
 Equal trials may run on different machines, engines and code, and an engine that measured
 several trials was built for all of them. So whatever was noted of the circumstances and
-differs stands below the figures; it is for the reader to judge them by it.
+differs stands below the figures; it is for the reader to judge them by it. Where the models
+themselves differ, that stands above the figures, and there is no ratio unless it was asked for.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
@@ -17,7 +19,9 @@ from rich.table import Table
 from rich.text import Text
 
 from analysis.insights import percent
-from analysis.replay import CHANGED, Made
+from analysis.keys import enumeration
+from analysis.replay import CHANGED, Made, apart
+from workers.hardware import facts as device_facts
 
 Facts = dict[str, Any]
 
@@ -38,20 +42,30 @@ _SIDE = (
 )
 
 
-def replay_facts(original: Made, replay: Made | None, *, status: int) -> Facts:
+def replay_facts(
+    original: Made, replay: Made | None, *, status: int, across_models: bool = False
+) -> Facts:
     """Both records, their figures and their differences, for programs.
 
-    `figures` and `differences` are empty where there is no replay. `ratio` is the replay's
-    figure over the original's; `overlap` says whether the confidence intervals do, null
-    where a record has none.
+    `models` (what the two models differ in, structure first), `figures` and `differences` are
+    empty where there is no replay. `ratio` is the replay's figure over the original's, null
+    where the models differ and `across_models` is not asked for; `overlap` says whether the
+    confidence intervals do, null where a record has none.
     """
+    models = apart(original.record, replay.record) if replay else []
+    compared = across_models or not models
     return {
         "trial_id": original.trial_id,
         "sweep": original.record["sweep"],
         "status": status,
         "original": _side(original),
         "replay": _side(replay) if replay else None,
-        "figures": [_figure(name, original, replay) for name in _FIGURES] if replay else [],
+        "vouched": None
+        not in (one.record.get("model_digest") for one in (original, replay) if one),
+        "models": [asdict(one) for one in models],
+        "figures": [_figure(name, original, replay, compared) for name in _FIGURES]
+        if replay
+        else [],
         "differences": list(_differences(original, replay)) if replay else [],
     }
 
@@ -67,10 +81,15 @@ def replay_table(facts: Facts) -> Table:
     )
     table.add_column("", no_wrap=True)
     for heading, side in (("record", original), ("replay", replay)):
-        when = datetime.fromisoformat(side["finished_at"])
-        table.add_column(f"{heading}\n{when:%Y-%m-%d %H:%M} UTC", justify="right", max_width=48)
+        ended = side["finished_at"]
+        when = f"{datetime.fromisoformat(ended):%Y-%m-%d %H:%M} UTC" if ended else ""
+        table.add_column(f"{heading}\n{when}", justify="right", max_width=48)
     table.add_column("replay ÷\nrecord", justify="right", no_wrap=True)
     table.add_column("\nintervals", no_wrap=True)
+    for one in facts["models"]:
+        table.add_row(*(Text(_shown(one[side])) for side in ("name", "original", "replay")))
+    if facts["models"]:
+        table.add_section()
     table.add_row("outcome", _ended(original), _ended(replay))
     for one in facts["figures"]:
         if one["original"] is None and one["replay"] is None:
@@ -96,6 +115,14 @@ def sentences(facts: Facts) -> Iterator[str]:
     if replay is None:
         yield f"The replay made no record (exit status {facts['status']})."
         return
+    if facts["models"]:
+        names = enumeration([one["name"] for one in facts["models"]])
+        yield f"These are two models: they differ in {names}."
+    elif not facts["vouched"]:
+        yield (
+            "One of the two does not say which files its model was of (model_digest is null): that "
+            "it is the same model cannot be vouched for."
+        )
     if original["outcome"] == replay["outcome"] == "ok":
         yield _agreement(facts)
     elif _ended(original) == _ended(replay):
@@ -116,6 +143,8 @@ def sentences(facts: Facts) -> Iterator[str]:
 
 def _agreement(facts: Facts) -> str:
     (one,) = (figure for figure in facts["figures"] if figure["name"] == "throughput_tok_s")
+    if one["ratio"] is None and facts["models"]:
+        return "So there is no ratio of their figures; --across-models gives one."
     if one["ratio"] is None:
         return "One of the two has no throughput."
     sentence = f"The replay's throughput is {one['ratio']:.3f} of the record's"
@@ -123,23 +152,27 @@ def _agreement(facts: Facts) -> str:
         return f"{sentence}; both are predicted."
     if one["overlap"] is None:
         return f"{sentence}; without an interval of each there is no more to say."
-    levels = sorted({facts[side]["ci_level"] or 0.0 for side in ("original", "replay")})
-    coverage = " and ".join(dict.fromkeys(map(percent, levels)))
+    levels = {facts[side]["ci_level"] for side in ("original", "replay")}
+    coverage = " and ".join(dict.fromkeys(map(percent, sorted(levels - {None}))))
+    told = f" ({coverage} coverage)" if None not in levels else ""
     verdict = "overlap" if one["overlap"] else "do not overlap"
-    return f"{sentence}; their intervals ({coverage} coverage) {verdict}."
+    return f"{sentence}; their intervals{told} {verdict}."
 
 
 def _side(made: Made) -> Facts:
     record = {name: made.record[name] for name in _SIDE}
-    record["finished_at"] = record["finished_at"].isoformat()
+    ended = record["finished_at"]
+    record["finished_at"] = None if ended is None else ended.isoformat()
     return {"dataset": str(made.dataset), **record, "code": made.code}
 
 
-def _figure(name: str, original: Made, replay: Made) -> Facts:
+def _figure(name: str, original: Made, replay: Made, compared: bool) -> Facts:
     old, new = original.record[name], replay.record[name]
     old_ci, new_ci = _interval(name, original), _interval(name, replay)
-    overlap = None
-    if old_ci and new_ci:
+    overlap = ratio = None
+    if compared and old and new is not None:
+        ratio = new / old
+    if compared and old_ci and new_ci:
         overlap = old_ci[0] <= new_ci[1] and new_ci[0] <= old_ci[1]
     return {
         "name": name,
@@ -147,7 +180,7 @@ def _figure(name: str, original: Made, replay: Made) -> Facts:
         "original_ci": old_ci,
         "replay": new,
         "replay_ci": new_ci,
-        "ratio": new / old if old and new is not None else None,
+        "ratio": ratio,
         "overlap": overlap,
     }
 
@@ -167,10 +200,25 @@ def _differences(original: Made, replay: Made) -> Iterator[Facts]:
         keys = sorted(old.keys() | new.keys())
         pairs += [(f"engine_args.{key}", old.get(key), new.get(key)) for key in keys]
     pairs.append(("trials on the engine", original.companions, replay.companions))
+    pairs += _facts(original.record, replay.record)
     for name, before, after in pairs:
         told = name.startswith("engine_args.") or None not in (before, after)
         if told and before != after:
             yield {"name": name, "original": before, "replay": after}
+
+
+def _facts(original: Facts, replay: Facts) -> Iterator[tuple[str, Any, Any]]:
+    """What decides the speed of the two devices, where both are known: one that kept its name may
+    be another one all the same."""
+    old, new = (
+        device_facts.loads(original.get("device_facts")),
+        device_facts.loads(replay.get("device_facts")),
+    )
+    if old is not None and new is not None:
+        yield from (
+            (f"device: {name}", before, after)
+            for name, before, after in device_facts.apart(old, new)
+        )
 
 
 def _ended(side: Facts) -> str:

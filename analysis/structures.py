@@ -26,6 +26,7 @@ from workers.moe.architecture import (
 from workers.moe.families import unspelled
 from workers.moe.partial import Partial, partial
 from workers.moe.precision import Precision, precision
+from workers.moe.storage.found import without
 from workers.moe.structure import Architecture
 
 AUTO = "auto"
@@ -64,8 +65,7 @@ def structure(name: str, dtype: str = AUTO) -> Structure:
     if dtype == AUTO:
         model = Model(name=name, dtype="auto")
     elif dtype in DTYPES:
-        kept = {key: value for key, value in a.config.items() if key != "quantization_config"}
-        a = replace(a, config=kept)
+        a = replace(a, config=without(a.config))
         run, quantization = DTYPES[dtype]
         model = Model(name=name, dtype=run, quantization=quantization)
     else:

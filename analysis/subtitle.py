@@ -9,17 +9,20 @@ from fractions import Fraction
 
 import polars as pl
 
+from analysis import disturbed
 from analysis.conditions import constant
 
 
 def subtitle(frame: pl.DataFrame) -> list[str]:
     """Lines on the model, the machine and the workload; what no record tells is left out.
 
-    Needs the condition columns, `devices_label` and `memory_limit_gib`.
+    Needs the condition columns, `devices_label` and `memory_limit_gib`; counts what was disturbed
+    where there is that column.
     """
-    lines = [_model(frame), _machine(frame), _workload(frame)]
+    lines = [_model(frame), _machine(frame), _workload(frame), disturbed.line(frame)]
     if constant(frame, "source") == "predicted":
-        lines.insert(0, f"Predicted by a model ({constant(frame, 'engine')}), not measured")
+        engine = _with(constant(frame, "engine"), " ({})")
+        lines.insert(0, f"Predicted by a model{engine}, not measured")
     return [line for line in lines if line]
 
 
@@ -40,7 +43,7 @@ def _model(frame: pl.DataFrame) -> str:
         _with(one("quantization"), "quantised with {}"),
         _with(one("speculative"), "drafts by {}"),
         _with(one("draft_tokens"), "{} tokens a draft"),
-        _with(one("prune_ratio"), f"{one('prune_kind')}-expert pruning {{:.1%}}"),
+        _with(one("prune_ratio"), f"{_with(one('prune_kind'), '{}-expert ')}pruning {{:.1%}}"),
     )
 
 
@@ -55,7 +58,7 @@ def _machine(frame: pl.DataFrame) -> str:
         if isinstance(degree := one(f"{kind}_parallel"), int) and (degree > 1 or kind == "tensor")
     ]
     return _join(
-        _with(one("devices_label") or one("device"), f"{engine} on {{}}") or engine,
+        _with(one("devices_label") or one("device"), f"{engine} on {{}}".strip()) or engine,
         _with(one("threads"), "{} threads"),
         *degrees,
         "experts spread over devices" if one("expert_parallel") else "",

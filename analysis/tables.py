@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from analysis.conditions import varying
+from analysis.disturbed import MARK, mark
 from analysis.figures.figure import Pivot
 from analysis.insights import percent
 from analysis.subtitle import subtitle
@@ -69,8 +70,8 @@ def records_table(records: pl.DataFrame) -> Table:
 
 
 def reasons(records: pl.DataFrame) -> list[Text]:
-    """Why trials are not `ok`, or what of them is not known though they are: a line per outcome
-    and reason, the most frequent first."""
+    """What disturbed some; then why trials are not `ok`, or what of them is not known though they
+    are: a line per outcome and reason, the most frequent first."""
     groups = (
         records.filter((pl.col("outcome") != "ok") | pl.col("outcome_reason").is_not_null())
         .with_columns(pl.col("outcome_reason").fill_null("no reason recorded"))
@@ -78,11 +79,17 @@ def reasons(records: pl.DataFrame) -> list[Text]:
         .len("trials")
         .sort("trials", "outcome", "outcome_reason", descending=[True, False, False])
     )
-    lines = [
+    noisy = records.filter(pl.col("disturbed").fill_null(False))
+    why = noisy.get_column("disturbed_reason").drop_nulls()
+    lines = []
+    if len(noisy):
+        reason = _text(f": {'for instance ' if len(noisy) > 1 else ''}{why[0]}" if len(why) else "")
+        lines.append(Text.assemble(f"{len(noisy)} × disturbed ({MARK})", reason))
+    lines += [
         Text.assemble(f"{row['trials']} × ", _outcome(row), ": ", _text(row["outcome_reason"]))
         for row in groups.head(_MOST_REASONS).iter_rows(named=True)
     ]
-    if (left := len(groups) - len(lines)) > 0:
+    if (left := len(groups) - _MOST_REASONS) > 0:
         lines.append(Text(f"and {left} more reasons (see --json)"))
     return lines
 
@@ -118,7 +125,8 @@ def _number(value: object, factor: float) -> str:
 def _outcome(row: dict[str, object]) -> Text:
     outcome = str(row["outcome"])
     stage = f" ({row['oom_stage']})" if row["oom_stage"] else ""
-    return Text(outcome + stage, style=_STYLES.get(outcome, ""))
+    style = "yellow" if row.get("disturbed") else _STYLES.get(outcome, "")
+    return Text(outcome + stage + mark(row), style=style)
 
 
 def _text(value: object) -> Text:

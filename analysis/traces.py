@@ -98,7 +98,8 @@ def counts(
         SelectionError: no trial has counts, conditions differ, or several records share what
             names a series.
     """
-    trials = with_optional(records).filter(outcome="ok").collect()
+    routed = pl.col("num_experts", "top_k") > 0
+    trials = with_optional(records).filter(routed, outcome="ok").collect()
     rows = activations.join(
         trials.lazy().select("run_id", "trial_id"), on=["run_id", "trial_id"], how="semi"
     ).collect()

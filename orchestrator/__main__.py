@@ -11,14 +11,16 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from workers.contract.outcome import OUTCOMES, Outcome
+from workers.contract.outcome import FAULTS, RERUNS, Rerun
+from workers.output import OutputLost, command
 
 if TYPE_CHECKING:
     from orchestrator.plan import Plan
@@ -27,15 +29,16 @@ if TYPE_CHECKING:
 
 NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
 PIPE_WIDTH = 120
-"""Columns of a plan that goes to a file or a pipe."""
+"""Columns of a plan that goes to a file or a pipe, and of a reason."""
+SHOWN_REASONS = 8
 
 
-def _outcomes(ctx: click.Context, param: click.Parameter, value: str) -> frozenset[Outcome]:
+def _outcomes(ctx: click.Context, param: click.Parameter, value: str) -> frozenset[Rerun]:
     asked = {part.strip() for part in value.split(",") if part.strip()}
-    if unknown := sorted(asked.difference(OUTCOMES)):
-        known = ", ".join(OUTCOMES)
+    if unknown := sorted(asked.difference(RERUNS)):
+        known = ", ".join(RERUNS)
         raise click.BadParameter(f"{', '.join(unknown)}: no such outcome; known are {known}")
-    return frozenset(outcome for outcome in OUTCOMES if outcome in asked)
+    return frozenset(one for one in RERUNS if one in asked)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -67,7 +70,8 @@ def _outcomes(ctx: click.Context, param: click.Parameter, value: str) -> frozens
     callback=_outcomes,
     metavar="OUTCOME[,…]",
     default="",
-    help="Run trials again that ended this way, for example: crashed,timeout.",
+    help="Run trials again that ended this way, for example: crashed,timeout; or that something "
+    "else disturbed: disturbed.",
 )
 @click.option("--limit", type=click.IntRange(min=1), help="Run at most this many trials.")
 @click.option(
@@ -103,7 +107,7 @@ def main(
     as_json: bool,
     plain: bool,
     fresh: bool,
-    rerun: frozenset[Outcome],
+    rerun: frozenset[Rerun],
     limit: int | None,
     no_skip: bool,
     node_wait: float,
@@ -142,13 +146,13 @@ def main(
 def _explained(request: Request, *, dry_run: bool) -> int:
     """Exit status; whatever a user can cause ends in one line on standard error."""
     from orchestrator.errors import ClusterError, HeadLost, SweepError
-    from orchestrator.request import local_profile, prepare
+    from orchestrator.request import planned_here
     from workers.hardware.device import UnknownDevice
 
     try:
         if dry_run:
-            _, plan = prepare(request, request.profile or local_profile())
-            _show_plan(plan, _notes(request, plan), as_json=request.json)
+            plan, notes = planned_here(request)
+            _show_plan(plan, [*notes, *_notes(request, plan)], as_json=request.json)
             return 0
         return _run(request)
     except (SweepError, UnknownDevice) as error:
@@ -181,7 +185,11 @@ def _run(request: Request) -> int:
     except StoreError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    _show_summary(summary, as_json=request.json)
+    try:
+        _show_summary(summary, as_json=request.json)
+        sys.stdout.flush()
+    except OutputLost as lost:
+        return lost.answer(summary.status, f"the records are in {summary.dataset}")
     return summary.status
 
 
@@ -204,14 +212,15 @@ def _show_plan(plan: Plan, notes: Sequence[str], *, as_json: bool) -> None:
 
 
 def _notes(request: Request, plan: Plan) -> list[str]:
-    """Which trials will find no activation sheet, and what is none."""
+    """Which names nobody can resolve; which trials will find no activation sheet, and what is
+    none."""
+    said: list[str] = []
     if not plan.asks_for_sheets:
-        return []
+        return [*filter(None, [plan.by_name])]
     from orchestrator.sheets import shelf
 
-    said: list[str] = []
     missing = shelf(request, said.append).missing(plan.groups)
-    return [*said, *filter(None, [missing])]
+    return [*said, *filter(None, [plan.by_name, missing])]
 
 
 @cache
@@ -231,18 +240,29 @@ def _show_summary(summary: Summary, *, as_json: bool) -> None:
                     "trials": summary.trials,
                     "resumed": summary.resumed,
                     "outcomes": dict(summary.counts),
+                    "disturbed": summary.disturbed,
                     "seconds": summary.seconds,
                     "busy_share": summary.busy_share,
                     "interrupted": summary.interrupted,
+                    "reasons": [asdict(one) for one in summary.reasons],
                 }
             )
         )
         return
     made = sum(summary.counts.values())
     words = ", ".join(f"{count} {outcome}" for outcome, count in summary.counts.items())
+    if summary.disturbed:
+        words += f", {summary.disturbed} disturbed"
     print(f"{made} of {summary.trials} trials have a record: {words or 'none'}")
+    if summary.disturbed:
+        print(
+            "disturbed: something else took part in their figures (column disturbed_reason); "
+            "--rerun disturbed measures them again"
+        )
     if summary.resumed:
         print(f"{summary.resumed} of them from earlier runs (--fresh measures them again)")
+    for line in _reasons(summary):
+        print(line)
     print(f"dataset  {summary.dataset}")
     print(f"table    python -m analysis table {summary.dataset}")
     print("figures  python -m analysis figures     (lists their names)")
@@ -251,5 +271,20 @@ def _show_summary(summary: Summary, *, as_json: bool) -> None:
         print("interrupted: the same command goes on where this one stopped")
 
 
+def _reasons(summary: Summary) -> Iterator[str]:
+    """Why trials did not end `ok`: a line each, and where to read on."""
+    from orchestrator.errors import one_line
+
+    if not summary.reasons:
+        return
+    yield "why"
+    for one in summary.reasons[:SHOWN_REASONS]:
+        yield f"{one.trials:>6} {one.outcome:<11} {one_line(one.text, PIPE_WIDTH)}"
+        if one.log is not None and one.outcome in FAULTS | {"unsupported"}:
+            yield f"{'log':>10}         {summary.dataset / one.log}"
+    if (left := len(summary.reasons) - SHOWN_REASONS) > 0:
+        yield f"       and {left} more reasons, which the table has"
+
+
 if __name__ == "__main__":
-    main(prog_name="python -m orchestrator")
+    command(lambda: main(prog_name="python -m orchestrator"))

@@ -205,15 +205,15 @@ class Cluster:
         Raises:
             ClusterError: no cluster answers there, or its nodes cannot be described.
         """
-        wanted = address or os.environ.get("RAY_ADDRESS") or _running()
+        wanted = chosen(address)
         own: _Session | None = None
         try:
-            if wanted and wanted != "local":
+            if wanted is not None:
                 ray = _join(wanted)
             else:
                 own, ray = _begin(preloads)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-            place = wanted if wanted and wanted != "local" else "this machine"
+            place = wanted or "this machine"
             raise ClusterError(f"no Ray cluster at {place}: {_first_line(error)}") from error
         cluster = cls(nodes=(), hosts={}, driver_node=None, _own=own)
         try:
@@ -227,6 +227,12 @@ class Cluster:
     def session(self) -> Path | None:
         """Folder of a cluster of our own; null if it was there before us."""
         return self._own.folder if self._own is not None else None
+
+    @property
+    def alone(self) -> bool:
+        """Engines run on the driver's machine, and on no other."""
+        there = {node.node_id for node in self.nodes}
+        return not self.autoscaling and there == {self.driver_node}
 
     @property
     def nursery(self) -> str | None:
@@ -376,6 +382,13 @@ class Cluster:
                 )
             )
         return tuple(nodes)
+
+
+def chosen(address: str | None) -> str | None:
+    """The cluster that is joined: the one at `address`, else at `RAY_ADDRESS`, else one that runs
+    on this machine; null where one of our own is started."""
+    wanted = address or os.environ.get("RAY_ADDRESS") or _running()
+    return None if wanted == "local" else wanted
 
 
 def _alive(ray: ModuleType) -> dict[str, dict[str, Any]]:

@@ -66,6 +66,7 @@ from workers.hardware.device import CPU
 from workers.moe.accounting import stage_layers
 from workers.moe.architecture import UnknownModel, resolve, run_dtype
 from workers.moe.fields import NESTED, Fields
+from workers.moe.storage.found import carried
 from workers.moe.structure import Architecture, Layer, Weight
 
 PEER_GIB = 0.5
@@ -302,7 +303,7 @@ def _shape(model: Model) -> _Shape | None:
     number = {layer: i for i, layer in enumerate(kinds)}
     pattern = tuple(number[layer] for layer in a.layers)
     counts = Counter(pattern)
-    stored = a.config.get("quantization_config") or model.quantization
+    stored = carried(a.config) or model.quantization
     ends = (*a.embedding, *a.final, a.head)
     return _Shape(
         form=(

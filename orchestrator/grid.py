@@ -16,7 +16,7 @@ import json
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -24,9 +24,9 @@ from orchestrator import fields
 from orchestrator.errors import Place, SweepError, one_line
 from orchestrator.sweep import Cell, Sweep
 from orchestrator.where import Constraint, NoAnswer, Undecided
-from workers.contract.fingerprint import fingerprint
 from workers.contract.model import Model
 from workers.contract.trial import Trial
+from workers.identity import Identities
 
 Resolve = Callable[[Model], Mapping[str, Any]]
 """Answers a model with its own dimensions (`OWN`), those that are known. It must not raise:
@@ -46,6 +46,8 @@ class Point:
 
     trial: Trial
     """What runs."""
+    trial_id: str
+    """Its identity, after names and nulls are resolved."""
     axes: dict[str, Any]
     """What was varied, by axis key, as the file writes the value."""
 
@@ -61,6 +63,8 @@ class Expansion:
     """Points before constraints."""
     dropped: dict[str, int]
     """By constraint, points that it was the first to drop."""
+    identities: Identities = field(compare=False, repr=False)
+    """What the names in the points stand for."""
 
 
 def expand(sweep: Sweep, resolve: Resolve | None = None) -> Expansion:
@@ -103,7 +107,8 @@ def _expand(sweep: Sweep, resolve: Resolve | None) -> Expansion:
     dropped = {constraint.text: 0 for constraint in sweep.where}
     axes = [[{cell.key: cell.written for cell in row} for row in rows] for rows in factors]
     model, layout, workload, engine, measure = (block.maker() for block in blocks.values())
-    once = _Once(sweep, blocks.values())
+    identities = Identities()
+    once = _Once(sweep)
     points: list[Point] = []
     size = 0
     for index in itertools.product(*(range(len(rows)) for rows in factors)):
@@ -119,16 +124,17 @@ def _expand(sweep: Sweep, resolve: Resolve | None) -> Expansion:
             engine=engine(index),
             measure=measure(index),
         )
-        once.add(index)
+        trial_id = identities.trial_id(trial)
+        once.add(trial_id, size - 1)
         varied: dict[str, Any] = {}
         for rows, i in zip(axes, index, strict=True):
             varied |= rows[i]
-        points.append(Point(trial=trial, axes=varied))
+        points.append(Point(trial=trial, trial_id=trial_id, axes=varied))
     if not points:
         counts = ", ".join(f"{text!r} dropped {n:,}" for text, n in dropped.items() if n)
         worst = max(sweep.where, key=lambda constraint: dropped[constraint.text])
         raise worst.place.error(f"no point is left of {size:,}: {counts}")
-    return Expansion(points=tuple(points), size=size, dropped=dropped)
+    return Expansion(points=tuple(points), size=size, dropped=dropped, identities=identities)
 
 
 class _Part:
@@ -213,8 +219,6 @@ class _Block(_Part):
             _Inner(fields.catalogue()[f"{key}.{name}"], factors, places) for name in sorted(deeper)
         ]
         self._blocks: dict[Any, Any] = {}
-        self._numbers: dict[Any, int] = {}
-        self._tokens: dict[str, int] = {}
 
     def maker(self) -> Callable[[Index], Any]:
         """`built`, which looks at no index where nothing varies."""
@@ -229,14 +233,6 @@ class _Block(_Part):
         if isinstance(found, SweepError):
             raise found
         return found
-
-    def number(self, index: Index) -> int:
-        """A number that equal blocks share, and different ones do not."""
-        key = self.pick(index)
-        if key not in self._numbers:
-            token = fingerprint(self.built(index))
-            self._numbers[key] = self._tokens.setdefault(token, len(self._tokens))
-        return self._numbers[key]
 
     def reader(self, name: str, resolve: Resolve | None) -> Callable[[Index], Any]:
         """How a constraint reads one of its names at a point.
@@ -343,31 +339,39 @@ class _Check:
 
 
 class _Once:
-    """Refuses the same trial at two points.
+    """Refuses the same trial at two points, by what they are and not by how they are spelled."""
 
-    The axes of a grid have distinct values and set different keys, so they cannot make
-    one; the rows of zip and cases can.
-    """
-
-    def __init__(self, sweep: Sweep, blocks: Iterable[_Block]) -> None:
+    def __init__(self, sweep: Sweep) -> None:
         self._sweep = sweep
-        self._numbers = [block.number for block in blocks]
-        self._idle = not sweep.zip and sweep.cases is None
-        self._seen: dict[tuple[int, ...], Index] = {}
+        self._seen: dict[str, int] = {}
 
-    def add(self, index: Index) -> None:
-        if self._idle:
-            return
-        first = self._seen.setdefault(tuple([number(index) for number in self._numbers]), index)
-        if first is not index:
-            raise self._error(first, index)
+    def add(self, trial_id: str, number: int) -> None:
+        """Takes the point of that number in the product."""
+        first = self._seen.setdefault(trial_id, number)
+        if first != number:
+            raise self._error(first, number)
 
-    def _error(self, first: Index, second: Index) -> SweepError:
+    def _error(self, *numbers: int) -> SweepError:
+        """Points at what tells the second from the first."""
         factors = self._sweep.factors
-        a, b = ([rows[i] for rows, i in zip(factors, at, strict=True)] for at in (first, second))
-        differ = [cell for i, row in enumerate(b) if first[i] != second[i] for cell in row]
+        first, second = (_row(factors, number) for number in numbers)
+        differ = [
+            cell
+            for one, other in zip(first, second, strict=True)
+            if one is not other
+            for cell in other
+        ]
         place = differ[-1].place if differ else Place(self._sweep.path, None, "cases")
-        return place.error(f"two points are the same trial: {_spelt(a)} and {_spelt(b)}")
+        return place.error(f"two points are the same trial: {_spelt(first)} and {_spelt(second)}")
+
+
+def _row(factors: Factors, number: int) -> list[Row]:
+    """The rows of one point of the product, counted from 0."""
+    rows: list[Row] = []
+    for factor in reversed(factors):
+        number, i = divmod(number, len(factor))
+        rows.insert(0, factor[i])
+    return rows
 
 
 def _under(key: str, row: Row) -> Row:

@@ -13,14 +13,16 @@ per engine and found again by the identity of those objects.
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, lru_cache
 from operator import attrgetter
 from typing import Any
 
 from orchestrator.grid import Expansion, Point, uncollected
+from orchestrator.needs import Absent
 from orchestrator.sweep import Sweep
 from workers.contract.engine import EngineSettings
 from workers.contract.errors import Infeasible, Unsupported
@@ -32,6 +34,7 @@ from workers.engines.roofline_engine import pace
 from workers.hardware.device import Device, UnknownDevice
 from workers.hardware.device import device as find_device
 from workers.hardware.roofline import Prediction, Roofline, roofline, unpredictable
+from workers.identity import Identities
 from workers.moe import drafts, hub
 from workers.moe.architecture import UnknownModel, Unread, check, resolve
 from workers.moe.structure import Architecture
@@ -40,6 +43,10 @@ ENGINE_SECTIONS = ("model", "layout", "engine")
 """Sections of a trial that its engine is built from."""
 TOP_K = "model.top_k"
 """The one field of them that may vary within a group."""
+_NAMED = 4
+"""Names that are listed in one line; the rest is counted."""
+DETAILED = 1_000
+"""Trials of a plan that is told with what its models are made of."""
 ROOFLINE_S = 0.01
 """Building a roofline engine, seconds: it only computes."""
 
@@ -56,6 +63,8 @@ class Planned:
     unpredicted: str | None = None
     """Why there is no prediction; null where there is one."""
     infeasible: Infeasible | None = None
+    digests: Mapping[str, str] = field(default_factory=dict)
+    """Columns of its record that say what its names stand for (`workers.identity.DIGESTS`)."""
 
     @property
     def predicted(self) -> Mapping[str, Any]:
@@ -192,11 +201,55 @@ class Plan:
     """Constraint → points it dropped."""
     infeasible: tuple[Planned, ...]
     groups: tuple[Group, ...]
+    unknown: Mapping[str, str] = field(default_factory=dict)
+    """Names of which nobody here can tell what they stand for, and why; identities go by them."""
+    absent: tuple[Absent, ...] = ()
+    """What its trials name and this machine has not."""
+
+    def due(
+        self, settled: Container[str] = (), limit: int | None = None
+    ) -> tuple[list[Group], list[Planned]]:
+        """Groups and infeasible points that owe a record.
+
+        Args:
+            settled: trials that have one.
+            limit: so many trials of groups at most; null for all.
+        """
+        room = limit if limit is not None else sys.maxsize
+        groups = []
+        for group in self.groups:
+            owed = [one.trial_id for one in group.trials if one.trial_id not in settled]
+            if left := group.only(owed[:room]):
+                groups.append(left)
+                room -= len(left.trials)
+        return groups, [one for one in self.infeasible if one.trial_id not in settled]
+
+    def first(self, limit: int | None) -> Plan:
+        """What a run begins with that has no records yet, and is to run `limit` trials."""
+        return self if limit is None else replace(self, groups=tuple(self.due(limit=limit)[0]))
 
     @property
     def trials(self) -> int:
         """Points that get a terminal record, infeasible ones included."""
         return len(self.infeasible) + sum(len(group.trials) for group in self.groups)
+
+    def named_ids(self) -> set[str]:
+        """What version 0.1.0 called these trials."""
+        names = Fingerprints()
+        grouped = (one for group in self.groups for one in group.trials)
+        return {names.of(one.trial) for one in (*self.infeasible, *grouped)}
+
+    @property
+    def by_name(self) -> str | None:
+        """Which names identities go by, in one line; null where all are resolved."""
+        if not self.unknown:
+            return None
+        told = [f"{name} ({why})" for name, why in self.unknown.items()]
+        more = f"; and {len(told) - _NAMED} more" if len(told) > _NAMED else ""
+        return (
+            "what these names stand for cannot be told here, so trials are identified by the "
+            f"names, and a change behind them would not be seen: {'; '.join(told[:_NAMED])}{more}"
+        )
 
     @property
     def asks_for_sheets(self) -> bool:
@@ -221,7 +274,8 @@ class Plan:
         return sum(group.predicted_s * group.devices for group in self.groups) / 3600
 
     def to_json(self) -> dict[str, Any]:
-        """The answer of `--dry-run --json`."""
+        """The answer of `--dry-run --json`; of a small plan with what its models are made of."""
+        detailed = self.trials <= DETAILED
         return {
             "sweep": self.sweep,
             "profile": self.profile,
@@ -229,7 +283,12 @@ class Plan:
             "trials": self.trials,
             "dropped": dict(self.dropped),
             "infeasible": [
-                {"trial_id": one.trial_id, "axes": dict(one.axes), "reason": str(one.infeasible)}
+                {
+                    "trial_id": one.trial_id,
+                    "axes": dict(one.axes),
+                    "reason": str(one.infeasible),
+                    "digests": one.digests,
+                }
                 for one in self.infeasible
             ],
             "groups": [
@@ -239,11 +298,13 @@ class Plan:
                     "devices": group.devices,
                     "trials": len(group.trials),
                     "trial_ids": [one.trial_id for one in group.trials],
+                    "digests": group.trials[0].digests,
                     "predicted_memory_gib": group.predicted_memory_gib,
                     "memory_limit_gib": group.memory_limit_gib,
                     "predicted_oom": group.predicted_oom,
                     "predicted_seconds": None if group.unpredicted else group.predicted_s,
                     "unpredicted": list(group.unpredicted),
+                    **(_details(group) if detailed else {}),
                 }
                 for group in self.groups
             ],
@@ -262,7 +323,7 @@ def build(sweep: Sweep, expansion: Expansion, device: Device) -> Plan:
         SweepError: a model that is neither in the catalogue, nor a folder, nor a hub id, or that
             this machine lacks and may not fetch.
     """
-    planner = _Planner(sweep, device)
+    planner = _Planner(sweep, device, expansion.identities)
     infeasible: list[Planned] = []
     groups: dict[str, list[Planned]] = {}
     with uncollected():
@@ -281,7 +342,30 @@ def build(sweep: Sweep, expansion: Expansion, device: Device) -> Plan:
         dropped=expansion.dropped,
         infeasible=tuple(infeasible),
         groups=tuple(built),
+        unknown=dict(expansion.identities.unknown),
     )
+
+
+def _details(group: Group) -> dict[str, Any]:
+    """The structure that its first trial runs, as far as it is known, and what version 0.1.0
+    called its trials."""
+    try:
+        structure = _dimensions(_structure(group.trials[0].trial.model))
+    except Unread:  # which the trial says as `unpredicted`
+        structure = None
+    return {
+        "named_ids": [one.trial.named_id for one in group.trials],
+        "structure": structure,
+    }
+
+
+def _dimensions(a: Architecture | None) -> dict[str, int] | None:
+    """Columns of a record; null where only the engine can find out."""
+    if a is None:
+        return None
+    names = ("num_layers", "hidden_size", "ffn_dim", "num_experts", "top_k", "shared_experts")
+    counted = ("params_total", "params_active") if a.exact else ()
+    return {name: getattr(a, name) for name in (*names, *counted)}
 
 
 def engine_group(trial: Trial) -> tuple[Model, Layout, EngineSettings]:
@@ -314,6 +398,11 @@ def own_dimensions(model: Model) -> Mapping[str, Any]:
     }
 
 
+def forget() -> None:
+    """Models are read again: their files may have changed since the last plan."""
+    _resolved.cache_clear()
+
+
 @dataclass(kw_only=True, slots=True)
 class _Costs:
     """What is known of all engines that cost the same, whatever else sets them apart."""
@@ -332,9 +421,8 @@ class _Planner:
     Memories go by the `id` of blocks, which the points keep alive.
     """
 
-    def __init__(self, sweep: Sweep, device: Device) -> None:
-        self._sweep, self._device = sweep, device
-        self._ids = Fingerprints()
+    def __init__(self, sweep: Sweep, device: Device, identities: Identities) -> None:
+        self._sweep, self._device, self._identities = sweep, device, identities
         self._engines: dict[tuple[int, int, int], tuple[_Costs, str]] = {}
         self._costs: dict[tuple[Any, ...], _Costs] = {}
         self._weights: dict[tuple[int, bool], Model] = {}
@@ -356,11 +444,12 @@ class _Planner:
                 costs.predictions[workload] = prediction
         planned = Planned(
             trial=trial,
-            trial_id=self._ids.of(trial),
+            trial_id=point.trial_id,
             axes=point.axes,
             prediction=prediction,
             unpredicted=costs.unpredicted,
             infeasible=costs.infeasible,
+            digests=self._identities.digests(trial),
         )
         return planned, group_id
 
@@ -427,7 +516,7 @@ class _Planner:
         model = self._weights.get(key)
         if model is None:
             model = self._weights[key] = engine_group(trial)[0]
-        return self._ids.of([model, trial.layout, trial.engine])[:12]
+        return self._identities.engine_key(model, trial.layout, trial.engine)[:12]
 
 
 def _group(group_id: str, trials: list[Planned]) -> Group:

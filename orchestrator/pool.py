@@ -325,6 +325,7 @@ class Pool:
                     attempt=attempts[one.trial_id],
                     axes=one.axes,
                     predicted=one.predicted,
+                    digests=one.digests,
                 )
                 for one in group.trials
             ),

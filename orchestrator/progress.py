@@ -11,16 +11,19 @@ beside it: it tells how much of a night is measuring and how much is loading.
 from __future__ import annotations
 
 import heapq
+import re
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from orchestrator.display.base import GroupView, LaneView, Snapshot
+import pyarrow as pa
+
+from orchestrator.display.base import GroupView, LaneView, Snapshot, Why
 from orchestrator.events import Lane, Node
 from orchestrator.plan import Group, Plan
 from workers.contract.message import Finished, Message, Progress
-from workers.contract.outcome import Outcome
+from workers.contract.outcome import FAULTS, Outcome
 
 PRIOR_SHARE = 0.05
 """Weight of the roofline's own seconds against what was measured, as a share of all of them:
@@ -30,8 +33,62 @@ LAID_OUT = 2_000
 over devices is as near (and takes no time)."""
 ETA_EVERY_S = 1.0
 """A snapshot's ETA is at most so old."""
-LAST_OOM = 5
-"""Out-of-memory trials that the display keeps in sight."""
+MOST_REASONS = 1_000
+"""Reasons that are kept apart, and that are told while the run lasts. With more there are others
+to read: the records have them all."""
+LONGEST = 500
+"""Characters of a reason that are kept."""
+_NUMBERS = re.compile(r"\b[0-9a-f]{12,}\b|\d+")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reason:
+    """Why some trials did not end `ok`."""
+
+    outcome: Outcome
+    text: str
+    """That of the first; the others' differ in numbers at most."""
+    trials: int
+    log: str | None
+    """Log of the first, below the folder of the dataset; null without one."""
+
+
+class Reasons:
+    """Counts why trials did not end `ok`. Texts that differ in numbers only count as one.
+
+    Args:
+        hide: takes secrets out of a text.
+    """
+
+    def __init__(self, hide: Callable[[str], str] = str) -> None:
+        self._hide = hide
+        self._found: dict[tuple[Outcome, str], Reason] = {}
+        self._of_groups: set[tuple[str | None, Outcome, str]] = set()
+
+    def add(
+        self, group_id: str | None, outcome: Outcome, text: str | None, log: str | None
+    ) -> str | None:
+        """Counts a trial.
+
+        Returns:
+            What is to be said of it: the reason, if it is the first of its group with that one.
+        """
+        text = self._hide(text or "no reason is recorded")[:LONGEST]
+        alike = _NUMBERS.sub("#", text)
+        key = (outcome, alike if len(self._found) < MOST_REASONS else "")
+        first = self._found.get(key) or Reason(
+            outcome=outcome, text=text if key[1] else "other reasons", trials=0, log=log
+        )
+        self._found[key] = replace(first, trials=first.trials + 1)
+        told = len(self._of_groups)
+        if told < MOST_REASONS:
+            self._of_groups.add((group_id, outcome, alike))
+        return text if len(self._of_groups) > told else None
+
+    def all(self) -> list[Reason]:
+        """Faults first, then the most frequent."""
+        order = sorted(self._found.values(), key=lambda one: (-one.trials, one.outcome))
+        return sorted(order, key=lambda one: one.outcome not in FAULTS)
 
 
 @dataclass(slots=True)
@@ -52,6 +109,7 @@ class _Group:
     group: Group
     outcomes: Counter[Outcome] = field(default_factory=Counter)
     throughput: float | None = None
+    disturbed: int = 0
     loading_s: float = 0.0
     """Building and closing its engine."""
     passing_s: float = 0.0
@@ -73,10 +131,12 @@ class Tracker:
         *,
         device: str,
         resumed: Mapping[str, Outcome],
+        disturbed: int = 0,
+        hide: Callable[[str], str] = str,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._plan, self._nodes, self._device = plan, nodes, device
-        self._clock = clock
+        self._hide, self._clock = hide, clock
         self._began = clock()
         self._resumed = len(resumed)
         self._total = len(resumed) + sum(len(group.trials) for group in groups)
@@ -88,9 +148,13 @@ class Tracker:
         self._views = {key: self._group_view(one) for key, one in self._groups.items()}
         self._changed: set[str] = set()
         """Groups whose view is out of date."""
-        self._oom: deque[str] = deque(maxlen=LAST_OOM)
+        self._whys: tuple[Why, ...] = ()
+        self.reasons = Reasons(hide)
+        """Of trials that did not end `ok`."""
         self.counts: Counter[Outcome] = Counter(resumed.values())
         """Terminal records by outcome, resumed ones included."""
+        self.disturbed = disturbed
+        """Those of them that something else disturbed."""
 
     def opened(self, lane: Lane) -> None:
         """A lane got its devices."""
@@ -122,7 +186,7 @@ class Tracker:
             if lane.group_id and message.stage != "load":
                 self._groups[lane.group_id].building = False
         elif isinstance(message, Finished):
-            self.ended(lane.group_id, message.outcome, message.throughput_tok_s)
+            self.ended(lane.group_id, message.record, message.throughput_tok_s)
         else:
             if lane.group_id:
                 self._groups[lane.group_id].done = True
@@ -130,21 +194,34 @@ class Tracker:
             lane.stage, lane.group_id, lane.since = "idle", None, self._clock()
 
     def ended(
-        self, group_id: str | None, outcome: Outcome, throughput: float | None = None
+        self, group_id: str | None, record: pa.RecordBatch, throughput: float | None = None
     ) -> None:
         """A trial has its terminal record."""
+        row = record.select(["outcome", "outcome_reason", "log", "disturbed"]).to_pylist()[0]
+        outcome: Outcome = row["outcome"]
         self.counts[outcome] += 1
+        disturbed = row["disturbed"] is True
+        self.disturbed += disturbed
+        if outcome != "ok":
+            self._why(group_id, outcome, row["outcome_reason"], row["log"])
         if group_id is None:
             self._total += 1  # infeasible points are in no group
             return
         state = self._groups[group_id]
         self._changed.add(group_id)
         state.outcomes[outcome] += 1
+        state.disturbed += disturbed
         state.throughput = throughput or state.throughput
-        if outcome == "oom":
-            self._oom.append(state.group.label)
         if sum(state.outcomes.values()) == len(state.group.trials):
             state.done = True
+
+    def _why(
+        self, group_id: str | None, outcome: Outcome, reason: str | None, log: str | None
+    ) -> None:
+        said = self.reasons.add(group_id, outcome, reason, log)
+        if said is not None:
+            label = self._groups[group_id].group.label if group_id is not None else ""
+            self._whys = (*self._whys, Why(label=label, outcome=outcome, reason=said))
 
     def eta_s(self) -> float | None:
         """Seconds until the last group is done; null where nothing can be predicted."""
@@ -190,9 +267,9 @@ class Tracker:
         lane.counted = now
 
     def busy_share(self) -> float | None:
-        """Time in passes over time in which lanes were held."""
+        """Time in passes over time in which lanes were held, at most 1."""
         held = self._held_s + sum(self._clock() - one.opened_at for one in self._lanes.values())
-        return self._busy_s / held if held else None
+        return min(1.0, self._busy_s / held) if held else None
 
     def snapshot(self) -> Snapshot:
         """The state as a display shows it."""
@@ -205,9 +282,10 @@ class Tracker:
             trials_total=self._total,
             resumed=self._resumed,
             counts=dict(self.counts),
+            disturbed=self.disturbed,
             lanes=tuple(self._lane_view(one) for one in self._lanes.values()),
             groups=self._group_views(),
-            last_oom=tuple(self._oom),
+            whys=self._whys,
             busy_share=self.busy_share(),
         )
 
@@ -255,6 +333,7 @@ class Tracker:
             done=done,
             outcomes=dict(one.outcomes),
             throughput_tok_s=one.throughput,
+            disturbed=one.disturbed,
             state="done" if one.done else "running" if one.started else "waiting",
         )
 

@@ -6,15 +6,18 @@ polars before it can do anything.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from orchestrator import plan
+from orchestrator.cluster import chosen
 from orchestrator.grid import expand
+from orchestrator.needs import absent, notes, refuse
 from orchestrator.plan import Plan
 from orchestrator.sweep import Sweep, load
-from workers.contract.outcome import Outcome
+from workers import caches
+from workers.contract.outcome import Rerun
 from workers.hardware.device import device
 from workers.hardware.host import describe, device_class
 
@@ -35,7 +38,7 @@ class Request:
     profile: str | None = None
     address: str | None = None
     fresh: bool = False
-    rerun: frozenset[Outcome] = frozenset()
+    rerun: frozenset[Rerun] = frozenset()
     limit: int | None = None
     no_skip: bool = False
     """Run trials too that dominance makes pointless."""
@@ -57,7 +60,30 @@ def prepare(request: Request, profile: str) -> tuple[Sweep, Plan]:
     """
     target = device(profile)
     sweep = load(request.sweep, request.overrides, profile)
-    return sweep, plan.build(sweep, expand(sweep, plan.own_dimensions), target)
+    plan.forget()
+    expansion = expand(sweep, plan.own_dimensions)
+    missing = absent(sweep, expansion.points)
+    return sweep, replace(plan.build(sweep, expansion, target), absent=missing)
+
+
+def planned_here(request: Request) -> tuple[Plan, list[str]]:
+    """What a run would begin with, and notes on it, before any machine is asked.
+
+    Trials that have a record already are counted too: which those are depends on the devices.
+
+    Raises:
+        SweepError: what the user wrote is wrong, or names what is not on this machine, where
+            engines would run.
+        UnknownDevice: the profile names no device class.
+    """
+    moved = caches.ensure()
+    own = local_profile()
+    _, planned = prepare(request, request.profile or own)
+    here = request.profile in (None, own) and chosen(request.address) is None
+    if here:
+        refuse(planned.absent)
+    said = [*filter(None, [moved]), *notes(planned.absent, here=here)]
+    return planned.first(request.limit), said
 
 
 def local_profile() -> str:

@@ -30,22 +30,23 @@ import polars as pl
 import pyarrow as pa
 from rich.console import Console
 
-from orchestrator import events, manifest, schedule
+from orchestrator import events, manifest, schedule, vouching
 from orchestrator.display.base import Display, choose, span
 from orchestrator.errors import ClusterError, HeadLost
-from orchestrator.plan import Group, Plan, Planned
-from orchestrator.progress import Tracker
+from orchestrator.needs import notes, refuse
+from orchestrator.plan import Group, Plan
+from orchestrator.progress import Reason, Tracker
 from orchestrator.request import Request, local_profile, prepare
 from orchestrator.sheets import shelf
 from orchestrator.signals import deaf, interruptible
-from orchestrator.store import RESUME, Dataset, Guard, StoreError, settled
+from orchestrator.store import RESUME, Dataset, Guard, StoreError, settled, unvouched
 from orchestrator.streams import diverted
 from orchestrator.sweep import Sweep
-from workers import recorder
+from workers import caches, recorder
 from workers.contract.errors import Crashed, TimedOut, TrialError
 from workers.contract.job import Job, Ticket
 from workers.contract.message import Finished, Progress, Released
-from workers.contract.outcome import FAULTS, Outcome
+from workers.contract.outcome import DISTURBED, FAULTS, Outcome, Rerun
 from workers.hardware import roofline
 from workers.hardware.device import CPU, device
 from workers.hardware.host import Host, device_class
@@ -76,9 +77,13 @@ class Summary:
     """Those that an earlier run had settled."""
     counts: Mapping[Outcome, int]
     """Terminal records by outcome, resumed ones included."""
+    disturbed: int
+    """Those of them that something else disturbed."""
     seconds: float
     busy_share: float | None
     interrupted: bool = False
+    reasons: tuple[Reason, ...] = ()
+    """Why trials did not end `ok`, faults first, then the most frequent."""
 
     @property
     def status(self) -> int:
@@ -98,8 +103,13 @@ def execute(request: Request) -> Summary:
         HeadLost: the cluster's head died; what was measured is on disk.
         StoreError: the dataset cannot be opened or written.
     """
+    from orchestrator.cluster import Cluster, chosen
+
+    moved = caches.ensure()
     profile = request.profile or local_profile()
     sweep, planned = prepare(request, profile)
+    if chosen(request.address) is None:  # engines will run here
+        refuse(planned.absent)
     _refuse_lost(request.out)
     with (
         os.fdopen(os.dup(2), "w", encoding="utf-8", errors="replace") as errors,
@@ -108,7 +118,6 @@ def execute(request: Request) -> Summary:
         diverted(dataset.logs / "driver.log") as terminal,
         interruptible(),
     ):
-        from orchestrator.cluster import Cluster
         from workers.forks import preloads
 
         kinds = sorted({group.trials[0].trial.engine.kind for group in planned.groups})
@@ -116,9 +125,13 @@ def execute(request: Request) -> Summary:
             found = _cluster_profile(cluster) or profile
             if request.profile is None and found != profile:
                 sweep, planned = prepare(request, found)
+            if cluster.alone:
+                refuse(planned.absent)
             display = choose(plain=request.plain, json=request.json, console=Console(file=terminal))
             with display:
                 run = _Run(request, sweep, planned, dataset, cluster, display)
+                if moved is not None:
+                    display.say(moved)
                 cluster.or_else(lambda: _end_stuck(run, errors))
                 return run.execute()
 
@@ -154,8 +167,9 @@ class _Run:
         self._began = time.monotonic()
         self._known_secrets = known_secrets(sweep.resolved)
         self._shelf = shelf(request, self._say)
-        self._settled = self._earlier()
-        self._groups, self._infeasible = self._due()
+        self._settled = self._earlier(request.rerun)
+        self._disturbed = self._settled.keys() - self._earlier(request.rerun | {DISTURBED}).keys()
+        self._groups, self._infeasible = planned.due(self._settled, request.limit)
         known = list(self._exhausted())
         self._packings = self._known_packings()
         side_by_side = {node_id: one.unchanged for node_id, one in self._packings.items()}
@@ -186,7 +200,10 @@ class _Run:
             self._schedule.nodes,
             device=_devices(cluster),
             resumed=resumed,
+            disturbed=len(self._disturbed & resumed.keys()),
+            hide=lambda text: hide_text(text, self._known_secrets),
         )
+        self._recall(resumed)
         self._pool: Pool = Pool(
             cluster,
             sweep=sweep.name,
@@ -222,10 +239,16 @@ class _Run:
 
     def execute(self) -> Summary:
         self._open_manifest()
-        for warning in self._dataset.warnings:
+        missing = notes(self._plan.absent, here=self._cluster.alone)
+        for warning in (*self._dataset.warnings, *missing):
             self._say(warning)
-        if (line := self._shelf.missing(self._groups)) is not None:
-            self._say(line)
+        for line in (
+            self._plan.by_name,
+            *self._of_earlier(),
+            self._shelf.missing(self._groups),
+        ):
+            if line is not None:
+                self._say(line)
         interrupted = False
         try:
             self._write_infeasible()
@@ -250,9 +273,11 @@ class _Run:
             trials=self._plan.trials,
             resumed=self._resumed,
             counts=dict(self._tracker.counts),
+            disturbed=self._tracker.disturbed,
             seconds=time.monotonic() - self._began,
             busy_share=self._tracker.busy_share(),
             interrupted=interrupted,
+            reasons=tuple(self._tracker.reasons.all()),
         )
 
     def _loop(self) -> None:
@@ -456,8 +481,8 @@ class _Run:
         """Terminal records that no engine writes, of trials of one group."""
         self._dataset.commit(self._run_id, records=records)
         self._made[outcome] += len(records)
-        for _ in records:
-            self._tracker.ended(group_id, outcome)
+        for one in records:
+            self._tracker.ended(group_id, one)
 
     def _blame(self, blame: events.Blame, error: TrialError) -> None:
         """Terminal records of trials whose host can no longer write them."""
@@ -507,11 +532,13 @@ class _Run:
             records = []
             for one in self._infeasible[start : start + AT_ONCE]:
                 assert one.infeasible is not None
-                ticket = Ticket(trial=one.trial, trial_id=one.trial_id, axes=one.axes)
+                ticket = Ticket(
+                    trial=one.trial, trial_id=one.trial_id, axes=one.axes, digests=one.digests
+                )
                 records.append(recorder.failed(job, ticket, one.infeasible))
             self._end(None, "infeasible", records)
 
-    def _earlier(self) -> dict[str, Outcome]:
+    def _earlier(self, rerun: frozenset[Rerun]) -> dict[str, Outcome]:
         """Trials that an earlier run settled on machines like the ones in hand."""
         if self._request.fresh:
             return {}
@@ -519,11 +546,36 @@ class _Run:
         runs = manifest.read(self._dataset.manifest, self._sweep.name)["runs"]
         done: dict[str, Outcome] = {}
         for guard in self._guards():
-            done |= settled(records, guard=guard, rerun=self._request.rerun, runs=runs)
+            done |= settled(records, guard=guard, rerun=rerun, runs=runs)
         return done
 
+    def _recall(self, resumed: Mapping[str, Outcome]) -> None:
+        """Counts why earlier runs did not measure the trials that this one takes from them."""
+        without = [trial_id for trial_id, outcome in resumed.items() if outcome != "ok"]
+        if not without:
+            return
+        columns = ("trial_id", "outcome", "outcome_reason", "log", "finished_at")
+        found = self._dataset.finished(columns).filter(pl.col("trial_id").is_in(without))
+        newest = {
+            row["trial_id"]: row
+            for row in found.sort("finished_at").to_dicts()
+            if row["outcome"] == resumed[row["trial_id"]]
+        }
+        for row in newest.values():
+            self._tracker.reasons.add(None, row["outcome"], row["outcome_reason"], row["log"])
+
     def _records(self) -> pl.DataFrame:
-        return self._dataset.finished((*RESUME, "group_id", "oom_stage", "oom_scope"))
+        more = ("group_id", "oom_stage", "oom_scope", *vouching.COLUMNS)
+        return self._dataset.finished((*RESUME, *more))
+
+    def _of_earlier(self) -> Iterator[str | None]:
+        """What there is to say of the models and machines behind earlier records."""
+        if self._request.fresh:
+            return
+        yield unvouched(self._records(), self._plan.named_ids())
+        hosts = {host.device_digest: host.device_facts for host in self._cluster.hosts.values()}
+        guards = {(one, hosts.get(one.device_digest)) for one in self._guards()}
+        yield from vouching.machines(self._records(), self._settled.keys(), guards)
 
     def _exhausted(self) -> Iterator[schedule.Exhausted]:
         """What an earlier run found out of device memory, with what its engine held besides.
@@ -563,19 +615,12 @@ class _Run:
                 yield Guard(engine=kind, engine_version=roofline.VERSION, device=target)
                 continue
             for host in self._cluster.hosts.values():
-                yield Guard(engine=kind, engine_version=host.engine_version, device=host.device)
-
-    def _due(self) -> tuple[list[Group], list[Planned]]:
-        """Groups and infeasible points that still owe a record, cut to `--limit`."""
-        room = self._request.limit if self._request.limit is not None else sys.maxsize
-        infeasible = [one for one in self._plan.infeasible if one.trial_id not in self._settled]
-        groups = []
-        for group in self._plan.groups:
-            due = [one.trial_id for one in group.trials if one.trial_id not in self._settled]
-            if left := group.only(due[:room]):
-                groups.append(left)
-                room -= len(left.trials)
-        return groups, infeasible
+                yield Guard(
+                    engine=kind,
+                    engine_version=host.engine_version,
+                    device=host.device,
+                    device_digest=host.device_digest,
+                )
 
     def _open_manifest(self) -> None:
         state = manifest.started(

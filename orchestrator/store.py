@@ -28,7 +28,7 @@ import json
 import os
 import secrets
 import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -40,7 +40,7 @@ import polars as pl
 import pyarrow as pa
 
 from workers.contract.order import in_order
-from workers.contract.outcome import OUTCOMES, Outcome
+from workers.contract.outcome import DISTURBED, OUTCOMES, Outcome, Rerun
 from workers.contract.record import SCHEMA_VERSION, TABLES
 
 SMALL_FILES = 64
@@ -63,6 +63,8 @@ _REQUIRED: Mapping[str, tuple[str, ...]] = {
     **KEYS,
     "records": (*KEYS["records"], "schema_version", "sweep", "outcome"),
 }
+_NAMED_RUNS = 3
+"""Runs that are named in one line; of more the first."""
 _WRITE = pa.ipc.IpcWriteOptions(compression="zstd", use_threads=False)
 _WRITE_SMALL = pa.ipc.IpcWriteOptions(use_threads=False)
 
@@ -392,6 +394,9 @@ class Guard:
 
     engine_version: str | None
     device: str | None
+    device_digest: str | None = None
+    """What decides the device's speed (`workers.hardware.facts`). Records of 0.1.0 tell nothing
+    of it and fit by the device's name."""
     engine: str | None = None
     """Kind of engine: versions and devices of different kinds have nothing to do with each
     other."""
@@ -404,8 +409,11 @@ RESUME = (
     "engine",
     "engine_version",
     "device",
+    "device_digest",
     "finished_at",
     "throughput_tok_s",
+    "disturbed",
+    "model_digest",
 )
 """Columns of `records` that resuming looks at."""
 
@@ -414,7 +422,7 @@ def settled(
     records: pl.DataFrame,
     *,
     guard: Guard,
-    rerun: frozenset[Outcome] = frozenset(),
+    rerun: frozenset[Rerun] = frozenset(),
     runs: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Outcome]:
     """Trials that need not run again, with how they ended.
@@ -426,9 +434,10 @@ def settled(
     of memory: what happened on one device says nothing about another.
 
     Args:
-        records: at least the columns `RESUME` up to `finished_at`, from `finished`.
+        records: at least the columns `RESUME` up to `finished_at`, and `disturbed` where that is
+            asked for, from `finished`.
         guard: environment of the run that is about to start.
-        rerun: outcomes to run again.
+        rerun: outcomes to run again; `disturbed` is for those that something else disturbed.
         runs: as the manifest lists them, eldest first. Those that it does not know go by their
             records' time.
     """
@@ -437,6 +446,7 @@ def settled(
         ("engine", guard.engine),
         ("engine_version", guard.engine_version),
         ("device", guard.device),
+        ("device_digest", guard.device_digest),
     )
     for column, wanted in asked:
         if wanted is not None:
@@ -449,10 +459,39 @@ def settled(
     return _newest(fitting.filter(valid), rerun)
 
 
-def _newest(records: pl.DataFrame, rerun: frozenset[Outcome]) -> dict[str, Outcome]:
-    newest = dict(zip(records["trial_id"], records["outcome"], strict=True))
+def unvouched(records: pl.DataFrame, named: Collection[str]) -> str | None:
+    """What of a dataset cannot be taken for results, since nothing says which model was there.
+
+    Version 0.1.0 identified trials by names alone (`Trial.named_id`).
+
+    Args:
+        records: at least the columns `RESUME`.
+        named: such identities of the trials that are asked for now.
+
+    Returns:
+        One line for the user; null where there are no such records.
+    """
+    old = records.filter(pl.col("model_digest").is_null(), pl.col("trial_id").is_in(list(named)))
+    if old.is_empty():
+        return None
+    found = sorted(set(old["run_id"]))
+    listed = ", ".join(found[:_NAMED_RUNS]) + (", …" if len(found) > _NAMED_RUNS else "")
+    return (
+        f"{len(old)} records of version 0.1.0 (run {listed}) do not say which model they measured "
+        "(model_digest is null): nobody can vouch for them, so their trials are measured anew; "
+        "the records stay beside the new ones"
+    )
+
+
+def _newest(records: pl.DataFrame, rerun: frozenset[Rerun]) -> dict[str, Outcome]:
+    newest = records.unique("trial_id", keep="last", maintain_order=True)
+    again = pl.col("outcome").is_in(list(rerun))
+    if DISTURBED in rerun:
+        again |= pl.col("disturbed").fill_null(False)
+    kept = newest.filter(~again)
     return {
-        trial: cast(Outcome, outcome) for trial, outcome in newest.items() if outcome not in rerun
+        trial: cast(Outcome, outcome)
+        for trial, outcome in zip(kept["trial_id"], kept["outcome"], strict=True)
     }
 
 

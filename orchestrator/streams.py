@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -26,11 +26,15 @@ def diverted(log: Path) -> Iterator[TextIO]:
     for descriptor in kept:
         os.dup2(sink, descriptor)
     os.close(sink)
-    terminal = os.fdopen(os.dup(kept[1]), "w", encoding="utf-8", errors="replace")
+    # In the alphabet of the former standard output, or it could not be read there.
+    terminal = os.fdopen(
+        os.dup(kept[1]), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors
+    )
     try:
         yield terminal
     finally:
-        terminal.close()
+        with suppress(OSError):  # what a full disk did not take: the display gave up before
+            terminal.close()
         sys.stdout.flush()
         sys.stderr.flush()
         for descriptor, original in kept.items():

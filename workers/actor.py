@@ -29,7 +29,7 @@ from typing import Any
 
 import ray
 
-from workers import memory, runner
+from workers import caches, memory, runner
 from workers.contract.engine import EngineKind
 from workers.contract.job import Job
 from workers.contract.message import Died, Message, Released
@@ -68,6 +68,8 @@ class EngineHost:
         if lodger:
             self._home = Folder.begin(HOME)
             tempfile.tempdir = os.environ["TMPDIR"] = str(self._home.path)
+        if lodger and (moved := caches.ensure()) is not None:  # elsewhere the driver has done it
+            print(moved)
         self._forks = Forks(kinds, nursery)
         self._folder: str | None = None
         threading.Thread(target=_end_with_the_node, args=(os.getppid(),), daemon=True).start()

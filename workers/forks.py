@@ -14,6 +14,7 @@ engine that Ray places over several nodes has to run in a process of Ray's own, 
 from __future__ import annotations
 
 import contextlib
+import io
 import multiprocessing
 import os
 import sys
@@ -416,3 +417,6 @@ def log_to(path: str) -> None:
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     os.close(handle)
+    for stream in (sys.stdout, sys.stderr):  # no line of a library's ends an engine by its letters
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")

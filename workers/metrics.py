@@ -33,8 +33,9 @@ class Interval:
 
     @property
     def width(self) -> float:
-        """Width relative to the median; infinite for a single value."""
-        return (self.high - self.low) / self.median if self.level is not None else math.inf
+        """Width relative to the median; infinite for a single value and around 0."""
+        known = self.level is not None and self.median > 0
+        return (self.high - self.low) / self.median if known else math.inf
 
 
 def interval(values: Sequence[float]) -> Interval:
@@ -85,7 +86,7 @@ def figures(measurement: Measurement, *, output_tokens: int) -> dict[str, float 
         "itl_s": _over(timed, lambda one: _quantile(_gaps(one), 0.5)),
         "itl_p90_s": _over(timed, lambda one: _quantile(_gaps(one), 0.9)),
         "itl_p99_s": _over(timed, lambda one: _quantile(_gaps(one), 0.99)),
-        "itl_paper_s": _itl_paper(e2e.median, ttft_paper, batch * output_tokens),
+        "itl_paper_s": _itl_paper(e2e.median, ttft_paper, batch, output_tokens),
         "tpot_s": _over(timed, _tpot),
         "e2e_s": e2e.median,
         "e2e_s_ci_low": e2e.low if spread else None,
@@ -102,22 +103,30 @@ def figures(measurement: Measurement, *, output_tokens: int) -> dict[str, float 
 
 
 def _acceptance(timed: Sequence[Pass]) -> dict[str, float]:
-    """Ratios of sums over passes; nothing where no token was drafted."""
+    """Ratios of sums over passes; nothing where no token was drafted or no draft was checked."""
     drafted = [one.drafted for one in timed if one.drafted is not None]
     steps, proposed = sum(one.steps for one in drafted), sum(one.proposed for one in drafted)
     accepted = sum(one.accepted for one in drafted)
-    if not proposed:
+    if not (proposed and steps):
         return {}
     return {"acceptance_rate": accepted / proposed, "accepted_length": 1 + accepted / steps}
 
 
-def _itl_paper(e2e_s: float, ttft_s: float | None, outputs: int) -> float | None:
-    """MoE-Inference-Bench Eq 1 as printed; null for one token in all, or without its TTFT."""
-    return None if ttft_s is None or outputs < 2 else (e2e_s - ttft_s) / (outputs - 1)
+def _itl_paper(e2e_s: float, ttft_s: float | None, batch: int, output_tokens: int) -> float | None:
+    """MoE-Inference-Bench Eq 1 as printed, which divides by the tokens of the whole batch.
+
+    Null without its TTFT. Null, too, where a request has one token: the pass and the one that
+    gives the TTFT are then the same thing, and their difference is noise, however many requests
+    there are. So it is where the shorter one took no less than the other.
+    """
+    if ttft_s is None or output_tokens < 2 or e2e_s <= ttft_s:
+        return None
+    return (e2e_s - ttft_s) / (batch * output_tokens - 1)
 
 
 def _tpot(one: Pass) -> float | None:
-    rates = [(row[-1] - row[0]) / (len(row) - 1) for row in one.token_s if len(row) > 1]
+    """Null where no request got a token after the step of its first one."""
+    rates = [(row[-1] - row[0]) / (len(row) - 1) for row in one.token_s if row[-1] > row[0]]
     return statistics.median(rates) if rates else None
 
 

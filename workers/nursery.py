@@ -24,6 +24,7 @@ import socket
 import struct
 import subprocess
 import sys
+import traceback
 from collections.abc import Sequence
 from multiprocessing import forkserver, resource_tracker, util
 from pathlib import Path
@@ -119,8 +120,10 @@ def _main(driver: int, modules: Sequence[str], listener: socket.socket) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to deal with
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the servers
     for module in modules:
-        with contextlib.suppress(ImportError):  # the engine meets it again and records it
+        try:
             importlib.import_module(module)
+        except ImportError:  # an engine meets it again, perhaps in other words: this is the first
+            traceback.print_exc()
     while True:
         asked, _ = listener.accept()
         with asked, contextlib.suppress(OSError, struct.error):

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from workers import usage
+from workers.contract import reading
 from workers.contract.engine import StandIn
 from workers.contract.errors import OutOfMemory, TrialError
 from workers.contract.job import Job, Ticket
@@ -30,6 +31,7 @@ from workers.metrics import figures
 from workers.moe.architecture import UnknownModel, Unread, configuration, resolve, run_dtype
 from workers.moe.partial import Partial, partial
 from workers.moe.sheets import Sheet
+from workers.moe.storage.found import quantization
 from workers.moe.structure import Architecture
 from workers.secrecy import hide, hide_json, hide_text, known_secrets
 
@@ -131,6 +133,10 @@ def samples(
                 "token_s": one.token_s,
                 "step_s": one.step_s,
                 **_drafted(one),
+                "counted": None if one.kind == "warmup" else one.counted,
+                "disturbed": one.disturbed,
+                "disturbed_reason": one.disturbed_reason,
+                **reading.columns(one.reading),
             }
             for one in measurement.passes
         ]
@@ -193,6 +199,8 @@ def where(host: Host, stand_in: StandIn | None = None) -> dict[str, Any]:
         "engine_version": host.engine_version,
         "torch_version": host.torch_version,
         "device": host.device,
+        "device_digest": host.device_digest,
+        "device_facts": host.device_facts,
         "host": host.hostname,
     }
 
@@ -253,6 +261,7 @@ def _row(
         "seed": trial.workload.seed,
         "dataset": trial.workload.dataset,
         "memory_limit_gib": trial.engine.memory_limit_gib,
+        **ticket.digests,
         **ticket.predicted,
         **_structure(ticket, architecture),
     }
@@ -316,9 +325,11 @@ def _would_run(model: Model) -> Architecture | Partial | None:
 
 def _quantization(a: Architecture | Partial, model: Model) -> str | None:
     """The one asked for, else the checkpoint's own."""
-    stored = a.config.get("quantization_config")
-    own = stored.get("quant_method") if isinstance(stored, dict) else None
-    return model.quantization or (str(own) if own else None)
+    try:
+        stored = quantization(a.config)
+    except ValueError:  # it cannot be read, and so has no name
+        stored = None
+    return model.quantization or (str(stored["quant_method"]) if stored else None)
 
 
 def _cache_dtype(args: dict[str, Any]) -> str | None:

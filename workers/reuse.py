@@ -19,10 +19,11 @@ import numpy as np
 from workers import usage
 from workers.contract.fingerprint import fingerprint
 from workers.contract.measurement import Pass
+from workers.contract.model import Model
 from workers.contract.probed import PHASES, Phase, Probed
 from workers.contract.trial import Trial
 from workers.moe.architecture import run_dtype
-from workers.moe.content import content
+from workers.moe.content import content, tokenizer
 from workers.moe.partial import Partial
 from workers.moe.sheets import Sheet, SheetKey, alike, find, sheet, structure_of, why_none
 from workers.moe.structure import Architecture
@@ -71,9 +72,9 @@ def key_of(trial: Trial, a: Architecture, version: str) -> SheetKey:
         TextError: the source of prompts cannot be read.
     """
     model, layout, engine, workload = trial.model, trial.layout, trial.engine, trial.workload
-    weights = content(model)
+    weights = content(model).digest
     if model.weights == "dummy":
-        weights = f"drawn by {engine.kind} {version} for tensor {layout.tensor}"
+        weights = f"{weights} drawn by {engine.kind} {version} for tensor {layout.tensor}"
         weights += f", data {layout.data}" if layout.data > 1 else ""
         weights += ", experts spread" if layout.expert else ""
     args = {name: value for name, value in engine.args.items() if name not in _COST_ONLY}
@@ -92,7 +93,7 @@ def key_of(trial: Trial, a: Architecture, version: str) -> SheetKey:
         prune=f"{prune.kind} {prune.ratio:g} by {prune.criterion}" if prune else None,
         args=fingerprint(hide(args, known=known_secrets(args))) if args else None,
         dataset=workload.dataset,
-        texts=digest(workload.dataset) if workload.dataset is not None else None,
+        texts=_texts(model, workload.dataset) if workload.dataset is not None else None,
         routing=engine.routing,
         temperature=float(workload.temperature),
         batch_size=workload.batch_size,
@@ -175,6 +176,12 @@ def taken(
     if found.decode is None and found.prefill is None:
         return None, f"which experts ran is not known, the sheet is of {' and '.join(reasons)}"
     return found, f"the activation sheet is of {' and '.join(reasons)}" if reasons else None
+
+
+def _texts(model: Model, dataset: str) -> str:
+    """Digest of the texts and of what makes tokens of them."""
+    tokens = tokenizer(model).digest
+    return digest(dataset) if tokens is None else f"{digest(dataset)} in tokens of {tokens}"
 
 
 def _without(one: Sheet, phase: Phase) -> Sheet:

@@ -5,7 +5,9 @@ that no later pass pays again. A warm-up is one pass in full, which begins as a 
 token does. Then the group's workloads take turns, one repeat each, so that a machine that
 grows slower over the minutes touches all of them alike instead of whichever came last. Every
 repeat is a pair: the batch with one token per request (the paper's TTFT), then the batch in
-full. Timed passes carry no probe: where `measure.activation` asks which experts ran, timed
+full. What the machine says of itself is read right before and right after each, outside its
+stamps, and a pass that something else disturbed is made up for (`workers.repeats`). Timed passes
+carry no probe: where `measure.activation` asks which experts ran, timed
 passes are replayed when all turns are over, with the same prompts, until the distribution over
 experts has settled or none is left to replay. Trials that ask for an activation sheet and do not
 find theirs wait for the probes of the group, which may make it.
@@ -14,7 +16,9 @@ Records come when a round of turns is the last one, so a group of hours would ha
 hours, and who kills its driver would lose them all. Workloads that are predicted to take longer
 than `BLOCK_S` together are therefore dealt out, like cards, into as few blocks as do not, one
 after the other: drift within minutes still touches all of a block alike, and drift over hours is
-spread over all sizes instead of being taken for an effect of size.
+spread over all sizes instead of being taken for an effect of size. How fast the machine was is
+measured on its own, by a short load of fixed work before a block's first pass and after each round
+in which a trial ended (`workers.hardware.reference`); so the records of a round come at its end.
 
 Trials of a group share weights but may differ in top-k. They go by top-k, the smallest
 first, and for each the largest shape first: what does not fit is found out before time is
@@ -40,14 +44,14 @@ import tempfile
 import time
 from collections.abc import Generator, Iterator, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from workers import memory, recorder, reuse
+from workers import disturbance, memory, recorder, repeats, reuse
 from workers.contract.errors import Infeasible, OutOfMemory, TimedOut, TrialError, Unsupported
 from workers.contract.job import Job, Ticket
 from workers.contract.measurement import Measurement, Memory, Pass, PassKind
@@ -57,12 +61,16 @@ from workers.contract.probed import PHASES, Probed
 from workers.contract.trace import Trace
 from workers.contract.trial import Trial
 from workers.contract.workload import Workload
+from workers.disturbance import Reads
 from workers.engines.base import Engine, Site, engine_class
 from workers.folders import within
+from workers.hardware import reference
 from workers.hardware.device import Device, device
-from workers.hardware.hand import in_hand
+from workers.hardware.gpus import Gpus
+from workers.hardware.hand import Hand, in_hand
 from workers.hardware.host import Host, describe
-from workers.metrics import interval
+from workers.hardware.reference import Reference
+from workers.hardware.watch import Watch
 from workers.moe.activation import Settling
 from workers.moe.architecture import UnknownModel, resolve, run_dtype
 from workers.moe.partial import Partial
@@ -89,6 +97,10 @@ class _Trial:
         self.passes: list[Pass] = []
         self.repeatable = False
         """Every pass would be the same: one is enough."""
+        self.before: Reference | None = None
+        """How fast the machine was before its first pass."""
+        self.after: Reference | None = None
+        """The same after its last."""
 
     def next_index(self) -> int:
         """Index of the next pass; it seeds the prompts, so no two passes share them."""
@@ -101,17 +113,14 @@ class _Trial:
         return sum(one.e2e_s for one in self.passes)
 
     def enough(self) -> bool:
-        """The stop rule of `Measure`."""
-        measure = self.ticket.trial.measure
-        done = self.count("timed")
+        """Whether it needs no further pass."""
         if self.repeatable:
-            return done > 0
-        if done < measure.repeats:
-            return False
-        if measure.ci_width is None or done >= measure.most_repeats:
-            return True
-        e2e = [one.e2e_s for one in self.passes if one.kind == "timed"]
-        return interval(e2e).width <= measure.ci_width
+            return self.count("timed") > 0
+        return repeats.enough(self.ticket.trial.measure, self.passes)
+
+    def settle(self) -> None:
+        """Judges every pass: no more will come."""
+        self.passes = list(repeats.settled(self.ticket.trial.measure, self.passes))
 
 
 @dataclass
@@ -132,8 +141,16 @@ class _Run:
     """They are of a machine, not of a model of one."""
     target: Device | None = None
     """Device that its figures are of."""
+    reference: Reference | None = None
+    """How fast the machine was when the engine at hand last asked."""
+    fastest_read: float = 0.0
+    """Best that any of these loads read, 10⁹ bytes per second."""
+    whole_machine: bool = False
+    """The engine computes on as many threads as the device was calibrated with."""
     busy_s: float = 0.0
     """Seconds of passes since the last message that told of them."""
+    watch: Watch | None = None
+    """What the machine says around each pass; null where nothing is measured."""
     sheets: list[Sheet] = field(default_factory=list)
     """Activation sheets at hand; of those with one key the last stands."""
 
@@ -192,6 +209,11 @@ class _Run:
                         run_dtype(engine.loaded.architecture, tickets[0].trial.model)
                     )
                     self.target = hand.device
+                    on_gpus = engine.loaded.threads is None
+                    gpus = Gpus.open(tickets[0].trial.layout.devices) if on_gpus else None
+                    self.watch = Watch(gpus)
+                    self.whole_machine = _on_all(engine, hand, tickets[0])
+                self._refer(engine)
                 del self.columns["started_at"]
                 for _, alike in groupby(tickets, key=_top_k):
                     trials = [_Trial(one) for one in alike]
@@ -213,9 +235,13 @@ class _Run:
                 started = min((one.started_at for one in failure.trial.passes), default=None)
                 stamp = datetime.fromtimestamp(started, UTC) if started else datetime.now(UTC)
                 self.columns["started_at"] = stamp
+                self.columns |= reference.columns(failure.trial.before, None)
                 yield self._failed(failure.trial.ticket, failure.error)
             finally:
                 yield self._progress("close")
+                if self.watch is not None:
+                    self.watch.close()
+                    self.watch = None
                 engine.close()
 
     def _measure(
@@ -227,6 +253,7 @@ class _Run:
             Trials without their record, since they still lack a sheet.
         """
         for one in trials:
+            one.before = self.reference
             if not self.measured:
                 one.repeatable = True
                 continue
@@ -241,22 +268,34 @@ class _Run:
         to_probe: list[tuple[_Trial, Memory]] = []
         to_look_up: list[tuple[_Trial, Memory]] = []
         while waiting:
-            for one in list(waiting):
-                yield self._progress("run", one)
-                self._pass(engine, one, 1, "one_token")
-                self._pass(engine, one, one.ticket.trial.workload.output_tokens, "timed")
-                if one.enough():
-                    waiting.remove(one)
-                    with _blaming(one):
-                        used = engine.memory()
-                    if one.ticket.trial.measure.activation is True:
-                        to_probe.append((one, used))
-                    elif self._lacks_sheet(engine, one):
-                        to_look_up.append((one, used))
-                    else:
-                        yield self._ok(engine, one, used)
-                elif one.busy_s() > one.ticket.trial.measure.timeout_s:
-                    raise _Failure(one, _late(one))
+            ended: list[tuple[_Trial, Memory]] = []
+            failure: _Failure | None = None
+            try:
+                for one in list(waiting):
+                    yield self._progress("run", one)
+                    self._pass(engine, one, 1, "one_token")
+                    self._pass(engine, one, one.ticket.trial.workload.output_tokens, "timed")
+                    if one.enough():
+                        waiting.remove(one)
+                        one.settle()
+                        with _blaming(one):
+                            ended.append((one, engine.memory()))
+                    elif one.busy_s() > one.ticket.trial.measure.timeout_s:
+                        raise _Failure(one, _late(one))
+            except _Failure as error:
+                failure = error
+            if ended and failure is None:
+                self._refer(engine)
+            for one, used in ended:
+                one.after = self.reference if failure is None else None
+                if one.ticket.trial.measure.activation is True:
+                    to_probe.append((one, used))
+                elif self._lacks_sheet(engine, one):
+                    to_look_up.append((one, used))
+                else:
+                    yield self._ok(engine, one, used)
+            if failure is not None:
+                raise failure
         for one, used in to_probe:
             probed = yield from self._probe(engine, one)
             yield self._ok(engine, one, used, probed)
@@ -265,6 +304,22 @@ class _Run:
                 to_look_up.remove((one, used))
                 yield self._ok(engine, one, used)
         return to_look_up
+
+    def _refer(self, engine: Engine) -> None:
+        """Has the machine show how fast it is."""
+        self.reference = engine.reference() if self.measured else None
+        if self.reference is not None:
+            self.fastest_read = max(self.fastest_read, self.reference.bandwidth_gb_s.median)
+
+    def _reads(self, trial: _Trial) -> Reads:
+        """How fast memory was read around a trial, beside the best that is known."""
+        told = [one.bandwidth_gb_s.median for one in (trial.before, trial.after) if one is not None]
+        if not told:
+            return Reads()
+        peak = self.columns.get("calibrated_bandwidth_gb_s") if self.whole_machine else None
+        return Reads(
+            of_best=min(told) / self.fastest_read, of_peak=min(told) / peak if peak else None
+        )
 
     def _lacks_sheet(self, engine: Engine, trial: _Trial) -> bool:
         """Whether it asks for an activation sheet that a probe of this group might yet make."""
@@ -280,7 +335,7 @@ class _Run:
         """The activation sheet that a trial asks for, and what is not known for want of it."""
         if asked.measure.activation != "sheet":
             return None, None
-        timed = [one for one in passes if one.kind == "timed"]
+        timed = [one for one in passes if one.kind == "timed" and one.counted]
         loaded = engine.loaded
         return reuse.taken(asked, loaded.architecture, loaded.version, self.sheets, timed)
 
@@ -293,7 +348,7 @@ class _Run:
             return Probed(reason=f"which experts ran is not known: {runs.reason}")
         phases = {name: Settling(runs.top_k) for name in PHASES}
         for index, one in enumerate(trial.passes):
-            if one.kind != "timed":
+            if one.kind != "timed" or not one.counted:
                 continue
             yield self._progress("run", trial, f"probe {len(traces) + 1}")
             try:
@@ -331,6 +386,9 @@ class _Run:
     def _pass(self, engine: Engine, trial: _Trial, output_tokens: int, kind: PassKind) -> None:
         with _blaming(trial):
             prompts = self._prompts(engine, trial, trial.next_index())
+            if self.watch is not None:
+                self.watch.begin()
+            began = time.monotonic()  # a predicted pass does not take what it says
             one = engine.generate(
                 prompts,
                 output_tokens,
@@ -338,8 +396,10 @@ class _Run:
                 repeat=trial.count(kind),
                 temperature=trial.ticket.trial.workload.temperature,
             )
+        if self.watch is not None:
+            one = replace(one, reading=self.watch.end())
         trial.passes.append(one)
-        self.busy_s += one.e2e_s
+        self.busy_s += time.monotonic() - began
 
     def _progress(
         self, stage: Stage, trial: _Trial | None = None, detail: str | None = None
@@ -361,7 +421,16 @@ class _Run:
         measurement = Measurement(passes=tuple(trial.passes), memory=used)
         sheet, unknown = self._sheet(engine, trial.ticket.trial, trial.passes)
         trial.passes.clear()  # they are in its rows
-        columns = dict(self.columns)
+        verdict = disturbance.of_record(measurement.passes, self._reads(trial))
+        columns = (
+            self.columns
+            | reference.columns(trial.before, trial.after)
+            | {
+                "disturbed": verdict.disturbed,
+                "disturbed_reason": verdict.reason,
+                "passes_disturbed": disturbance.number(measurement.passes),
+            }
+        )
         if reason := unknown or (probed.reason if probed is not None else None):
             columns["outcome_reason"] = reason
         found = self._found(engine, trial.ticket, probed)
@@ -384,6 +453,7 @@ class _Run:
             activations=recorder.activations(self.job, trial.ticket, probed) if probed else None,
             sheet=to_rows([found]) if found is not None else None,
             throughput_tok_s=record.column("throughput_tok_s")[0].as_py(),
+            disturbed=bool(verdict.disturbed),
         )
 
     def _found(self, engine: Engine, ticket: Ticket, probed: Probed | None) -> Sheet | None:
@@ -412,6 +482,14 @@ def _blocks(trials: Sequence[_Trial], slowness: float) -> Iterator[list[_Trial]]
     number = min(len(trials), max(1, math.ceil(slowness * seconds / BLOCK_S)))
     for first in range(number):
         yield list(trials[first::number])
+
+
+def _on_all(engine: Engine, hand: Hand, ticket: Ticket) -> bool:
+    """Whether an engine computes with as many threads as its device was calibrated with."""
+    threads, known = engine.loaded.threads, hand.calibration
+    if known is None:
+        return False
+    return threads is None or threads * ticket.trial.layout.devices == known.threads
 
 
 def _refused(ticket: Ticket) -> TrialError | None:

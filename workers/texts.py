@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
@@ -116,6 +116,22 @@ def texts_of(dataset: str) -> tuple[Text, ...]:
     return kept
 
 
+def absent(dataset: str) -> str | None:
+    """Why `dataset` names no source that this machine has; null where one is there to be read."""
+    source, _ = _split(dataset)
+    try:
+        if source == BUILTIN:
+            texts_of(dataset)  # small: whether it has that part
+        elif Path(source).suffix not in _READERS:
+            listed = ", ".join(_READERS)
+            return f"text {source}: neither {BUILTIN!r} nor a {listed} file"
+        elif not Path(source).is_file():
+            return f"there is no file {source} here"
+    except (TextError, OSError, ValueError) as error:
+        return str(error)
+    return None
+
+
 def digest(dataset: str) -> str:
     """16 hexadecimal digits of the texts that `dataset` names.
 
@@ -190,10 +206,9 @@ def _builtin() -> Iterator[Text]:
 
 
 def _read(file: Path) -> Iterator[Text]:
-    readers = {".txt": _plain, ".jsonl": _lines, ".parquet": _parquet, ".arrow": _arrow}
-    reader = readers.get(file.suffix)
+    reader = _READERS.get(file.suffix)
     if reader is None:
-        raise TextError(f"text {file}: neither {BUILTIN!r} nor a {', '.join(readers)} file")
+        raise TextError(f"text {file}: neither {BUILTIN!r} nor a {', '.join(_READERS)} file")
     try:
         yield from reader(file)
     except UnicodeDecodeError as error:
@@ -270,3 +285,11 @@ def _labelled(row: dict[str, Any], where: str) -> Text:
         if value is not None and not isinstance(value, str):
             raise TextError(f"{where}: {label!r} is {type(value).__name__}, not a string")
     return Text(text=text, **labels)
+
+
+_READERS: Mapping[str, Callable[[Path], Iterator[Text]]] = {
+    ".txt": _plain,
+    ".jsonl": _lines,
+    ".parquet": _parquet,
+    ".arrow": _arrow,
+}

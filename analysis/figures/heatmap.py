@@ -48,6 +48,7 @@ def prepare(records: pl.LazyFrame, activations: pl.LazyFrame) -> pl.DataFrame:
         *SHOWN,
         "devices_label",
         "memory_limit_gib",
+        "disturbed",
         "trial_id",
     )
 

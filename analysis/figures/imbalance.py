@@ -66,7 +66,9 @@ def _chosen(frame: pl.DataFrame, *more: str) -> pl.DataFrame:
     figures = ("tokens", *_WORDS, "ranks", "rank_max_over_mean")
     shown = ["series", "phase", "layer", *figures, *more]
     conditions = [one for one in SHOWN if one not in shown]
-    return frame.select(*shown, *conditions, "devices_label", "memory_limit_gib", "trial_id")
+    return frame.select(
+        *shown, *conditions, "devices_label", "memory_limit_gib", "disturbed", "trial_id"
+    )
 
 
 def pivots(frame: pl.DataFrame) -> list[Pivot]:
@@ -225,7 +227,7 @@ def prepare_cost(records: pl.LazyFrame, activations: pl.LazyFrame) -> pl.DataFra
     return one.with_columns(
         (pl.col(end) / base.over("series")).alias(end.replace("throughput_tok_s", "relative"))
         for end in ends
-    ).select(*shown, *conditions, "devices_label", "memory_limit_gib", "trial_id")
+    ).select(*shown, *conditions, "devices_label", "memory_limit_gib", "disturbed", "trial_id")
 
 
 def pivots_cost(frame: pl.DataFrame) -> list[Pivot]:

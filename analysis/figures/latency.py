@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, cast
 import polars as pl
 
 from analysis.conditions import CONDITIONS, refuse_mixed, refuse_repeated
+from analysis.disturbed import mark
 from analysis.errors import SelectionError
 from analysis.figures.figure import Pivot, RecordsFigure
 from analysis.insights import MISSING, feasible, percent
@@ -45,6 +46,7 @@ _DRAWN = (
     "params_total",
     "params_active",
     "memory_limit_gib",
+    "disturbed",
     "devices_label",
     "trial_id",
 )
@@ -85,7 +87,8 @@ def pivots(frame: pl.DataFrame) -> list[Pivot]:
 def _cell(row: dict[str, object], column: str) -> str:
     value = row[column]
     if isinstance(value, float):
-        return f"{1000 * value:,.3g}" if value < 0.1 else f"{1000 * value:,.0f}"
+        shown = f"{1000 * value:,.3g}" if value < 0.1 else f"{1000 * value:,.0f}"
+        return shown + mark(row)
     outcome = str(row["outcome"])
     return "OOM" if outcome == "oom" else MISSING.get(outcome, outcome)
 
@@ -105,10 +108,9 @@ def insight(frame: pl.DataFrame) -> str:
     if not sentences:
         sentences.append("There are no two models to compare.")
     active = frame.drop_nulls(["e2e_s", "params_active"])
-    if len(active) > 2:
-        rank = cast(
-            float, active.select(pl.corr("e2e_s", "params_active", method="spearman")).item()
-        )
+    ranked = ("e2e_s", "params_active")
+    if len(active) > 2 and all(active.get_column(name).n_unique() > 1 for name in ranked):
+        rank = cast(float, active.select(pl.corr(*ranked, method="spearman")).item())
         sentences.append(
             f"End-to-end time and active parameters rank alike by {rank:.2f} (Spearman)."
         )

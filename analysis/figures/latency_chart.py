@@ -12,6 +12,7 @@ import altair as alt
 import polars as pl
 
 from analysis.conditions import constant
+from analysis.disturbed import MARK
 from analysis.figures.style import INK, LETTERS, PALETTE, caption, styled
 from analysis.insights import MISSING
 from analysis.subtitle import subtitle
@@ -58,6 +59,7 @@ def _panel(
         low=pl.col(low) * units if bars else pl.lit(None, dtype=pl.Float64),
         high=pl.col(high) * units if bars else pl.lit(None, dtype=pl.Float64),
         told=pl.when(pl.col(column).is_null()).then(pl.col("outcome").replace(MISSING)),
+        mark=pl.when("disturbed").then(pl.lit(MARK)),
         trial="trial_id",
     )
     rows = rows.with_columns(end=pl.max_horizontal("value", "high"))
@@ -98,6 +100,9 @@ def _panel(
             base.transform_filter("isValid(datum.value)")
             .mark_text(align="left", dx=5, fontSize=11, color=INK, tooltip=None)
             .encode(x=alt.X("end:Q", title=words), text=alt.Text("value:Q", format=",.3~r")),
+            base.transform_filter("isValid(datum.value) && isValid(datum.mark)")
+            .mark_text(align="right", dx=-4, fontSize=15, color=INK, tooltip=None)
+            .encode(x=alt.X("value:Q", title=words), text="mark:N"),
             base.transform_filter("isValid(datum.told)")
             .mark_text(align="left", dx=4, color=INK, tooltip=None)
             .encode(x=alt.XDatum(0), text="told:N"),

@@ -1,8 +1,8 @@
 """Lines of series in panels: colour and shape tell lines apart, dashes a second thing.
 
 For figures whose lines have names without an order. One long frame is drawn: `panel`, `line`,
-`dash`, `x`, `y`, `low` and `high` where points have intervals, and `label` where they have words
-beside them.
+`dash`, `x`, `y`, `low` and `high` where points have intervals, `label` where they have words
+beside them, and `ring` where a disturbed record is to be marked.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from dataclasses import dataclass
 import altair as alt
 import polars as pl
 
+from analysis.disturbed import RING
+from analysis.errors import SelectionError
+from analysis.figures.logarithm import doublings
 from analysis.figures.style import INK, LETTERS, PALETTE, caption, styled
 
 _WIDTH, _HEIGHT = 400, 220
@@ -57,7 +60,12 @@ def draw(
 
     `lines` and `dashes` are the titles of the legends; a null one has none. Only lines of the
     dash `marked` have points; where it is null, all have.
+
+    Raises:
+        SelectionError: no point has a value.
     """
+    if frame.drop_nulls(["x", "y"]).is_empty():
+        raise SelectionError(f"no point has a value to draw. {notes[0]}")
     panels = frame.get_column("panel").unique(maintain_order=True).to_list()
     columns = 1 if len(panels) == 1 else 2
     several = len(panels) > 1
@@ -134,6 +142,12 @@ def _panel(
         .mark_point(filled=True, size=48, opacity=1)
         .encode(shape=shape),
     ]
+    if "ring" in frame.columns and frame.get_column("ring").any():
+        layers.append(
+            base.transform_filter("isValid(datum.y) && datum.ring")
+            .mark_point(shape="circle", filled=False, size=190, strokeWidth=1.6)
+            .encode(color=alt.value(RING))
+        )
     if {"low", "high"} <= set(frame.columns):
         layers.insert(
             0,
@@ -157,9 +171,7 @@ def _panel(
 def _x(frame: pl.DataFrame, axis: Axis) -> alt.X:
     values = frame.get_column("x").drop_nulls().unique().sort().to_list()
     if axis.doublings:
-        scale = alt.Scale(
-            type="log", base=2, domain=[values[0] / 1.3, values[-1] * 1.3], nice=False
-        )
+        scale = doublings(values[0] / 1.3, max(values[-1], 1) * 1.3)
         return alt.X("x:Q", title=axis.title, scale=scale, axis=_ticks(values, grid=False))
     low = values[0] if axis.low is None else min(values[0], axis.low)
     share = 0.16 if "label" in frame.columns else 0.06  # room for the names

@@ -1,4 +1,5 @@
-"""A logarithmic axis whose pixels are known before it is drawn: names are placed by them."""
+"""Logarithmic axes: one whose pixels are known before it is drawn, since names are placed by
+them, and one of counts that double from point to point."""
 
 from __future__ import annotations
 
@@ -6,6 +7,14 @@ import math
 from dataclasses import dataclass
 
 import altair as alt
+
+
+def doublings(low: float, high: float) -> alt.Scale:
+    """From `low` to `high` by doublings; where `low` is 0 (a dense model has no active expert),
+    even up to 1 and by doublings above it."""
+    if low > 0:
+        return alt.Scale(type="log", base=2, domain=[low, high], nice=False)
+    return alt.Scale(type="symlog", constant=1, domain=[low, high], nice=False)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

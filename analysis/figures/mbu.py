@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import polars as pl
 
 from analysis.conditions import constant, refuse_mixed, refuse_repeated
+from analysis.disturbed import mark
 from analysis.errors import SelectionError
 from analysis.figures.figure import Pivot, RecordsFigure
 from analysis.insights import percent
@@ -58,6 +59,7 @@ def prepare(records: pl.LazyFrame) -> pl.DataFrame:
         "peak_source",
         "devices_label",
         "memory_limit_gib",
+        "disturbed",
         "trial_id",
     ]
     conditions = [one for one in SHOWN if one != "batch_size"]
@@ -81,7 +83,7 @@ def pivots(frame: pl.DataFrame) -> list[Pivot]:
     tables = []
     for (name,), one in frame.group_by("series", maintain_order=True):
         rows = [
-            (words, *(f"{value:.1%}" for value in one.get_column(column)))
+            (words, *(f"{row[column]:.1%}{mark(row)}" for row in one.iter_rows(named=True)))
             for column, words in LINES.items()
         ]
         rows.append(
@@ -129,25 +131,33 @@ def _more(overstated: float) -> str:
 def _behind(frame: pl.DataFrame) -> list[str]:
     """Where the number of experts comes from, in words."""
     found = frame.get_column("activation_source").unique().sort().to_list()
-    words = [_SOURCES.get(str(one), f"Experts: {one}") for one in found]
-    if len(words) == 1:
-        return words
+    if len(found) == 1:
+        return [_source(found[0])]
     named = frame.group_by("activation_source", maintain_order=True).agg(
         pl.col("batch_size").unique().sort()
     )
     return [
-        f"{_SOURCES.get(str(source), f'Experts: {source}')} "
-        f"(batch {enumeration([str(one) for one in batches])})"
+        f"{_source(source)} (batch {enumeration([str(one) for one in batches])})"
         for source, batches in named.iter_rows()
     ]
+
+
+def _source(source: str | None) -> str:
+    """In words; records of older versions may not say it."""
+    return _SOURCES.get(source or "", f"Experts: {source or 'of an unknown source'}")
 
 
 def _chart(frame: pl.DataFrame) -> alt.TopLevelMixin:
     from analysis.figures.lines_chart import Axis, draw  # altair is slow to import
 
     long = frame.select(
-        panel="series", x="batch_size", **{words: column for column, words in LINES.items()}
-    ).unpivot(list(LINES.values()), index=["panel", "x"], variable_name="line", value_name="y")
+        panel="series",
+        x="batch_size",
+        ring="disturbed",
+        **{words: column for column, words in LINES.items()},
+    ).unpivot(
+        list(LINES.values()), index=["panel", "x", "ring"], variable_name="line", value_name="y"
+    )
     predicted = constant(frame, "source") == "predicted"
     peak = {"calibrated": "calibrated", "catalogue": "data sheet"}.get(
         str(constant(frame, "peak_source")), "peak"

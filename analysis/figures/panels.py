@@ -18,6 +18,8 @@ import altair as alt
 import polars as pl
 
 from analysis.conditions import constant
+from analysis.disturbed import RING
+from analysis.figures.logarithm import doublings
 from analysis.figures.style import FAINT, LETTERS, caption, styled
 from analysis.insights import MISSING, feasible
 from analysis.keys import Axes, Key
@@ -30,7 +32,7 @@ _ROW, _GAP = 16, 8
 _DODGE = 5
 """Pixels between the bars of neighbouring lines at one x."""
 _SHAPES = ["circle", "square", "diamond", "triangle-up", "triangle-down", "cross"]
-MARKS = {"oom": "×", "skipped": "○", "unsupported": "–", "timeout": "?", "crashed": "!"}
+MARKS = {"oom": "×", "skipped": "○", "unsupported": "–", "timeout": "?", "crashed": "!", "ok": "·"}
 """What stands in the strip, by outcome."""
 
 
@@ -101,7 +103,9 @@ def draw(frame: pl.DataFrame, *, axes: Axes, title: str, insight: str) -> alt.VC
     before, _, after = axes.panel.phrase.partition("{}")
     header = alt.Header(labelExpr=f"'{before}' + datum.value + '{after}'")
     data = drawn.with_columns(
-        mark=pl.col("outcome").replace_strict(MARKS, default=None),
+        mark=pl.when(pl.col("throughput_tok_s").is_null()).then(
+            pl.col("outcome").replace_strict(MARKS, default=None)
+        ),
         strip=pl.col(axes.line.column).replace_strict(scale.places(), default=None),
         beside=_beside(drawn, axes),
     )
@@ -150,6 +154,9 @@ def _panel(drawn: pl.DataFrame, axes: Axes, scale: _Scale) -> alt.LayerChart:
         points.mark_point(filled=True, size=62, opacity=1).encode(
             shape=alt.Shape(**line, scale=alt.Scale(domain=lines, range=_SHAPES))
         ),
+        points.transform_filter("datum.disturbed")
+        .mark_point(shape="circle", filled=False, size=210, strokeWidth=1.6)
+        .encode(color=alt.value(RING)),
         base.transform_filter("isValid(datum.mark)")
         .mark_text(fontSize=14, fontWeight="bold")
         .encode(x=alt.X(f"{axes.x.column}:Q", **x), y=alt.Y("strip:Q", **y), text="mark:N"),
@@ -163,7 +170,7 @@ def _x(drawn: pl.DataFrame, key: Key) -> dict[str, Any]:
     values = drawn.get_column(key.column).unique().sort().to_list()
     return {
         "title": key.title,
-        "scale": alt.Scale(type="log", base=2, domain=[low, high], nice=False),
+        "scale": doublings(low, high),
         "axis": alt.Axis(values=values, format="d", grid=False),
     }
 
@@ -171,8 +178,9 @@ def _x(drawn: pl.DataFrame, key: Key) -> dict[str, Any]:
 def _domain(drawn: pl.DataFrame, key: Key) -> tuple[float, float]:
     """Ends of the x axis, with a margin for the outer points."""
     values = drawn.get_column(key.column).unique().sort().to_list()
-    margin = (values[-1] / values[0]) ** 0.08 if len(values) > 1 else 1.5
-    return values[0] / margin, values[-1] * margin
+    span = values[-1] / max(values[0], 1)
+    margin = span**0.08 if span > 1 else 1.5
+    return values[0] / margin, max(values[-1], 1) * margin
 
 
 def _beside(drawn: pl.DataFrame, axes: Axes) -> pl.Expr:
@@ -181,7 +189,7 @@ def _beside(drawn: pl.DataFrame, axes: Axes) -> pl.Expr:
     lines = drawn.get_column(axes.line.column).unique().sort().to_list()
     middle = (len(lines) - 1) / 2
     shift = {
-        line: (high / low) ** ((index - middle) * _DODGE / _WIDTH)
+        line: (high / max(low, 1)) ** ((index - middle) * _DODGE / _WIDTH)
         for index, line in enumerate(lines)
     }
     return pl.col(axes.x.column) * pl.col(axes.line.column).replace_strict(shift)
@@ -201,6 +209,7 @@ def _tooltip(drawn: pl.DataFrame, axes: Axes) -> list[alt.Tooltip]:
         ("throughput_tok_s_ci_low:Q", "Interval from", ",.1f"),
         ("throughput_tok_s_ci_high:Q", "to", ",.1f"),
         ("active_share:Q", "Parameters active", ".1%"),
+        ("disturbed:N", "Disturbed", ""),
         ("trial_id:N", "Trial", ""),
     ]
     return [alt.Tooltip(field, title=title, format=form) for field, title, form in rows]
@@ -208,7 +217,7 @@ def _tooltip(drawn: pl.DataFrame, axes: Axes) -> list[alt.Tooltip]:
 
 def _explanation(drawn: pl.DataFrame) -> str:
     """What points, bars and marks are, as far as there are any."""
-    outcomes = set(drawn.get_column("outcome"))
+    outcomes = set(drawn.filter(pl.col("throughput_tok_s").is_null()).get_column("outcome"))
     words = MISSING | {"oom": "out of memory (OOM)"}
     dominated = drawn.filter(pl.col("outcome") == "skipped").get_column("out_of_memory")
     if dominated.all():

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from analysis.conditions import CONDITIONS, refuse_mixed, refuse_repeated
+from analysis.disturbed import mark
 from analysis.errors import SelectionError
 from analysis.figures.figure import Pivot, RecordsFigure
 from analysis.insights import MISSING, feasible, percent
@@ -33,6 +34,7 @@ _DRAWN = (
     "params_total",
     "params_active",
     "memory_limit_gib",
+    "disturbed",
     "devices_label",
     "trial_id",
 )
@@ -47,7 +49,8 @@ def prepare(records: pl.LazyFrame) -> pl.DataFrame:
         SelectionError: no trial was pruned, conditions differ, or several records share a
             point.
     """
-    frame = records.drop_nulls(["model", "top_k"]).collect()
+    whole_or_told = pl.col("prune_kind").is_null() == pl.col("prune_ratio").is_null()
+    frame = records.drop_nulls(["model", "top_k"]).filter(whole_or_told).collect()
     kinds = frame.get_column("prune_kind").drop_nulls().unique().sort().to_list()
     if not kinds:
         raise SelectionError("no record of a pruned model: sweep model.prune")
@@ -101,8 +104,9 @@ def pivots(frame: pl.DataFrame) -> list[Pivot]:
         for (line,), one in rows.group_by("line", maintain_order=True):
             first = one.row(0, named=True)
             cells = {row["top_k"]: _cell(row) for row in one.iter_rows(named=True)}
-            shape = f"{line} ({first['num_experts']} × {first['ffn_dim']})"
-            lines.append((shape, *(cells.get(value, "") for value in columns)))
+            sizes = [first["num_experts"], first["ffn_dim"]]
+            shape = "" if None in sizes else f" ({sizes[0]} × {sizes[1]})"
+            lines.append((f"{line}{shape}", *(cells.get(value, "") for value in columns)))
         tables.append(
             Pivot(
                 title=name,
@@ -119,9 +123,10 @@ def _cell(row: dict[str, Any]) -> str:
     if value is None:
         return MISSING.get(row["outcome"], str(row["outcome"]))
     low, high = row["throughput_tok_s_ci_low"], row["throughput_tok_s_ci_high"]
+    shown = f"{value:,.0f}{mark(row)}"
     if low is None or high is None:
-        return f"{value:,.0f}"
-    return f"{value:,.0f} ±{percent((high - low) / 2 / value)}"
+        return shown
+    return f"{shown} ±{percent((high - low) / 2 / value)}"
 
 
 def insight(frame: pl.DataFrame) -> str:
@@ -190,7 +195,12 @@ def _chart(frame: pl.DataFrame) -> alt.TopLevelMixin:
     predicted = frame.get_column("source").eq("predicted").all()
     long = pl.concat(
         rows.select(
-            panel=pl.lit(name), line="line", dash=pl.lit(""), x="top_k", y="throughput_tok_s"
+            panel=pl.lit(name),
+            line="line",
+            dash=pl.lit(""),
+            x="top_k",
+            y="throughput_tok_s",
+            ring="disturbed",
         )
         for name, rows in _panels(frame)
     )

@@ -20,8 +20,11 @@ LABEL = (
     pl.when(pl.col("dtype") == _CACHE)
     .then(_QUANTIZED)
     .otherwise(pl.format("{}, {} cache", _QUANTIZED, _CACHE))
+    .fill_null(_QUANTIZED)
+    .fill_null("unknown precision")
 )
-"""`fp8`, `bfloat16`, `bfloat16, fp8 cache`."""
+"""`fp8`, `bfloat16`, `bfloat16, fp8 cache`; a trial that ended before anyone knew its data type
+may have none."""
 
 
 def memory(frame: pl.DataFrame) -> str:

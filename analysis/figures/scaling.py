@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import polars as pl
 
 from analysis.conditions import CONDITIONS, refuse_mixed, refuse_repeated
+from analysis.disturbed import mark
 from analysis.errors import SelectionError
 from analysis.figures.figure import Pivot, RecordsFigure
 from analysis.insights import MISSING, feasible, percent
@@ -38,6 +39,7 @@ _DRAWN = (
     "params_active",
     "active_share",
     "memory_limit_gib",
+    "disturbed",
     "devices_label",
     "relative_throughput",
     "parallel_efficiency",
@@ -71,7 +73,8 @@ def scaling(
         return draw(frame, axes=axes, title=title, insight=insight(frame))
 
     def insight(frame: pl.DataFrame) -> str:
-        return " ".join(filter(None, (part(frame, axes) for part in parts)))
+        found = " ".join(filter(None, (part(frame, axes) for part in parts)))
+        return found or "There are no two points to compare."
 
     return RecordsFigure(
         name=name,
@@ -146,6 +149,7 @@ def _cell(row: dict[str, object]) -> str:
     if not isinstance(value, float):
         outcome = str(row["outcome"])
         return "OOM" if outcome == "oom" else MISSING.get(outcome, outcome)
+    shown = f"{value:,.0f}{mark(row)}"
     if not (isinstance(low, float) and isinstance(high, float)):
-        return f"{value:,.0f}"
-    return f"{value:,.0f} ±{percent((high - low) / 2 / value)}"
+        return shown
+    return f"{shown} ±{percent((high - low) / 2 / value)}"

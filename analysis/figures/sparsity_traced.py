@@ -93,6 +93,7 @@ def prepare(records: pl.LazyFrame) -> pl.DataFrame:
             *conditions,
             "devices_label",
             "memory_limit_gib",
+            "disturbed",
             "trial_id",
         )
         .sort("series", "batch_size")

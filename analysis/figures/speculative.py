@@ -28,13 +28,14 @@ def acceptance(frame: pl.DataFrame) -> str:
         parts = []
         for (tokens,), some in rows.group_by("draft_tokens", maintain_order=True):
             rate, length = some.get_column("acceptance_rate"), some.get_column("accepted_length")
-            parts.append(f"{_range(rate)} of {tokens} ({_range(length)} tokens a step)")
+            each = f" ({_range(length)} tokens a step)" if length.count() else ""
+            parts.append(f"{_range(rate)} of {tokens}{each}")
         words.append(f"{name} {enumeration(parts)}")
     return f"Accepted: {'; '.join(words)}." if words else "No drafted token was counted."
 
 
 def _range(values: pl.Series) -> str:
-    ends = values.sort().to_list()
+    ends = values.drop_nulls().sort().to_list()
     low, high = f"{ends[0]:.2f}", f"{ends[-1]:.2f}"
     return low if low == high else f"{low} to {high}"
 

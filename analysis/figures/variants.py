@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from analysis.conditions import CONDITIONS, constant, refuse_mixed, refuse_repeated
+from analysis.disturbed import mark
 from analysis.errors import SelectionError
 from analysis.figures.figure import Pivot, RecordsFigure
 from analysis.insights import MISSING, percent
@@ -80,18 +81,17 @@ class Variants:
         keys = [self.panel.column, "variant", self.x.column]
         frame = records.with_columns(variant=self.label).collect()
         frame = frame.filter(pl.col("outcome") != "infeasible")
+        needed = [key for key in (self.panel.column, self.x.column) if key not in self.own]
+        known = pl.all_horizontal(pl.col(key).is_not_null() for key in keys)
+        frame = frame.drop_nulls(needed).filter(pl.col("variant").is_in(self.baselines) | known)
         names = frame.get_column("variant").unique().to_list()
         base = next((one for one in self.baselines if one in names), None)
         if base is None or len(names) < 2:
             raise SelectionError(
                 f"nothing to compare: it takes {' or '.join(self.baselines)} and another variant, "
-                f"there is {', '.join(sorted(map(str, names))) or 'no record'}"
+                f"there is {', '.join(sorted(names)) or 'no record'}"
             )
         frame = frame.with_columns(baseline=pl.col("variant") == base)
-        needed = [key for key in (self.panel.column, self.x.column) if key not in self.own]
-        frame = frame.drop_nulls(needed).filter(
-            pl.col("baseline") | pl.all_horizontal(pl.col(key).is_not_null() for key in keys)
-        )
         refuse_mixed(frame, varied=(*self.varied, self.x.column, self.panel.column))
         refuse_repeated(frame, keys)
         ends = {name: f"base_{name}" for name in _ENDS}
@@ -157,6 +157,7 @@ class Variants:
                 dash=pl.when("baseline").then(pl.lit("baseline")).otherwise(pl.lit("variant")),
                 x=pl.col(self.x.column).cast(pl.Float64),
                 y=value.cast(pl.Float64),
+                ring="disturbed",
             )
             for value, title in parts
         ).drop_nulls("y")
@@ -245,7 +246,7 @@ class Variants:
         return f"From {self.x.phrase.format(f'{low} to {high}')}: {enumeration(words)}{median}."
 
 
-_FOR_PEOPLE = ("devices_label", "memory_limit_gib", "trial_id")
+_FOR_PEOPLE = ("devices_label", "memory_limit_gib", "disturbed", "trial_id")
 
 
 def _names(frame: pl.DataFrame) -> list[str]:
@@ -266,7 +267,7 @@ def _cell(row: dict[str, Any]) -> str:
     value = row["throughput_tok_s"]
     if value is None:
         return MISSING.get(row["outcome"], str(row["outcome"]))
-    return f"{value:,.0f}" + ("" if row["ratio"] is None else f" ({row['ratio']:.2f}×)")
+    return f"{value:,.0f}{mark(row)}" + ("" if row["ratio"] is None else f" ({row['ratio']:.2f}×)")
 
 
 def _absent(frame: pl.DataFrame) -> str:

@@ -58,6 +58,23 @@ class GroupView:
     throughput_tok_s: float | None
     """Of the trial that was measured last."""
     state: Literal["waiting", "running", "done"]
+    disturbed: int = 0
+    """Records of it that something else disturbed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Why:
+    """A trial that did not end `ok`, and why: the first of its group with that reason."""
+
+    label: str
+    """Of its group; empty where it is in none."""
+    outcome: Outcome
+    reason: str
+
+    @property
+    def line(self) -> str:
+        """In words."""
+        return ": ".join(filter(None, (self.label, self.outcome, self.reason)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,10 +94,12 @@ class Snapshot:
     """Terminal records by outcome, resumed ones included."""
     lanes: tuple[LaneView, ...]
     groups: tuple[GroupView, ...]
-    last_oom: tuple[str, ...]
-    """Labels of the trials that last ran out of memory."""
+    whys: tuple[Why, ...]
+    """Why trials were not `ok`, once per group and reason, in the order in which they ended."""
     busy_share: float | None
     """Time in passes over time in which devices were held."""
+    disturbed: int = 0
+    """Records that something else disturbed, resumed ones included."""
 
 
 class Display(Protocol):

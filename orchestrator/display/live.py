@@ -28,6 +28,7 @@ from orchestrator.display.base import (
     Display,
     GroupView,
     Snapshot,
+    Why,
     rate,
     span,
     surviving_its_terminal,
@@ -39,8 +40,8 @@ REDRAWS_PER_S = 4
 LONGEST = 200
 """Characters of a cell before the window cuts it."""
 ROOMY = 20
-"""Lines from which blank lines and several out-of-memory lines fit."""
-OOM_LINES = 3
+"""Lines from which blank lines and several lines of reasons fit."""
+WHY_LINES = 3
 _HEAD_LINES = 3
 
 _COLOUR = {
@@ -113,6 +114,7 @@ class LiveDisplay(Display):
         seen = (
             int(snapshot.elapsed_s + age_s),
             dict(snapshot.counts),
+            len(snapshot.whys),
             [(lane.group_id, lane.stage, lane.trial) for lane in snapshot.lanes],
             (width, height),
         )
@@ -149,7 +151,7 @@ def compose(snapshot: Snapshot, *, width: int, height: int, age_s: float) -> Ren
         _lanes(snapshot, room.lanes, width, age_s),
         *gap,
         _groups(snapshot.groups, room.groups, width),
-        *(_oom(snapshot, room.oom)),
+        *(_whys(snapshot, room.whys)),
     ]
     return Group(*parts)
 
@@ -159,7 +161,7 @@ class Room:
     """How many lines each part may have."""
 
     roomy: bool
-    oom: int
+    whys: int
     lanes: int
     """Rows below their heading."""
     groups: int
@@ -169,11 +171,11 @@ class Room:
     def of(cls, snapshot: Snapshot, height: int) -> Room:
         """Shares out `height` - 1 lines: the last one is the cursor's."""
         roomy = height >= ROOMY
-        oom = min(len(snapshot.last_oom), OOM_LINES if roomy else 1)
-        left = height - 1 - _HEAD_LINES - (2 if roomy else 0) - oom - 2
+        whys = min(len(snapshot.whys), WHY_LINES if roomy else 1)
+        left = height - 1 - _HEAD_LINES - (2 if roomy else 0) - whys - 2
         lanes = min(len(snapshot.lanes), max(1, left // 2))
         groups = min(len(snapshot.groups), left - lanes)
-        return cls(roomy=roomy, oom=oom, lanes=lanes, groups=max(0, groups))
+        return cls(roomy=roomy, whys=whys, lanes=lanes, groups=max(0, groups))
 
 
 def _head(snapshot: Snapshot, width: int, age_s: float) -> list[RenderableType]:
@@ -196,6 +198,8 @@ def _head(snapshot: Snapshot, width: int, age_s: float) -> list[RenderableType]:
     counts = _outcomes(snapshot.counts)
     if snapshot.resumed:
         counts.append(f" ({snapshot.resumed} from earlier runs)")
+    if snapshot.disturbed:
+        counts.append(f" · {snapshot.disturbed} disturbed", "yellow")
     if snapshot.busy_share is not None:
         counts.append(f" · measuring {100 * snapshot.busy_share:.0f} %")
     return [_one_line(line) for line in (title, bar, counts)]
@@ -241,7 +245,7 @@ def _groups(groups: Sequence[GroupView], rows: int, width: int) -> RenderableTyp
             Text(group.state, _COLOUR.get(group.state, "")),
             Text(_cell(group.label)),
             Text(f"{group.done}/{group.trials}"),
-            _outcomes(group.outcomes),
+            _outcomes(group.outcomes, group.disturbed),
             Text(rate(group.throughput_tok_s)),
         ]
         if width >= 100:
@@ -282,17 +286,23 @@ def choose_groups(groups: Sequence[GroupView], rows: int) -> tuple[list[GroupVie
     return [groups[index] for index in sorted(shown)], words
 
 
-def _oom(snapshot: Snapshot, lines: int) -> list[RenderableType]:
-    """The trials that last ran out of memory, newest first."""
-    last = snapshot.last_oom[::-1][:lines]
+def _whys(snapshot: Snapshot, lines: int) -> list[RenderableType]:
+    """Why trials were not `ok`, the last ones, newest first."""
+    last = snapshot.whys[::-1][:lines]
     return [
-        _one_line(Text.assemble(("out of memory  ", _COLOUR["oom"]), _cell(label)))
-        for label in last
+        _one_line(Text.assemble((f"{one.outcome}  ", _COLOUR[one.outcome]), _cell(_of(one))))
+        for one in last
     ]
 
 
-def _outcomes(outcomes: Mapping[Outcome, int]) -> Text:
+def _of(why: Why) -> str:
+    return ": ".join(filter(None, (why.label, why.reason)))
+
+
+def _outcomes(outcomes: Mapping[Outcome, int], disturbed: int = 0) -> Text:
     words = [(f"{name} {outcomes[name]}", _COLOUR[name]) for name in OUTCOMES if outcomes.get(name)]
+    if disturbed:
+        words.append((f"{disturbed} disturbed", "yellow"))
     return Text(" · ").join(Text(*one) for one in words) if words else Text("–", "dim")
 
 

@@ -34,7 +34,7 @@ LONGEST = 400
 
 
 class PlainDisplay(Display):
-    """One line per trial that ends and per group that starts or ends."""
+    """One line per trial that ends, per group that starts or ends, and per reason of a group."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -73,6 +73,7 @@ class PlainDisplay(Display):
 def _begun(snapshot: Snapshot) -> str:
     resumed = f", {snapshot.resumed} of them from earlier runs" if snapshot.resumed else ""
     so_far = f"; so far {counted(snapshot.counts)}" if any(snapshot.counts.values()) else ""
+    so_far += f", {snapshot.disturbed} of them disturbed" if snapshot.disturbed else ""
     return (
         f"{snapshot.sweep}: {snapshot.trials_total} trials{resumed}, {len(snapshot.groups)} "
         f"engines to build, profile {snapshot.profile}, {snapshot.device}{so_far}"
@@ -95,13 +96,17 @@ def _changes(last: Snapshot | None, snapshot: Snapshot) -> Iterator[str]:
         ended = _gained(old.outcomes if old else {}, group.outcomes)
         for outcome, count in ended.items():
             lane = earlier.get(group.group_id) if sum(ended.values()) == 1 else None
-            yield _trials(group, outcome, count, lane) + _progress(snapshot)
+            disturbed = group.disturbed - (old.disturbed if old else 0) if outcome == "ok" else 0
+            yield _trials(group, outcome, count, lane, disturbed) + _progress(snapshot)
         if last is not None:
             without.subtract(ended)
         if group.state == "done" and (old is None or old.state != "done"):
-            yield f"end     {group.label}: {counted(group.outcomes) or 'nothing ran'}"
+            noise = f" · {group.disturbed} disturbed" if group.disturbed else ""
+            yield f"end     {group.label}: {counted(group.outcomes) or 'nothing ran'}{noise}"
     for outcome, count in _gained({}, without).items():
         yield f"{outcome}: {count} that need no engine{_progress(snapshot)}"
+    for why in snapshot.whys[len(last.whys) if last else 0 :]:
+        yield f"why     {why.line}"
 
 
 def _gained(before: Mapping[Outcome, int], after: Mapping[Outcome, int]) -> dict[Outcome, int]:
@@ -113,12 +118,17 @@ def _place(lane: LaneView | None) -> str:
     return f" on {lane.devices} of {lane.node}" if lane else ""
 
 
-def _trials(group: GroupView, outcome: Outcome, count: int, lane: LaneView | None) -> str:
+def _trials(
+    group: GroupView, outcome: Outcome, count: int, lane: LaneView | None, disturbed: int
+) -> str:
     """`lane` is where the group's only trial since the last snapshot was seen running."""
     times = f" x {count}" if count > 1 else ""
     which = f" · {lane.trial}" if lane and lane.trial else ""
     speed = f", {rate(group.throughput_tok_s)} tok/s" if outcome == "ok" else ""
-    return f"{outcome + times:<7} {group.label}{which}{speed}"
+    noise = ""
+    if disturbed:
+        noise = f", {disturbed} of them disturbed" if count > 1 else ", disturbed"
+    return f"{outcome + times:<7} {group.label}{which}{speed}{noise}"
 
 
 def _progress(snapshot: Snapshot) -> str:

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from workers.hardware import cpu, peaks
-from workers.hardware.cpu import cache_bytes, processor
+from workers.hardware.caches import cache_bytes
+from workers.hardware.cpu import processor
 from workers.hardware.device import CPU, device
 from workers.hardware.host import Host, describe
 from workers.hardware.peaks import Calibration

@@ -94,6 +94,26 @@ def test_memory_is_that_of_the_structure(engine: Engine) -> None:
     assert used.limit == 2**30
 
 
+def test_the_reference_load_shows_the_machine_and_leaves_no_trace_in_memory(
+    engine: Engine, kind: EngineKind
+) -> None:
+    """Under a memory limit of 1 GiB, of which it must take nothing."""
+    before = engine.memory()
+    first, second = engine.reference(), engine.reference()
+    if kind == "roofline":
+        assert first is second is None
+        return
+    assert first is not None
+    assert second is not None
+    for one in (first.bandwidth_gb_s, second.bandwidth_gb_s):
+        assert 0.1 < one.median < 10_000
+    for one in (first.tflops, second.tflops):
+        assert 0.0001 < one.median < 1000
+        assert one.spread >= 0
+    after = engine.memory()
+    assert after.peak - before.peak < 16 * 2**20  # buffers of the multiplication
+
+
 def test_closing_twice_is_allowed_and_a_new_engine_can_be_built(
     kind: EngineKind, engine: Engine, tmp_path: Path
 ) -> None:

@@ -183,7 +183,7 @@ def _run(model: Model, top_ks: Sequence[int], folder: Path, kind: str = "vllm") 
         run_id="r",
         group_id="g",
         profile="cpu",
-        tickets=tuple(Ticket(trial=one, trial_id=one.trial_id) for one in trials),
+        tickets=tuple(Ticket(trial=one, trial_id=one.named_id) for one in trials),
         scratch=str(folder),
     )
     messages = list(runner.run(job))
@@ -194,7 +194,7 @@ def _run(model: Model, top_ks: Sequence[int], folder: Path, kind: str = "vllm") 
         if isinstance(m, Finished)
     ]
     assert {one["outcome"] for one in records} == {"ok"}
-    assert {one["trial_id"] for one in records} == {one.trial_id for one in trials}
+    assert {one["trial_id"] for one in records} == {one.named_id for one in trials}
     return len(loads), records
 
 

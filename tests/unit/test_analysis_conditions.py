@@ -13,6 +13,7 @@ from analysis.conditions import CONDITIONS, only, refuse_mixed, refuse_repeated,
 from analysis.errors import SelectionError
 from analysis.subtitle import subtitle
 from tests.unit.test_analysis_dataset import failure, grid, ids, record, write
+from workers.hardware.facts import dumps
 
 
 @pytest.fixture
@@ -56,6 +57,27 @@ def test_predicted_and_measured_do_not_mix(tmp_path: Path) -> None:
         "engine": ["roofline", "vllm"],
         "source": ["measured", "predicted"],
     }
+
+
+def test_devices_of_one_name_are_refused_with_what_is_not_the_same(tmp_path: Path) -> None:
+    fast = {"amx_tile": True, "l3_kib": 260 * 1024}
+    slow = {"amx_tile": False, "l3_kib": 32 * 1024}
+    of = {
+        name: {"device_digest": name, "device_facts": dumps(facts)}
+        for name, facts in (("aaa", fast), ("bbb", slow))
+    }
+    frame = frame_of(
+        tmp_path, record("a", **of["aaa"]), record("b", top_k=1, **of["bbb"]), record("c", top_k=8)
+    )
+    with pytest.raises(SelectionError) as caught:
+        refuse_mixed(frame, varied=("top_k",))
+    assert (
+        "device_digest (aaa, bbb): devices of the same name, but AMX: yes / no, "
+        "L3: 260 MiB / 32 MiB. Choose, for instance --only device_digest=bbb" in str(caught.value)
+    )
+    again = frame_of(tmp_path, record("a", **of["aaa"]), record("a2", **of["bbb"]))
+    with pytest.raises(SelectionError, match=r"differ in device_digest: devices of the same name"):
+        refuse_repeated(again, ("top_k",))
 
 
 def test_two_records_of_one_point_are_refused(tmp_path: Path) -> None:

@@ -250,6 +250,23 @@ def test_another_machine_is_another_result(tmp_path: Path) -> None:
     assert len(load(tmp_path).collect()) == 2
 
 
+def test_a_device_of_the_same_name_is_another_one_where_its_facts_differ(tmp_path: Path) -> None:
+    """A record of 0.1.0, which has no facts, goes by the name: a newer one supersedes it."""
+    later = {f"r{n}": NOON + timedelta(hours=n) for n in range(1, 4)}
+    write(
+        tmp_path,
+        [
+            record("a"),
+            record("a", run_id="r1", finished_at=later["r1"], device_digest="fast"),
+            record("a", run_id="r2", finished_at=later["r2"], device_digest="slow"),
+            record("a", run_id="r3", finished_at=later["r3"], device_digest="fast"),
+            record("b"),
+        ],
+    )
+    found = load(tmp_path).select("trial_id", "run_id").collect()
+    assert sorted(found.rows()) == [("a", "r2"), ("a", "r3"), ("b", "r0")]
+
+
 def test_a_record_without_a_device_stands_only_alone(tmp_path: Path) -> None:
     lost = failure("a", "crashed", run_id="r1", device=None, finished_at=NOON + timedelta(1))
     write(tmp_path, [record("a"), lost, failure("b", "infeasible", device=None)])

@@ -34,6 +34,7 @@ from workers.contract.job import Job, Ticket
 from workers.contract.message import Finished
 from workers.contract.record import RECORDS, rows
 from workers.hardware.device import device
+from workers.hardware.facts import dumps
 from workers.moe.sheets import FOLDER
 from workers.secrecy import HIDDEN, hide
 
@@ -105,12 +106,14 @@ def dataset(folder: Path, text: str = SCALED, *overrides: str, run_id: str = "r1
         names: dict[str, Any] = {"sweep": sweep.name, "run_id": run_id, "profile": "h100"}
         for one in planned.infeasible:
             assert one.infeasible is not None
-            ticket = Ticket(trial=one.trial, trial_id=one.trial_id, axes=one.axes)
+            ticket = Ticket(
+                trial=one.trial, trial_id=one.trial_id, axes=one.axes, digests=one.digests
+            )
             job = Job(**names, group_id=None, tickets=())
             opened.commit(run_id, records=recorder.failed(job, ticket, one.infeasible))
         for group in planned.groups:
             tickets = tuple(
-                Ticket(trial=one.trial, trial_id=one.trial_id, axes=one.axes)
+                Ticket(trial=one.trial, trial_id=one.trial_id, axes=one.axes, digests=one.digests)
                 for one in group.trials
             )
             job = Job(**names, group_id=group.group_id, tickets=tickets)
@@ -196,7 +199,7 @@ def test_a_point_comes_back_as_the_trial_it_was(tmp_path: Path, name: str, profi
         )
         path.write_text(written(made, rebuilt(made)), encoding="utf-8")
         (again,) = expand(sweeps.load(path, (), profile)).points
-        assert again.trial.trial_id == point.trial.trial_id
+        assert again.trial_id == point.trial_id
         assert again.trial == point.trial
         assert again.axes == point.axes
 
@@ -332,7 +335,7 @@ def test_a_secret_is_missed_by_its_key_and_print_shows_where_it_goes(tmp_path: P
     text = printed.stdout.replace('api_key: "***"', "api_key: abcdefghijklmnop")
     path.write_text(text.replace('token: "***"', "token: x"))
     (point,) = expand(sweeps.load(path, (), "h100")).points
-    assert point.trial.trial_id == name
+    assert point.trial_id == name
 
 
 def test_a_secret_among_the_axes(tmp_path: Path) -> None:
@@ -607,3 +610,15 @@ def test_check_speaks_of_the_one_file_only(tmp_path: Path) -> None:
     found = find(ids(folder)[0], [folder])
     with pytest.raises(DatasetError, match="not valid YAML"):
         check(found, "a: [")
+
+
+def test_a_device_that_kept_its_name_and_is_another_one_is_told() -> None:
+    fast, slow = ({"amx_tile": amx, "cores": 2, "core_quota": None} for amx in (True, False))
+    one = made(device_digest="a", device_facts=dumps(fast))
+    other = made(device_digest="b", device_facts=dumps(slow | {"core_quota": 1.5}))
+    facts = replay_facts(one, other, status=0)
+    assert facts["differences"] == [
+        {"name": "device: AMX", "original": "yes", "replay": "no"},
+        {"name": "device: cores by quota", "original": "?", "replay": "1.5"},
+    ]
+    assert replay_facts(one, made(), status=0)["differences"] == []  # 0.1.0 tells nothing of it

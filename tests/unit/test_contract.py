@@ -84,15 +84,15 @@ def test_repeats_have_a_bound() -> None:
 
 def test_identity_is_stable_over_versions_and_covers_every_field() -> None:
     trial = Trial(model=Model(name="mixtral-8x7b", weights="dummy", ffn_dim=1792))
-    assert trial.trial_id == "23898ef82d91eeba"  # a change here disowns every old result
-    assert trial.trial_id != Trial(model=Model(name="mixtral-8x7b", ffn_dim=1792)).trial_id
+    assert trial.named_id == "23898ef82d91eeba"  # a change here disowns every old result
+    assert trial.named_id != Trial(model=Model(name="mixtral-8x7b", ffn_dim=1792)).named_id
     counted = replace(trial, measure=Measure(activation=True))
-    assert counted.trial_id == "5fb3be40e57e3c2d"
+    assert counted.named_id == "5fb3be40e57e3c2d"
     looked_up = replace(trial, measure=Measure(activation="sheet"))
-    assert len({trial.trial_id, counted.trial_id, looked_up.trial_id}) == 3
+    assert len({trial.named_id, counted.named_id, looked_up.named_id}) == 3
     assert looked_up.engine_key == trial.engine_key
     other_load = Trial(model=trial.model, workload=Workload(batch_size=2))
-    assert other_load.trial_id != trial.trial_id
+    assert other_load.named_id != trial.named_id
     assert other_load.engine_key == trial.engine_key
     other_engine = Trial(model=trial.model, engine=EngineSettings(eager=True))
     assert other_engine.engine_key != trial.engine_key

@@ -21,6 +21,7 @@ from orchestrator.display.base import (
     LaneView,
     QuietDisplay,
     Snapshot,
+    Why,
     choose,
     counted,
     rate,
@@ -97,10 +98,14 @@ def snapshot(*groups: GroupView, **more: Any) -> Snapshot:
             lane(one, f"gpu {i}") for i, one in enumerate(groups) if one.state == "running"
         ),
         "groups": groups,
-        "last_oom": (),
+        "whys": (),
         "busy_share": None,
     }
     return Snapshot(**{**values, **more})
+
+
+WHY = Why(label="old", outcome="oom", reason="2 GiB more than there are")
+TOO_LONG = Why(label="x" * 300, outcome="crashed", reason="y" * 600)
 
 
 def many(done: int, running: int, waiting: int) -> tuple[GroupView, ...]:
@@ -117,7 +122,7 @@ def picture(of: Snapshot, width: int = 100, height: int = 30, age_s: float = 0.0
 def test_the_picture_says_what_people_look_for() -> None:
     groups = (group(1, "done"), group(2, "running", done=1, outcomes={"ok": 1}), group(3))
     lines = picture(
-        snapshot(*groups, resumed=2, last_oom=("old", "ffn_dim 1 · batch 64"), busy_share=0.874)
+        snapshot(*groups, resumed=2, whys=(WHY, replace(WHY, label="new")), busy_share=0.874)
     )
     text = "\n".join(lines)
     assert lines[0].startswith("hparam · h100 · 8 NVIDIA H100")
@@ -129,8 +134,8 @@ def test_the_picture_says_what_people_look_for() -> None:
     assert re.search(r"running +ffn_dim 2 · experts 8 +2 +1/4 +ok 1 +–", text)
     assert re.search(r"waiting +ffn_dim 3 · experts 8 +2 +0/4 +– +–", text)
     newest, older = lines[-2:]
-    assert newest == "out of memory  ffn_dim 1 · batch 64"
-    assert older == "out of memory  old"
+    assert newest == "oom  new: 2 GiB more than there are"
+    assert older == "oom  old: 2 GiB more than there are"
 
 
 @pytest.mark.parametrize("width", [60, 79, 80, 100, 200])
@@ -140,7 +145,7 @@ def test_the_picture_fits_its_window(width: int, height: int, lanes: int) -> Non
     groups = many(40, lanes, 40)
     long = tuple(replace(one, label=one.label + " · quantization fp8" * 9) for one in groups)
     lines = picture(
-        snapshot(*long, last_oom=("x" * 300,) * 5, device="D" * 300, resumed=3, busy_share=0.5),
+        snapshot(*long, whys=(TOO_LONG,) * 5, device="D" * 300, resumed=3, busy_share=0.5),
         width,
         height,
     )
@@ -149,7 +154,7 @@ def test_the_picture_fits_its_window(width: int, height: int, lanes: int) -> Non
     assert "elapsed" in lines[0]
     assert "160/" in lines[1]
     assert any("not" in line or "… and" in line for line in lines), "the rest is counted"
-    assert sum(line.startswith("out of memory") for line in lines) == (1 if height < 20 else 3)
+    assert sum(line.startswith("crashed  x") for line in lines) == (1 if height < 20 else 3)
     if lanes:
         assert any(line.startswith("running") for line in lines)
         assert any(" run 12 s" in line for line in lines)
@@ -209,7 +214,9 @@ def test_idle_processes_give_way_and_nodes_are_named_where_there_are_several() -
 def test_what_a_user_wrote_cannot_paint_the_screen() -> None:
     nasty = "[red]x[/red] \x1b[2J\x07\nnext"
     one = group(1, "running", label=nasty)
-    text = "\n".join(picture(snapshot(one, sweep=nasty, last_oom=(nasty,)), width=140))
+    text = "\n".join(
+        picture(snapshot(one, sweep=nasty, whys=(replace(WHY, label=nasty, reason=""),)), width=140)
+    )
     assert text.count("[red]x[/red]") == 4
     assert not re.search(r"[\x00-\x09\x0b-\x1f]", text)
     on = console(terminal=False)
@@ -269,7 +276,7 @@ from rich.console import Console
 from orchestrator.display.base import Snapshot, choose
 def snapshot(elapsed):
     return Snapshot(sweep="s", profile="cpu", device="d", elapsed_s=elapsed, eta_s=None,
-        trials_total=1, resumed=0, counts={{}}, lanes=(), groups=(), last_oom=(), busy_share=None)
+        trials_total=1, resumed=0, counts={{}}, lanes=(), groups=(), whys=(), busy_share=None)
 console = Console(file=os.fdopen(os.dup(1), "w"), force_terminal={terminal}, _environ={{}})
 with choose(plain=False, json=False, console=console) as display:
     if {when == "during"}:
@@ -318,7 +325,13 @@ def test_plain_lines_tell_each_event_once() -> None:
         four = replace(one, done=4, outcomes={"ok": 1, "oom": 2, "crashed": 1}, state="done")
         display.update(snapshot(four, second, elapsed_s=3725))
         display.update(
-            snapshot(four, second, elapsed_s=3726, counts={"ok": 1, "oom": 2, "infeasible": 3})
+            snapshot(
+                four,
+                second,
+                elapsed_s=3726,
+                counts={"ok": 1, "oom": 2, "infeasible": 3},
+                whys=(WHY, replace(WHY, label="", outcome="infeasible", reason="3 / 2")),
+            )
         )
     assert written(on).splitlines() == [
         "0:00:00  hparam: 11 trials, 3 of them from earlier runs, 2 engines to build, "
@@ -330,6 +343,8 @@ def test_plain_lines_tell_each_event_once() -> None:
         "1:02:05  crashed ffn_dim 1 · experts 8 · batch 16  [4/8]",
         "1:02:05  end     ffn_dim 1 · experts 8: ok 1 · oom 2 · crashed 1",
         "1:02:06  infeasible: 3 that need no engine  [6/8]",
+        "1:02:06  why     old: oom: 2 GiB more than there are",
+        "1:02:06  why     infeasible: 3 / 2",
     ]
 
 

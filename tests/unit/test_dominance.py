@@ -54,7 +54,7 @@ def _planned(
     if a is not None:
         check(a, trial.layout)
     prediction = predict(a, trial, device(target)) if a is not None else None
-    return Planned(trial=trial, trial_id=trial.trial_id, axes={}, prediction=prediction)
+    return Planned(trial=trial, trial_id=trial.named_id, axes={}, prediction=prediction)
 
 
 def _changed(one: Planned, section: str, **values: Any) -> Planned:

@@ -85,7 +85,7 @@ def test_points_are_the_trials_that_plain_construction_gives(lay: Lay) -> None:
         "grid: {model.top_k: [1, 2], workload.batch_size: [3, 4], measure.timeout_s: [9, 9.5]}\n"
     )
     trials = [point.trial for point in expansion.points]
-    assert len({trial.trial_id for trial in trials}) == 8
+    assert len({trial.named_id for trial in trials}) == 8
     assert all(isinstance(trial.measure.timeout_s, float) for trial in trials)
     first = trials[0]
     assert first.model == Model(name="olmoe", weights="dummy", top_k=1)
@@ -152,7 +152,7 @@ def test_engine_arguments_are_set_inside_those_of_the_base(lay: Lay) -> None:
         {"a": {"z": True}, "b": {"c": 4, "d": 3}, "e": {"f": [1]}},
         {"a": {"z": True}, "b": {"c": None, "d": 3}, "e": {"f": [1]}},
     ]
-    assert len({point.trial.trial_id for point in expansion.points}) == 2
+    assert len({point.trial_id for point in expansion.points}) == 2
 
 
 def test_a_point_is_dropped_by_the_first_constraint_that_fails(lay: Lay) -> None:

@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from workers.hardware import cpu, peaks
+from workers.hardware.caches import cache_bytes
 from workers.hardware.device import (
     COMPUTE,
     CPU,
@@ -434,7 +435,7 @@ def test_who_waits_too_long_for_the_lock_is_told(cache: Path) -> None:
 
 
 def test_the_caches_of_this_machine_are_known_or_zero() -> None:
-    assert 0 <= cpu.cache_bytes() < 2**36
-    one = cpu.cache_bytes([min(os.sched_getaffinity(0))])
-    assert one <= cpu.cache_bytes()
-    assert cpu.cache_bytes([10**6]) == 0
+    assert 0 <= cache_bytes() < 2**36
+    one = cache_bytes([min(os.sched_getaffinity(0))])
+    assert one <= cache_bytes()
+    assert cache_bytes([10**6]) == 0

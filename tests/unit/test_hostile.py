@@ -22,7 +22,7 @@ import pytest
 from rich.console import Console
 
 from orchestrator.__main__ import _explained
-from orchestrator.display.base import GroupView, LaneView, Snapshot
+from orchestrator.display.base import GroupView, LaneView, Snapshot, Why
 from orchestrator.display.live import LiveDisplay
 from orchestrator.display.plain import PlainDisplay
 from orchestrator.errors import Place, SweepError
@@ -209,7 +209,7 @@ def _snapshot(text: str) -> Snapshot:
                 state="running",
             ),
         ),
-        last_oom=(text,),
+        whys=(Why(label=text, outcome="oom", reason=text),),
         busy_share=None,
     )
 
@@ -222,7 +222,7 @@ def test_plain_lines_stay_lines(text: str) -> None:
         display.say(text)
     shown = file.getvalue()
     assert plain(shown)
-    assert len(shown.splitlines()) == 4
+    assert len(shown.splitlines()) == 5
     if text in ("[bold red]x[/bold red]", "[/]", ":pile_of_poo:"):
         assert text in shown, "shown as it is, not as markup"
 

@@ -43,19 +43,24 @@ def test_the_revision_decides(cache: Path, tmp_path: Path) -> None:
         {"model.name": name},
         {"model.name": name, "model.revision": "v2"},
         {"model.name": name, "model.revision": "2" * 40, "model.top_k": 1},
-        {"model.name": str(tmp_path / "folder")},
     ]
     made = plan(tmp_path, {"name": name, "weights": "dummy"}, cases=cases)
-    assert made.unpredicted == {} and len(made.groups) == 4
+    assert made.unpredicted == {} and len(made.groups) == 3
+    same = plan(tmp_path, {"name": str(tmp_path / "folder"), "weights": "dummy"})
     found = {
         (one.trial.model.name, one.trial.model.revision): one.prediction
-        for group in made.groups
+        for group in (*made.groups, *same.groups)
         for one in group.trials
         if one.prediction is not None
     }
     first, second = found[name, None], found[name, "v2"]
     assert second == found[str(tmp_path / "folder"), None]
     assert second.weights_gib > first.weights_gib
+    own = {"name": name, "revision": "v2", "weights": "dummy"}
+    asked = [{"model.num_experts": None}, {"model.num_experts": 4}]
+    assert plan(tmp_path, own, cases=asked).trials == 2, "4 are another revision's own number"
+    with pytest.raises(SweepError, match="two points are the same trial"):
+        plan(tmp_path, own, cases=[*asked, {"model.num_experts": 8}])
     bent = resolve(Model(name=name, revision="2" * 40, weights="dummy", top_k=1))
     assert bent is not None and (bent.num_layers, bent.num_experts, bent.top_k) == (3, 8, 1)
     whole = resolve(Model(name=name))

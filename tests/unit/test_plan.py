@@ -22,6 +22,7 @@ from workers.contract.model import Model, Prune
 from workers.contract.trial import Trial
 from workers.contract.workload import Workload
 from workers.hardware.device import device
+from workers.identity import Identities
 
 BASE: dict[str, Any] = {
     "name": "p",
@@ -128,10 +129,10 @@ _TRIALS = st.builds(
 def test_identities_made_of_shared_parts_are_those_of_the_whole(trials: list[Trial]) -> None:
     fast = Fingerprints()
     for one in trials * 2:
-        assert fast.of(one) == fingerprint(one) == one.trial_id
+        assert fast.of(one) == fingerprint(one) == one.named_id
         assert fast.of([one.model, one.layout, one.engine]) == one.engine_key
         crossed = Trial(model=one.model, workload=trials[0].workload, engine=trials[-1].engine)
-        assert fast.of(crossed) == crossed.trial_id
+        assert fast.of(crossed) == crossed.named_id
 
 
 def test_identities_of_plain_data_too() -> None:
@@ -150,7 +151,7 @@ def test_planned_ids_are_those_of_the_trials(tmp_path: Path) -> None:
     plan = _plan(tmp_path, grid={"model.top_k": [1, 9], "layout.tensor": [1, 2]})
     every = [*plan.infeasible, *(one for group in plan.groups for one in group.trials)]
     assert len({one.trial_id for one in every}) == 4
-    assert all(one.trial_id == one.trial.trial_id for one in every)
+    assert all(one.trial_id == Identities().trial_id(one.trial) for one in every)
 
 
 def test_the_longest_group_comes_first(tmp_path: Path) -> None:

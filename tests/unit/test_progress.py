@@ -187,6 +187,54 @@ def test_time_held_goes_on_counting_after_a_lane_is_closed() -> None:
 
 def test_infeasible_points_count_without_a_group() -> None:
     tracker = _tracker(_Clock(), _group("a"))
-    tracker.ended(None, "infeasible")
+    tracker.ended(None, rows(RECORDS, [{"outcome": "infeasible"}]))
     assert tracker.counts == Counter({"oom": 1, "infeasible": 1})
     assert tracker.snapshot().trials_total == 3
+
+
+def test_a_reason_is_told_once_per_group_and_counted_every_time() -> None:
+    a, b = _group("a", 3), _group("b")
+    plan = Plan(sweep="s", profile="cpu", points=9, dropped={}, infeasible=(), groups=(a, b))
+    tracker = Tracker(
+        plan,
+        [a, b],
+        {"n": NODE},
+        device="a cpu",
+        resumed={},
+        hide=lambda text: text.replace("hunter2", "***"),
+    )
+
+    def end(group_id: str | None, outcome: str, reason: str | None) -> None:
+        row = {"outcome": outcome, "outcome_reason": reason, "log": f"logs/{group_id}.log"}
+        tracker.ended(group_id, rows(RECORDS, [row]))
+
+    end("a", "oom", "tried to allocate 12 bytes")
+    end("a", "oom", "tried to allocate 345 bytes")  # the same but for a number
+    end("a", "crashed", "key hunter2 is refused")
+    end("b", "ok", None)
+    end("b", "oom", "tried to allocate 12 bytes")
+    end(None, "infeasible", None)
+    assert [one.line for one in tracker.snapshot().whys] == [
+        "group a: oom: tried to allocate 12 bytes",
+        "group a: crashed: key *** is refused",
+        "group b: oom: tried to allocate 12 bytes",
+        "infeasible: no reason is recorded",
+    ]
+    crashed, oom, infeasible = tracker.reasons.all()
+    assert (crashed.outcome, crashed.text, crashed.trials) == (
+        "crashed",
+        "key *** is refused",
+        1,
+    ), "what went wrong comes first"
+    assert (oom.trials, oom.log) == (3, "logs/a.log")
+    assert infeasible.trials == 1
+
+
+def test_lanes_measure_for_no_longer_than_they_are_held() -> None:
+    clock = _Clock()
+    tracker = _tracker(clock, _group("a"))
+    tracker.opened(Lane(lane_id=0, node_id="n", devices=1))
+    tracker.assigned(0, _group("a"))
+    clock.now = 2.0
+    tracker.heard(0, Progress(stage="run", busy_s=109.0))
+    assert tracker.busy_share() == 1.0

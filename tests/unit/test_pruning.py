@@ -131,9 +131,9 @@ def test_what_does_not_come_out_is_infeasible(
 
 def test_a_trial_without_pruning_is_who_it_was() -> None:
     trial = Trial(model=Model(name="mixtral-8x7b", weights="dummy"))
-    assert trial.trial_id == "0c6f7ba8e2c8fe90" and trial.engine_key == "49cc067ab1ee8ddc"
+    assert trial.named_id == "0c6f7ba8e2c8fe90" and trial.engine_key == "49cc067ab1ee8ddc"
     pruned = replace(trial, model=replace(trial.model, prune=Prune()))
-    assert pruned.trial_id != trial.trial_id and pruned.engine_key != trial.engine_key
+    assert pruned.named_id != trial.named_id and pruned.engine_key != trial.engine_key
 
 
 def test_a_prediction_is_of_what_is_left() -> None:

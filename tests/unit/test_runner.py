@@ -25,6 +25,8 @@ from workers.contract.workload import Workload
 from workers.engines.base import Site
 from workers.engines.roofline_engine import RooflineEngine
 from workers.hardware.device import Device, device
+from workers.hardware.reference import Rate, Reference
+from workers.hardware.watch import Watch
 from workers.runner import BLOCK_S, _scratch, _Trial, _turn, run
 
 
@@ -146,9 +148,18 @@ class _Real(RooflineEngine):
 @dataclass
 class _Hand:
     device: Device
+    calibration: None = None
 
     def columns(self, dtype: object) -> dict[str, Any]:
         return {}
+
+
+class _Blind(Watch):
+    """Sees nothing: what else runs beside these tests must not add passes."""
+
+    def end(self) -> Any:
+        super().end()
+        return None
 
 
 class _Counting(_Real):
@@ -199,6 +210,7 @@ def _spoken(
     come from, if that was asked."""
     monkeypatch.setattr("workers.runner.engine_class", lambda kind: _Counting)
     monkeypatch.setattr("workers.runner.in_hand", lambda host: _Hand(device("h100")))
+    monkeypatch.setattr("workers.runner.Watch", _Blind)
     each = {"predicted_e2e_s": 0.4, "predicted_ttft_s": 0.1}
     known = {key: value * seconds for key, value in each.items()} if seconds is not None else {}
     tickets = tuple(
@@ -233,14 +245,14 @@ def _source(one: Finished) -> str:
 
 
 def test_workloads_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    turns = "w5 w4 w3 w2 w1 r5 r4 r3 r2 r1 r5 =5 r4 =4 r3 =3 r2 =2 r1 =1".split()
+    turns = "w5 w4 w3 w2 w1 r5 r4 r3 r2 r1 r5 r4 r3 r2 r1 =5 =4 =3 =2 =1".split()
     assert _spoken(monkeypatch, BLOCK_S / 5) == turns
     assert _spoken(monkeypatch, None) == turns, "nothing is predicted"
 
 
 def test_workloads_that_take_long_take_turns_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two blocks of every size, the largest first, and the records of one before the other."""
-    turns = "w5 w3 w1 r5 r3 r1 r5 =5 r3 =3 r1 =1 w4 w2 r4 r2 r4 =4 r2 =2".split()
+    turns = "w5 w3 w1 r5 r3 r1 r5 r3 r1 =5 =3 =1 w4 w2 r4 r2 r4 r2 =4 =2".split()
     assert _spoken(monkeypatch, BLOCK_S / 3) == turns
     assert _spoken(monkeypatch, BLOCK_S / 6, slowness=2.0) == turns
 
@@ -269,6 +281,61 @@ def test_who_asks_waits_for_probes_of_a_later_block_too(monkeypatch: pytest.Monk
 
 
 def test_nobody_waits_where_nothing_is_probed(monkeypatch: pytest.MonkeyPatch) -> None:
-    turns = "w5 w4 w3 w2 w1 r5 r4 r3 r2 r1".split()
-    ends = "r5 =5:None r4 =4:uniform r3 =3:None r2 =2:uniform r1 =1:uniform".split()
+    turns = "w5 w4 w3 w2 w1 r5 r4 r3 r2 r1 r5 r4 r3 r2 r1".split()
+    ends = "=5:None =4:uniform =3:None =2:uniform =1:uniform".split()
     assert _spoken(monkeypatch, None, {5: "sheet", 3: "sheet"}) == [*turns, *ends]
+
+
+class _Drifting(_Real):
+    """A machine that is slower at every look; the third repeat of batch 1 runs out of memory."""
+
+    looks = 0
+
+    def reference(self) -> Reference:  # type: ignore[override]
+        type(self).looks += 1
+        one = Rate(median=100.0 / self.looks, spread=0.01 * self.looks)
+        return Reference(bandwidth_gb_s=one, tflops=one)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Pass:
+        if len(args[0]) == 1 and kwargs["kind"] == "timed" and kwargs["repeat"] == 2:
+            raise OutOfMemory("no room", stage="run", scope="device")
+        return super().generate(*args, **kwargs)
+
+
+def test_the_machine_is_looked_at_before_a_block_and_after_each_round_that_ends_a_trial(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Batch 3 ends in the first round and batch 2 in the second; of the round that fails only
+    what it had ended is told."""
+    monkeypatch.setattr("workers.runner.engine_class", lambda kind: _Drifting)
+    monkeypatch.setattr("workers.runner.in_hand", lambda host: _Hand(device("h100")))
+    monkeypatch.setattr("workers.runner.Watch", _Blind)
+    monkeypatch.setattr(_Drifting, "looks", 0)
+    tickets = tuple(
+        Ticket(
+            trial=Trial(
+                model=Model(name="mixtral-8x7b", weights="dummy"),
+                layout=Layout(tensor=4),
+                workload=Workload(batch_size=size, input_tokens=8, output_tokens=4),
+                engine=EngineSettings(kind="roofline", eager=True),
+                measure=Measure(repeats=repeats),
+            ),
+            trial_id=str(size),
+        )
+        for size, repeats in ((4, 3), (3, 1), (2, 2), (1, 3))
+    )
+    job = Job(sweep="s", run_id="r", group_id="g", profile="h100", tickets=tickets)
+    found = {
+        one.trial_id: one.record.to_pylist()[0] for one in run(job) if isinstance(one, Finished)
+    }
+    assert {key: row["outcome"] for key, row in found.items()} == {
+        "4": "ok", "3": "ok", "2": "ok", "1": "oom",
+    }  # fmt: skip
+    names = ("reference_tflops_before", "reference_tflops_after", "reference_bandwidth_spread")
+    seen = {key: tuple(row[name] for name in names) for key, row in found.items()}
+    assert seen == {
+        "3": (100.0, 50.0, 0.02),
+        "2": (100.0, 100 / 3, 0.03),
+        "4": (100.0, None, 0.01),
+        "1": (100.0, None, 0.01),
+    }

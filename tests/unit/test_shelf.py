@@ -28,7 +28,7 @@ def finished(sheet: pa.RecordBatch | None) -> Finished:
 
 
 def group(*trials: Trial) -> Group:
-    planned = tuple(Planned(trial=one, trial_id=one.trial_id, axes={}) for one in trials)
+    planned = tuple(Planned(trial=one, trial_id=one.named_id, axes={}) for one in trials)
     return Group(group_id="g", devices=1, trials=planned, label="g")
 
 

@@ -14,7 +14,9 @@ import pytest
 
 from orchestrator import store
 from orchestrator.store import KEYS, REPLACES, RESUME, Dataset, Guard, StoreError, settled
+from orchestrator.vouching import machines
 from workers.contract.record import ACTIVATIONS, RECORDS, SAMPLES, TABLES, rows
+from workers.hardware.facts import digest, dumps
 
 START = datetime(2025, 1, 1, tzinfo=UTC)
 ZSTD = b"\x28\xb5\x2f\xfd"
@@ -344,6 +346,45 @@ def test_another_engine_or_device_settles_nothing() -> None:
     assert settled(found, guard=Guard(engine_version="0.31", device=None)).keys() == {"b"}
     anywhere = Guard(engine_version=None, device=None)
     assert settled(found, guard=anywhere).keys() == {"a", "b", "c"}
+
+
+AMX = dumps({"amx_tile": True, "l3_kib": 260 * 1024, "cores": 2})
+PLAIN = dumps({"amx_tile": False, "l3_kib": 32 * 1024, "cores": 2})
+
+
+def test_a_device_of_the_same_name_and_other_facts_settles_nothing() -> None:
+    """Records of 0.1.0 have no facts: they go by the name."""
+    found = frame(
+        ran("same", device_digest=digest(AMX)),
+        ran("other", device_digest=digest(PLAIN)),
+        ran("old"),
+    )
+    here = Guard(engine_version="0.32", device="H100", device_digest=digest(AMX))
+    assert settled(found, guard=here).keys() == {"same", "old"}
+    assert settled(found, guard=HERE).keys() == {"same", "other", "old"}
+
+
+def test_resuming_tells_what_it_takes_by_name_and_what_it_measures_again() -> None:
+    found = pl.DataFrame(
+        records(
+            ran("same", device_digest=digest(AMX), device_facts=AMX, engine="vllm"),
+            ran("other", device_digest=digest(PLAIN), device_facts=PLAIN, engine="vllm"),
+            ran("old", run="r0", engine="vllm"),
+            ran("renewed", run="r0", engine="vllm"),
+            ran("renewed", run="r2", device_digest=digest(AMX), device_facts=AMX, engine="vllm"),
+            ran("elsewhere", device="A100", engine="vllm"),
+            record("never ran", outcome="infeasible"),
+        )
+    )
+    here = Guard(engine_version="0.32", device="H100", device_digest=digest(AMX), engine="vllm")
+    resumed = settled(found, guard=here)
+    assert list(machines(found, resumed, [(here, AMX)])) == [
+        "cannot vouch for the machine of 1 resumed trial (run r0): the records name their device, "
+        "H100, and none of its facts",
+        "1 trial measured on another H100 (here / there: AMX: yes / no, L3: 260 MiB / 32 MiB) "
+        "count for nothing here",
+    ]
+    assert list(machines(found, resumed, [(HERE, None)])) == []
 
 
 def test_the_newest_record_under_the_same_guard_decides() -> None:

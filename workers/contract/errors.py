@@ -2,6 +2,7 @@
 
     TrialError
     ├── Infeasible      the trial contradicts itself; refused before any engine is built
+    │   └── Contradiction   one thing is asked for twice, and differently; a mistake in the sweep
     └── EngineError     raised around a real engine
         ├── OutOfMemory     stage: load | kv_cache | warmup | run; scope: device | host
         ├── Unsupported     the engine, or this build of it, does not offer what was asked
@@ -31,6 +32,22 @@ class Infeasible(TrialError, ValueError):
     """The trial contradicts itself; the message shows the arithmetic."""
 
     outcome = "infeasible"
+
+
+class Contradiction(Infeasible):
+    """Two keys of a sweep ask for one thing, and differently.
+
+    A plan refuses the sweep with it; where there is no sweep at hand, the trial is infeasible.
+    """
+
+    def __init__(self, reason: str, key: str = "") -> None:
+        super().__init__(reason)
+        self.key = key
+        """The dotted key of the trial that is at fault."""
+
+    def __reduce__(self) -> Any:
+        """Lets it travel between processes with its key."""
+        return partial(Contradiction, key=self.key), self.args
 
 
 class EngineError(TrialError, RuntimeError):

@@ -54,7 +54,7 @@ def canonical(value: Any, *, where: str = "value") -> Any:
 
 def fingerprint(value: Any) -> str:
     """16 hexadecimal digits of SHA-256 over the canonical form and its version."""
-    return _digits(_json([FORMAT, canonical(value)]))
+    return digits(json_text([FORMAT, canonical(value)]))
 
 
 def _is_default(field: dataclasses.Field[Any], value: Any) -> bool:
@@ -78,7 +78,11 @@ class Fingerprints:
 
     def of(self, value: Any) -> str:
         """The same 16 digits as `fingerprint(value)`."""
-        return _digits(f"[{FORMAT},{self._text(value)}]")
+        return digits(f"[{FORMAT},{self._text(value)}]")
+
+    def text(self, value: Any) -> str:
+        """The canonical text of `value`, which must stay what it is."""
+        return self._kept(value)
 
     def _text(self, value: Any) -> str:
         reader = self._readers.get(type(value))
@@ -86,7 +90,7 @@ class Fingerprints:
             if isinstance(value, list | tuple):
                 return f"[{','.join([self._kept(item) for item in value])}]"
             if not dataclasses.is_dataclass(value) or isinstance(value, type):
-                return _json(canonical(value))
+                return json_text(canonical(value))
             reader = self._readers[type(value)] = _reader(type(value))
         read, fields = reader
         parts = []
@@ -125,7 +129,7 @@ class _Field:
         self.field = field
         self.required = field.default is field.default_factory is dataclasses.MISSING
         """Without a default it is never left out."""
-        self.label = f"{_json(field.name)}:"
+        self.label = f"{json_text(field.name)}:"
         self.parts: dict[int, str] = {}
         """By `id` of a value: its part of the text; empty where it is left out."""
         self.alive: list[Any] = []
@@ -146,9 +150,11 @@ def _reader(cls: type[Any]) -> _Reader:
     return read, [(one.field.default, one.parts, one) for one in fields]
 
 
-def _json(plain: Any) -> str:
+def json_text(plain: Any) -> str:
+    """Plain data in the one spelling that is hashed."""
     return json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
 
 
-def _digits(text: str) -> str:
+def digits(text: str) -> str:
+    """16 hexadecimal digits of a canonical text."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]

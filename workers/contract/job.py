@@ -23,6 +23,8 @@ class Ticket:
     """The sweep's axes at this point, as written."""
     predicted: Mapping[str, Any] = field(default_factory=dict)
     """The `predicted_*` columns of its record."""
+    digests: Mapping[str, str] = field(default_factory=dict)
+    """The columns of its record that say what the names in the trial stand for."""
 
     @property
     def predicted_pass_s(self) -> float | None:

@@ -16,7 +16,8 @@ class Measure:
 
     `repeats` timed passes are always made. With `ci_width`, more follow until the
     confidence interval of the median is narrower than that share of the median, or
-    `max_repeats` is reached.
+    `max_repeats` is reached. Passes that something else disturbed are made up for by as many
+    more, at most `extra_repeats`.
     """
 
     warmup: int = 1
@@ -24,7 +25,10 @@ class Measure:
     repeats: int = 5
     """Timed passes."""
     max_repeats: int | None = None
-    """Upper bound on timed passes; null is `repeats`, or three times that with `ci_width`."""
+    """Upper bound on timed passes; null is `repeats`, or three times that with `ci_width`.
+    Disturbed ones that are made up for come on top."""
+    extra_repeats: int | None = None
+    """Most timed passes that make up for disturbed ones; null is as many as `repeats`, 0 none."""
     ci_width: float | None = None
     """Wanted width of the median's confidence interval, relative to the median."""
     timeout_s: float = 1800.0
@@ -41,6 +45,8 @@ class Measure:
         at_least("measure.warmup", self.warmup, 0)
         at_least("measure.repeats", self.repeats, 1)
         positive("measure.timeout_s", self.timeout_s)
+        if self.extra_repeats is not None:
+            at_least("measure.extra_repeats", self.extra_repeats, 0)
         if self.ci_width is not None:
             positive("measure.ci_width", self.ci_width)
         if self.max_repeats is not None and self.max_repeats < self.repeats:
@@ -50,7 +56,12 @@ class Measure:
 
     @property
     def most_repeats(self) -> int:
-        """The number of timed passes that is never exceeded."""
+        """The number of undisturbed timed passes that is never exceeded."""
         if self.max_repeats is not None:
             return self.max_repeats
         return self.repeats if self.ci_width is None else 3 * self.repeats
+
+    @property
+    def most_extra(self) -> int:
+        """The most timed passes that make up for disturbed ones."""
+        return self.repeats if self.extra_repeats is None else self.extra_repeats

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from workers.contract.reading import Reading
+
 PassKind = Literal["warmup", "one_token", "timed"]
 
 
@@ -45,6 +47,14 @@ class Pass:
     """Stamp at the end of each engine step (one forward pass of the scheduler's batch)."""
     drafted: Drafted | None = None
     """Null without speculative decoding."""
+    reading: Reading | None = None
+    """What the machine said meanwhile; null where it was not asked."""
+    disturbed: bool | None = None
+    """Whether something else took part; null where nothing is known, or not judged yet."""
+    disturbed_reason: str | None = None
+    """What did."""
+    counted: bool = True
+    """The figures of the record are of it and others."""
 
     @property
     def batch_size(self) -> int:
@@ -79,5 +89,5 @@ class Measurement:
     memory: Memory = field(default_factory=Memory)
 
     def of(self, kind: PassKind) -> tuple[Pass, ...]:
-        """The passes of one kind, in order."""
-        return tuple(one for one in self.passes if one.kind == kind)
+        """The passes of one kind that count, in order."""
+        return tuple(one for one in self.passes if one.kind == kind and one.counted)

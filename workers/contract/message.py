@@ -50,13 +50,16 @@ class Finished:
     """What a probe found, for later trials to use (`workers.moe.sheets.to_rows`)."""
     throughput_tok_s: float | None = None
     """Headline for the live table."""
+    disturbed: bool = False
+    """Something else took part in its figures."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         rows = [
             None if one is None else _packed(one)
             for one in (self.record, self.samples, self.activations, self.sheet)
         ]
-        return _finished, (self.trial_id, self.outcome, self.throughput_tok_s, *rows)
+        said = (self.trial_id, self.outcome, self.throughput_tok_s, self.disturbed)
+        return _finished, (*said, *rows)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,6 +104,7 @@ def _finished(
     trial_id: str,
     outcome: Outcome,
     throughput_tok_s: float | None,
+    disturbed: bool,
     record: bytes,
     samples: bytes | None,
     activations: bytes | None,
@@ -114,4 +118,5 @@ def _finished(
         activations=None if activations is None else _unpacked(activations),
         sheet=None if sheet is None else _unpacked(sheet),
         throughput_tok_s=throughput_tok_s,
+        disturbed=disturbed,
     )

@@ -25,7 +25,7 @@ _RECORD: tuple[tuple[str, pa.DataType, str], ...] = (
     ("schema_version", _INT, "Version of this schema."),
     ("sweep", _STR, "Name of the sweep."),
     ("run_id", _STR, "One invocation of the orchestrator."),
-    ("trial_id", _STR, "Hash of the resolved trial."),
+    ("trial_id", _STR, "Hash of the resolved trial: of what its names stand for."),
     ("group_id", _STR, "Trials that shared one engine key."),
     ("attempt", _INT, "Executions of this trial in this run, from 1."),
     ("axes", _STR, "JSON object: the sweep's axes at this point, as written in the sweep."),
@@ -50,6 +50,19 @@ _RECORD: tuple[tuple[str, pa.DataType, str], ...] = (
     ("engine_args", _STR, "JSON object: the arguments the engine was built with."),
     ("torch_version", _STR, "Version of torch, with its build."),
     ("device", _STR, "Device as the driver or the operating system names it."),
+    (
+        "device_digest",
+        _STR,
+        "Stands for device_facts: two devices of one name are one device where it is equal. Null "
+        "where nothing was measured, and in records of 0.1.0.",
+    ),
+    (
+        "device_facts",
+        _STR,
+        "JSON object: what decides the device's speed, as `workers.hardware.facts` reads it: of a "
+        "CPU its model, instructions, caches, NUMA nodes and cores as the process may use them; of "
+        "a GPU product, memory, power limit, ECC, MIG, links and driver.",
+    ),
     ("device_count", _INT, "Devices of the engine."),
     ("threads", _INT, "CPU threads per device; null on GPUs."),
     ("host", _STR, "Host name."),
@@ -58,10 +71,19 @@ _RECORD: tuple[tuple[str, pa.DataType, str], ...] = (
     ("engine_load_s", _FLOAT, "Building the engine that this trial used."),
     ("side_by_side", _BOOL, "Other engines could run on the machine at the same time."),
     ("side_by_side_ratio", _FLOAT, "Time of a pass beside others over alone, where checked."),
+    ("disturbed", _BOOL, "Something else took part in its figures; null: nothing could be read."),
+    ("disturbed_reason", _STR, "What did, as far as it can be told."),
+    ("passes_disturbed", _INT, "Timed passes that were disturbed, counted or made up for."),
     # model, as it ran
     ("model", _STR, "Model by the name that the sweep gave."),
     ("revision", _STR, "Commit or tag."),
     ("weights", _STR, "dummy | checkpoint."),
+    (
+        "model_digest",
+        _STR,
+        "What the name stood for: configuration and, of a checkpoint, weights, or its commit on "
+        "the hub; null where that could not be told.",
+    ),
     ("scale", _FLOAT, "Factor on every width of a skeleton; 1 is the model itself."),
     ("num_layers", _INT, "Transformer layers."),
     ("hidden_size", _INT, "Width of the residual stream."),
@@ -89,6 +111,7 @@ _RECORD: tuple[tuple[str, pa.DataType, str], ...] = (
     ("eager", _BOOL, "No graph capture, no compilation."),
     ("speculative", _STR, "Draft model or method of speculative decoding; null: none."),
     ("draft_tokens", _INT, "Tokens that it proposes per step."),
+    ("draft_digest", _STR, "Of the draft model, as model_digest."),
     # workload
     ("batch_size", _INT, "Requests in flight together."),
     ("input_tokens", _INT, "Prompt tokens per request."),
@@ -96,7 +119,8 @@ _RECORD: tuple[tuple[str, pa.DataType, str], ...] = (
     ("temperature", _FLOAT, "Sampling temperature; 0 is greedy."),
     ("seed", _INT, "Seed of the prompts."),
     ("dataset", _STR, "Text that the prompts are cut from; null: random token ids."),
-    ("repeats", _INT, "Timed passes made."),
+    ("dataset_digest", _STR, "Of the texts in it."),
+    ("repeats", _INT, "Timed passes that the figures are of."),
     # latency and throughput
     ("ttft_s", _FLOAT, "Time to first token, median over requests, from stamps."),
     ("ttft_paper_s", _FLOAT, "End-to-end time of the batch with output capped at one token."),
@@ -126,6 +150,26 @@ _RECORD: tuple[tuple[str, pa.DataType, str], ...] = (
     ("kv_cache_gib", _FLOAT, "KV cache as allocated."),
     ("peak_memory_gib", _FLOAT, "Highest use above the idle process, since the load began."),
     ("memory_limit_gib", _FLOAT, "What one device may use."),
+    # how fast the machine was just then, on a load of fixed work (`workers.hardware.reference`)
+    (
+        "reference_bandwidth_gb_s_before",
+        _FLOAT,
+        "Reading memory with the engine's threads, all ranks together, before the first pass of "
+        "the trial's block: median of repeats, 10^9 bytes/s.",
+    ),
+    ("reference_bandwidth_gb_s_after", _FLOAT, "The same after the round of its last pass."),
+    (
+        "reference_tflops_before",
+        _FLOAT,
+        "A matrix product (FP32 on CPUs, BF16 on GPUs) likewise, 10^12 FLOP/s.",
+    ),
+    ("reference_tflops_after", _FLOAT, "The same after the round of its last pass."),
+    (
+        "reference_bandwidth_spread",
+        _FLOAT,
+        "First to third quartile of the repeats over their median, larger of before and after.",
+    ),
+    ("reference_tflops_spread", _FLOAT, "The same of the matrix product."),
     # utilisation of the devices' peaks while decoding, ratios of sums over passes (Eq 6)
     ("peak_bandwidth_gb_s", _FLOAT, "Peak of one device, 10^9 bytes/s (of a CPU machine, whole)."),
     ("peak_tflops", _FLOAT, "Dense peak of one device in the type computed in, 10^12 FLOP/s."),
@@ -199,6 +243,34 @@ _SAMPLE: tuple[tuple[str, pa.DataType, str], ...] = (
     ("draft_steps", _INT, "Times that a request's draft was checked; null without speculation."),
     ("draft_tokens", _INT, "Tokens drafted."),
     ("draft_accepted", _INT, "Those accepted."),
+    ("counted", _BOOL, "The record's figures are of it; null of warm-ups, and in older files."),
+    ("disturbed", _BOOL, "Something else took part in it; null: nothing could be read."),
+    ("disturbed_reason", _STR, "The strongest sign of it."),
+    # What the machine said from right before to right after it (`workers.contract.reading`).
+    ("wall_s", _FLOAT, "Time between the two looks."),
+    ("cores", _INT, "Cores that the engine's threads computed on."),
+    ("machine_cores", _INT, "Cores of the machine."),
+    ("own_cpu_s", _FLOAT, "Time on a core, all threads of the engine together."),
+    ("run_delay_s", _FLOAT, "Time that they were ready to run and did not, all together."),
+    ("involuntary_switches", _INT, "Times that one that computes had to leave a core."),
+    ("others_cpu_s", _FLOAT, "Time of other programs on the engine's cores."),
+    ("elsewhere_cpu_s", _FLOAT, "Time of other programs on the machine's other cores."),
+    ("steal_s", _FLOAT, "Time that the hypervisor gave the engine's cores to others."),
+    ("pressure_s", _FLOAT, "Time in which any task of the machine waited for a core (PSI)."),
+    ("throttled_s", _FLOAT, "Time for which a quota held the engine back; null without one."),
+    ("frequency_mhz", _FLOAT, "Clock of the engine's cores at the end, mean."),
+    ("check_s", _FLOAT, "What both looks cost, outside the pass."),
+    ("gpu_sm_clock_mhz", _FLOAT, "Clock of the multiprocessors; of several GPUs the lowest."),
+    ("gpu_sm_clock_asked_mhz", _FLOAT, "What was set for applications, else the highest."),
+    ("gpu_memory_clock_mhz", _FLOAT, "Clock of GPU memory; of several GPUs the lowest."),
+    ("gpu_memory_clock_asked_mhz", _FLOAT, "What was set for applications, else the highest."),
+    ("gpu_throttle_reasons", pa.list_(_STR), "Why clocks are held down, in NVML's words."),
+    ("gpu_throttled_s", _FLOAT, "Time for which heat held clocks down."),
+    ("gpu_temperature_c", _FLOAT, "Of the hottest."),
+    ("gpu_power_limit_w", _FLOAT, "Limit in force; of several GPUs the lowest."),
+    ("gpu_power_limit_default_w", _FLOAT, "Limit that they come with."),
+    ("gpu_other_processes", _INT, "Processes that compute on them and are none of the engine's."),
+    ("gpu_other_memory_gib", _FLOAT, "Memory that those hold."),
     # Of a probe's rows, which have no stamps: the timed pass of that `repeat` once more, with
     # every choice of experts counted.
     ("pass_s", pa.list_(pa.float32()), "Time of each forward pass, with what counting costs."),

@@ -1,8 +1,8 @@
-"""One point of a sweep, ready to run, and the two identities that follow from it.
+"""One point of a sweep, ready to run.
 
-`trial_id` covers everything that can change a number: a result is reused only for the
-very same trial. `engine_key` covers only what a loaded engine is built from, so trials
-that differ in workload or in how they are measured share one engine.
+Its identity follows from what its names stand for, which only a machine with the files can tell
+(`workers.identity`). `named_id` and `engine_key` go by the names alone: the first is how version
+0.1.0 identified results, and finds those records again.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class Trial:
     measure: Measure = field(default_factory=Measure)
 
     @property
-    def trial_id(self) -> str:
-        """Identity of the whole trial."""
+    def named_id(self) -> str:
+        """Identity of the whole trial by its names, as version 0.1.0 had it."""
         return fingerprint(self)
 
     @property
     def engine_key(self) -> str:
-        """Identity of the engine that can run it."""
+        """Identity of the engine that can run it, by its names."""
         return fingerprint([self.model, self.layout, self.engine])

@@ -20,6 +20,7 @@ from workers.contract.measurement import Memory, Pass, PassKind
 from workers.contract.trace import Trace
 from workers.contract.trial import Trial
 from workers.contract.workload import Workload
+from workers.hardware.reference import Reference
 from workers.moe.partial import Partial
 from workers.moe.structure import Architecture
 from workers.texts import Tokenizer
@@ -164,6 +165,16 @@ class Engine(Protocol):
 
         Raises:
             Infeasible: the model comes without one.
+        """
+
+    def reference(self) -> Reference | None:
+        """Runs the short load of fixed work (`workers.hardware.reference`) on every rank.
+
+        Never raises: a load that cannot run says nothing of the engine, and an engine that is
+        dead says so at its next pass.
+
+        Returns:
+            What all ranks reached together; null where nothing is measured, or nothing could be.
         """
 
     def memory(self) -> Memory:

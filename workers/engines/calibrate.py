@@ -28,9 +28,11 @@ from typing import Any, Literal
 import psutil
 
 from workers.hardware import peaks
-from workers.hardware.cpu import cache_bytes, processor
+from workers.hardware.caches import cache_bytes
+from workers.hardware.cpu import processor
 from workers.hardware.host import Host, describe
 from workers.hardware.peaks import Calibration
+from workers.output import command
 
 Kind = Literal["cpu", "cuda"]
 Work = Callable[[], object]
@@ -327,4 +329,4 @@ def _lines(found: Calibration) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command(main)

@@ -157,6 +157,9 @@ class RooflineEngine:
     def tokenizer(self) -> None:
         """Prompts are only counted."""
 
+    def reference(self) -> None:
+        return None
+
     def memory(self) -> Memory:
         one = self._largest
         return Memory(

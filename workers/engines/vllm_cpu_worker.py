@@ -33,6 +33,7 @@ from vllm.v1.core import kv_cache_utils
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from workers import memory
+from workers.engines.reference_load import ReferenceLoad
 from workers.engines.vllm_worker import distinct_bytes
 
 LIMIT_KEY = "memory_limit_bytes"
@@ -103,6 +104,7 @@ class LimitedCPUWorker(CPUWorker):
 
     idle_bytes = 0
     weights_bytes: int | None = None
+    reference_load: ReferenceLoad | None = None
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         if REQUESTS_KEY in vllm_config.additional_config:
@@ -121,6 +123,7 @@ class LimitedCPUWorker(CPUWorker):
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         torch.ones(_PARALLEL).mul_(2)  # threads that torch starts when it first needs them
+        self.reference_load = ReferenceLoad(torch.device("cpu"))
         memory.reset_peak()
         self.idle_bytes = memory.status("VmRSS")
         limit = self.vllm_config.additional_config.get(LIMIT_KEY)

@@ -27,10 +27,11 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from workers import caches
 from workers.contract.engine import DRAFT_MODEL, MODELLESS, UNFUSED, StandIn
-from workers.contract.errors import Infeasible, TrialError, Unsupported
+from workers.contract.errors import Crashed, Infeasible, TrialError, Unsupported
 from workers.contract.layout import Layout
 from workers.contract.measurement import Memory, Pass, PassKind
 from workers.contract.model import Model
@@ -44,6 +45,7 @@ from workers.engines.pruned import pruned_folder
 from workers.engines.vllm_replicas import Replicas
 from workers.engines.vllm_stepper import Batch, Done, Output, Stepper, clean, explained
 from workers.hardware import host
+from workers.hardware.reference import Reference, together
 from workers.hardware.roofline import CPU_BLOCK
 from workers.moe import drafts, hub
 from workers.moe.accounting import kv_cache_bytes
@@ -83,6 +85,9 @@ class VllmEngine:
     """One vLLM engine; see `workers.engines.base.Engine`."""
 
     loaded: Loaded
+    _refused: ClassVar[TrialError | None] = None
+    """Why vLLM could not be imported by this process, or the one that it was forked from. A
+    second try finds half of the modules there and says something else."""
 
     def __init__(self, trial: Trial, workloads: Sequence[Workload], site: Site) -> None:
         self._stage: OomStage = "load"
@@ -112,9 +117,11 @@ class VllmEngine:
     @classmethod
     def prepare(cls) -> None:
         os.environ.update(ENVIRONMENT)
-        root = Path(os.environ.get("VLLM_CACHE_ROOT") or "~/.cache/vllm").expanduser()
+        root = Path(os.environ.get("VLLM_CACHE_ROOT") or caches.home() / "vllm").expanduser()
         # Its default is the place for temporary files, which goes with every engine.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(root / "inductor"))
+        if cls._refused is not None:
+            raise cls._refused.with_traceback(None)
         try:
             import_module("vllm.v1.engine.llm_engine")
             from vllm import LLM
@@ -124,8 +131,10 @@ class VllmEngine:
             if current_platform.is_cpu():
                 # Otherwise imported by the first engine, and counted in its load.
                 import_module("vllm.v1.worker.cpu_worker")
-        except ImportError as error:
-            raise Unsupported(f"vLLM cannot be imported: {error}") from error
+        except Exception as error:
+            kind = Unsupported if isinstance(error, ImportError) else Crashed
+            cls._refused = kind(f"vLLM cannot be imported: {type(error).__name__}: {error}")
+            raise cls._refused from error
 
     @classmethod
     def stands_for(cls, device: str) -> StandIn | None:
@@ -288,6 +297,13 @@ class VllmEngine:
                     f"workload.dataset needs the tokenizer of {model.name}: {reason[:200]}"
                 ) from error
         return self._tokenizer
+
+    def reference(self) -> Reference | None:
+        try:
+            return together(self._running.rpc("report_reference"))
+        except Exception as error:  # noqa: BLE001  a dead engine tells at its next pass
+            print(f"the reference load did not run: {error}")
+            return None
 
     def memory(self) -> Memory:
         with self._failing():
@@ -475,7 +491,7 @@ def _told(args: dict[str, Any], name: str, draft: str | None) -> dict[str, Any]:
 
 
 def _skeletons() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "moe-sweep/skeletons"
+    return caches.own() / "skeletons"
 
 
 def _skeleton(config: dict[str, Any], code: Path | None = None) -> Path:

@@ -20,7 +20,9 @@ from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
 from workers import memory
 from workers.engines import vllm_routing, vllm_unfused
+from workers.engines.reference_load import ReferenceLoad, on_cuda
 from workers.engines.vllm_probe import Account, Probe
+from workers.hardware.reference import Reference
 
 # vLLM imports this in every rank, before it builds a model there.
 vllm_routing.take_over()
@@ -51,6 +53,10 @@ class Report:
     idle_bytes: int
     """Of `LimitedCPUWorker`: resident size before the first weight."""
     probe: Probe | None = None
+    reference_load: ReferenceLoad
+    """Of `LimitedCPUWorker`: made before the first weight."""
+    peak_before_reference: int = 0
+    """Most bytes that were reserved on a GPU before a reference load ran there."""
 
     def report_memory(self) -> dict[str, int]:
         """Bytes of this rank: `weights`, `kv_cache` and `peak`."""
@@ -66,11 +72,31 @@ class Report:
             "weights": counted_as_loaded,
             "kv_cache": distinct_bytes(_flatten(self.model_runner.kv_caches)),
             "peak": (
-                torch.cuda.max_memory_reserved(self.device)
+                max(self.peak_before_reference, torch.cuda.max_memory_reserved(self.device))
                 if self.device.type == "cuda"
                 else max(0, memory.status("VmHWM") - self.idle_bytes)
             ),
         }
+
+    def report_reference(self) -> Reference | None:
+        """What this rank's device does just now; null where it has no room to show it."""
+        try:
+            if self.device.type == "cuda":
+                return self._reference_on_cuda()
+            load: ReferenceLoad | None = getattr(self, "reference_load", None)
+            return load.run() if load is not None else None
+        except (RuntimeError, MemoryError) as error:
+            print(f"the reference load did not run: {error}")
+            return None
+
+    def _reference_on_cuda(self) -> Reference:
+        """With the peak kept free of what the load takes."""
+        peak = torch.cuda.max_memory_reserved(self.device)
+        self.peak_before_reference = max(self.peak_before_reference, peak)
+        try:
+            return on_cuda(self.device)
+        finally:
+            torch.cuda.reset_peak_memory_stats(self.device)
 
     def report_threads(self) -> int:
         """Threads that this rank's kernels compute on."""

@@ -9,16 +9,15 @@ plan and feeds an ETA, and is no peak to take a utilisation against.
 from __future__ import annotations
 
 import math
-import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cache
-from pathlib import Path
 
-from workers.hardware import peaks
+from workers.hardware import facts, peaks
+from workers.hardware.caches import cache_bytes
 from workers.hardware.device import CPU, Device
 from workers.hardware.host import Host, cores, cpu_name, describe
 
@@ -30,8 +29,13 @@ _REPEATS = 3
 
 def processor(host: Host) -> Host:
     """`host` as if it had no GPU: what a calibration of its CPU is kept under."""
-    name = f"{cpu_name()}, {host.cpus} cores"
-    return replace(host, device=name, device_class=CPU, gpus=0)
+    return replace(
+        host,
+        device=f"{cpu_name()}, {host.cpus} cores",
+        device_class=CPU,
+        gpus=0,
+        device_facts=facts.dumps(facts.of_cpu()),
+    )
 
 
 def cpu() -> Device:
@@ -49,23 +53,6 @@ def cpu() -> Device:
         fp32_tflops=found.tflops.get("fp32"),
         int8_tflops=found.tflops.get("int8"),
     )
-
-
-def cache_bytes(used: Iterable[int] | None = None) -> int:
-    """Last-level caches of these cores, else of those that this process may use, together;
-    0 where the system does not say."""
-    levels: dict[int, dict[str, int]] = {}
-    for core in os.sched_getaffinity(0) if used is None else used:
-        for index in Path(f"/sys/devices/system/cpu/cpu{core}/cache").glob("index*"):
-            try:
-                level = int((index / "level").read_text())
-                shared = (index / "shared_cpu_list").read_text().strip()
-                size = (index / "size").read_text().strip()
-            except (OSError, ValueError):
-                continue
-            unit = {"K": 2**10, "M": 2**20, "G": 2**30}[size[-1]]
-            levels.setdefault(level, {})[shared] = int(size[:-1]) * unit
-    return sum(levels[max(levels)].values()) if levels else 0
 
 
 @cache

@@ -203,5 +203,5 @@ def _spellings() -> dict[str, str]:
 def _catalogue() -> dict[str, Any]:
     import yaml
 
-    text = (resources.files("workers.hardware") / "catalog" / "devices.yaml").read_text()
+    text = (resources.files("workers.hardware") / "catalog" / "devices.yaml").read_text("utf-8")
     return dict(yaml.safe_load(text))

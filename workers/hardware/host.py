@@ -15,7 +15,9 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
+from workers.hardware import facts
 from workers.hardware.device import CPU, UnknownDevice, classify
+from workers.hardware.facts import Facts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +42,13 @@ class Host:
     torch_version: str | None
     python: str
     system: str
+    device_facts: str | None = None
+    """JSON object: what decides the speed of the device (`workers.hardware.facts`)."""
+
+    @property
+    def device_digest(self) -> str | None:
+        """Stands for `device_facts`; null where they are not known."""
+        return None if self.device_facts is None else facts.digest(self.device_facts)
 
 
 def device_class(host: Host) -> str:
@@ -61,7 +70,7 @@ def describe() -> Host:
     """This machine, as the calling process may use it."""
     import psutil
 
-    names, driver, gpu_memory = _gpus()
+    names, driver, gpu_memory, gpu_facts = _gpus()
     return Host(
         hostname=socket.gethostname(),
         device=names[0] if names else f"{cpu_name()}, {cores()} cores",
@@ -74,6 +83,7 @@ def describe() -> Host:
         torch_version=version("torch"),
         python=platform.python_version(),
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
+        device_facts=facts.dumps(gpu_facts if names else facts.of_cpu()),
     )
 
 
@@ -128,18 +138,19 @@ def cpu_name() -> str:
     return platform.machine()
 
 
-def _gpus() -> tuple[list[str], str | None, int]:
-    """Names, driver version, memory in bytes of the first; empty without a driver."""
+def _gpus() -> tuple[list[str], str | None, int, Facts]:
+    """Names, driver version, memory in bytes of the first, facts; empty without a driver."""
     import pynvml
 
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:  # no driver: no GPU to use
-        return [], None, 0
+        return [], None, 0, {}
     try:
         handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
         names = [str(pynvml.nvmlDeviceGetName(handle)) for handle in handles]
         memory = pynvml.nvmlDeviceGetMemoryInfo(handles[0]).total if handles else 0
-        return names, str(pynvml.nvmlSystemGetDriverVersion()), int(memory)
+        driver = str(pynvml.nvmlSystemGetDriverVersion())
+        return names, driver, int(memory), facts.of_gpus(handles)
     finally:
         pynvml.nvmlShutdown()

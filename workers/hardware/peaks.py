@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from workers import caches
 from workers.hardware.host import Host
 
 QUIET = 0.1
@@ -230,7 +231,7 @@ def _path(host: Host) -> Path:
 
 
 def _folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "moe-sweep"
+    return caches.own()
 
 
 @contextlib.contextmanager

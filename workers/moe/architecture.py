@@ -26,6 +26,7 @@ from workers.moe.fields import UnknownModel as UnknownModel
 from workers.moe.fields import Unread as Unread
 from workers.moe.partial import Partial
 from workers.moe.pruning.shape import remaining, shared_width
+from workers.moe.storage.found import with_file_beside, without
 from workers.moe.structure import Architecture, Part
 
 DTYPE_BYTES: Mapping[str, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -114,7 +115,7 @@ def _stored(folder: Path, what: str) -> Mapping[str, Any]:
         raise UnknownModel(f"{file} cannot be read: {error}") from error
     if not isinstance(found, dict):
         raise UnknownModel(f"{file} holds no configuration")
-    return found
+    return with_file_beside(found, folder)
 
 
 def _folder(name: str) -> Path | None:
@@ -175,7 +176,7 @@ def _bend(config: Mapping[str, Any], model: Model) -> tuple[Tree, Architecture |
     if model.scale != 1.0:
         _shrink(bent, structure or read(bent), model.scale)
         # Its blocks and groups are made for the widths of the checkpoint.
-        bent.pop("quantization_config", None)
+        bent = without(bent)
         structure = None
     if model.prune is not None:
         structure = _prune(bent, structure or read(bent), model.prune, model.name)
@@ -262,7 +263,7 @@ def catalogue() -> Mapping[str, Mapping[str, Any]]:
     """Catalogue name → `{hub_id, aliases, source, config, …}`; its README explains them."""
     folder = resources.files("workers.moe") / "catalog"
     return {
-        entry.name.removesuffix(".json"): json.loads(entry.read_text())
+        entry.name.removesuffix(".json"): json.loads(entry.read_text("utf-8"))
         for entry in folder.iterdir()
         if entry.name.endswith(".json")
     }

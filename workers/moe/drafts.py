@@ -140,7 +140,7 @@ def _read(path: Path, changed: int) -> Mapping[int, str] | None:
         UnknownModel: it cannot be read.
     """
     try:
-        whole: Any = json.loads(path.read_text())
+        whole: Any = json.loads(path.read_text("utf-8"))
         listed = whole["model"].get("vocab")
         if isinstance(listed, dict):
             found = {int(number): str(token) for token, number in listed.items()}

@@ -65,7 +65,8 @@ class SheetKey:
     """dummy | checkpoint: random weights route otherwise."""
     content: str | None
     """What tells weights of one name apart: a digest of a folder's, the commit of a hub's, and
-    of random ones what they were drawn for; null where it cannot be told."""
+    of random ones their configuration and what they were drawn for; null where it cannot be
+    told."""
     structure: str
     """`structure_of` the architecture that ran."""
     engine: str
@@ -80,7 +81,7 @@ class SheetKey:
     dataset: str | None
     """Source of prompts; null for random token ids."""
     texts: str | None
-    """Digest of its texts."""
+    """Digest of its texts, and of the tokenizer where that can be told."""
     routing: str | None
     """Null for the model's own router."""
     temperature: float

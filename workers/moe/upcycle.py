@@ -46,7 +46,9 @@ import click
 from workers.moe.architecture import configuration
 from workers.moe.families import read
 from workers.moe.fields import UnknownModel
+from workers.moe.storage.found import carried
 from workers.moe.structure import Architecture, Layer, Weight
+from workers.output import command
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -211,7 +213,7 @@ def _folder(folder: Path) -> _Dense:
     except UnknownModel as error:
         raise UpcycleError(str(error)) from None
     family = _family(str(folder), raw)
-    if raw.get("quantization_config"):
+    if carried(raw):
         raise UpcycleError(f"{folder} is quantised; upcycling needs plain weights")
     files = tuple(sorted(folder.glob("*.safetensors")))
     if not files:
@@ -549,7 +551,7 @@ def _version(package: str) -> str | None:
 
 
 def _write_json(file: Path, value: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+    file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -606,4 +608,4 @@ def main(source: str, dest: Path, dense: bool, **recipe: Any) -> None:
 
 
 if __name__ == "__main__":
-    main(prog_name="python -m workers.moe.upcycle")
+    command(lambda: main(prog_name="python -m workers.moe.upcycle"))

@@ -21,6 +21,7 @@ from workers.contract.errors import Infeasible
 from workers.contract.model import Prune, PruneCriterion, PruneKind
 from workers.moe.pruning.checkpoint import Cut, prune
 from workers.moe.pruning.errors import PruneError
+from workers.output import command
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -80,4 +81,4 @@ def main(
 
 
 if __name__ == "__main__":
-    main(prog_name="python -m workers.moe.pruning")
+    command(lambda: main(prog_name="python -m workers.moe.pruning"))

@@ -1,9 +1,10 @@
 """Pruned checkpoints of sweeps: made once, kept, shared by every trial that asks for the same.
 
 A trial that asks for `model.prune` of a checkpoint gets a folder of this cache
-(`$XDG_CACHE_HOME/moe-sweep/pruned/KEY`). The key is what the source's files are (name, size,
-time of change) and what is asked, so a source that changes is pruned anew. A folder appears
-when it is whole. Who comes second waits for a lock; a lock dies with its process.
+(`$XDG_CACHE_HOME/moe-sweep/pruned/KEY`). The key is what the source is (`workers.moe.content`,
+its tokenizer too, which is copied) and what is asked, so a source that changes is pruned anew,
+and one that moved is not. A folder appears when it is whole. Who comes second waits for a lock;
+a lock dies with its process.
 
 Pruning runs in a process of its own, by the project's command: what it allocates does not
 count as the engine's, and is given back whole.
@@ -21,11 +22,13 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+from workers import caches
 from workers.contract.fingerprint import fingerprint
-from workers.contract.model import Prune
+from workers.contract.model import Model, Prune
+from workers.moe.content import content, tokenizer
 from workers.moe.pruning.errors import PruneError
 
-FORMAT = 1
+FORMAT = 2
 """Version of how a source is pruned; another one prunes anew."""
 REFUSED = 2
 """Exit status of the command where it says why."""
@@ -33,7 +36,7 @@ REFUSED = 2
 
 def folder() -> Path:
     """Where pruned checkpoints lie."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "moe-sweep/pruned"
+    return caches.own() / "pruned"
 
 
 def cached(source: Path, prune: Prune) -> Path:
@@ -55,13 +58,16 @@ def cached(source: Path, prune: Prune) -> Path:
 
 
 def key(source: Path, prune: Prune) -> str:
-    """16 hexadecimal digits of the source's state and of what is asked."""
-    files = [
-        [file.name, status.st_size, status.st_mtime_ns]
-        for file in sorted(source.iterdir())
-        if file.is_file() and (status := file.stat())
-    ]
-    return fingerprint([FORMAT, files, asdict(prune)])
+    """16 hexadecimal digits of the source's content and of what is asked.
+
+    Raises:
+        PruneError: the source cannot be read.
+    """
+    model = Model(name=str(source.absolute()))
+    found = content(model)
+    if found.digest is None:
+        raise PruneError(f"{source}: {found.unknown}")
+    return fingerprint([FORMAT, found.digest, tokenizer(model).digest, asdict(prune)])
 
 
 def _make(source: Path, target: Path, prune: Prune) -> None:

@@ -29,6 +29,7 @@ from workers.moe.pruning.places import Place, Places, locate, tensors
 from workers.moe.pruning.selection import Indices, Kept
 from workers.moe.pruning.shape import groups, remaining
 from workers.moe.pruning.shards import Written
+from workers.moe.storage.found import carried
 from workers.moe.structure import Architecture, Experts
 
 PROVENANCE = "pruning.json"
@@ -101,7 +102,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         raise PruneError(f"config.json of {folder}: {error}") from None
     if structure.moe is None:
         raise PruneError(f"{folder} has no experts (model_type {structure.family!r})")
-    if config.get("quantization_config"):
+    if carried(config):
         raise PruneError(f"{folder} is quantised; pruning needs plain weights")
     files = shards.files_of(folder)
     try:

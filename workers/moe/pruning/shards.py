@@ -155,7 +155,7 @@ def files_of(folder: Path) -> tuple[Path, ...]:
     index = folder / INDEX
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
             apart = [name for name in names if Path(name).name != name]
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise PruneError(f"{index} cannot be read: {error!r}") from None

@@ -1,0 +1,100 @@
+"""Where caches lie: compiled code, skeletons, calibrations, what libraries keep for themselves.
+
+A home folder that cannot be written (a container without one, a read-only mount, a user that has
+none) ends an engine while it is imported: torch makes its folder for compiled code then. Caches
+are what may be made again, so where theirs cannot be written another folder takes them, and a line
+says so. It is one per user where temporary files go, so that the next run finds what this one kept.
+
+Variables are set for this process and what it starts, so this comes first: in a driver before Ray,
+in a host before its engine. A model that lies in the home folder's hub cache is still found there.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+CACHES = "XDG_CACHE_HOME"
+_HUB = "HF_HOME"
+_NAMED = ("VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "NUMBA_CACHE_DIR")
+"""Folders of one library's own that a user may have named."""
+_AT_HOME = ("TRITON_HOME", "FLASHINFER_WORKSPACE_BASE")
+"""Where libraries that know no `XDG_CACHE_HOME` put a folder of theirs into the home folder."""
+
+
+def home() -> Path:
+    """The folder of this user's caches, which need not be there."""
+    try:
+        return Path(os.environ.get(CACHES) or "~/.cache").expanduser()
+    except RuntimeError:  # nobody knows this user, and no HOME is set
+        return _spare()
+
+
+def own() -> Path:
+    """That of this project's."""
+    return home() / "moe-sweep"
+
+
+def ensure() -> str | None:
+    """Sees to it that caches can be written.
+
+    Returns:
+        A line for people where they had to go elsewhere; null where all is well.
+
+    Raises:
+        OSError: they can be written nowhere.
+    """
+    moved = list(_moved())
+    if not moved:
+        return None
+    return f"caches go to {_spare()}, since {'; '.join(moved)}"
+
+
+def _moved() -> Iterator[str]:
+    """Names another folder for every one that cannot be written, and says why."""
+    asked = home()
+    if (why := _unwritable(asked)) is not None:
+        hub = asked / "huggingface"
+        if _HUB not in os.environ and hub.is_dir():
+            os.environ[_HUB] = str(hub)  # its models can be read
+        os.environ[CACHES] = str(_made(_spare()))
+        for name in _AT_HOME:
+            os.environ.setdefault(name, str(_spare()))
+        yield f"{asked} {why}"
+    for name in _NAMED:
+        if (value := os.environ.get(name)) and (why := _unwritable(Path(value))) is not None:
+            os.environ[name] = str(_made(_spare() / name.lower()))
+            yield f"{value} ({name}) {why}"
+
+
+def _unwritable(folder: Path) -> str | None:
+    """Why nothing can be put into a folder, which is made if need be; null if it can."""
+    try:
+        folder.expanduser().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder.expanduser()):
+            return None
+    except (OSError, RuntimeError) as error:
+        return f"cannot be written ({getattr(error, 'strerror', None) or error})"
+
+
+def _spare() -> Path:
+    """The folder that takes them instead."""
+    return Path(tempfile.gettempdir()) / f"moe-cache-{os.getuid()}"
+
+
+def _made(folder: Path) -> Path:
+    """`folder`, which others cannot enter: its name can be guessed, and what is compiled into it
+    is run.
+
+    Raises:
+        OSError: it cannot be made, or is somebody else's.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = folder.lstat()
+    private = stat.S_ISDIR(status.st_mode) and not status.st_mode & 0o077
+    if status.st_uid != os.getuid() or not private:
+        raise PermissionError(f"{folder} is not a folder of this user alone: remove it")
+    return folder
