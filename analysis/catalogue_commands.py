@@ -51,23 +51,43 @@ def asks(command: Command) -> Command:
 @click.argument("names", metavar="[NAME…]", nargs=-1)
 @_json
 def models(names: tuple[str, ...], as_json: bool) -> None:
-    """List the catalogue's models; with one NAME, its parameters by kind of layer and part."""
+    """List the catalogue's models; with one NAME, its parameters by kind of layer and part.
+
+    NAME is of the catalogue, a folder with a config.json, or a hub id in the cache. A model whose
+    structure is not known has a row without what does not follow. A NAME that means nothing is
+    reported after the others, with status 2.
+    """
     from analysis.breakdown import breakdown
     from analysis.figures.layers import pivots
     from analysis.listings import about, model_facts, models_table
-    from analysis.structures import architecture
+    from analysis.structures import known
     from analysis.tables import pivot_table, show
     from workers.moe.architecture import catalogue
+    from workers.moe.structure import Architecture
 
     chosen = names or tuple(sorted(catalogue()))
-    found = [(name, architecture(name)) for name in chosen]
+    found, wrong = [], []
+    for name in chosen:
+        try:
+            found.append((name, known(name)))
+        except OptionError as error:
+            wrong.append(str(error))
+    if wrong and not found:
+        raise OptionError("; ".join(wrong))
     facts = [model_facts(name, a) for name, a in found]
     if as_json:
         write_json(facts)
+    else:
+        show(models_table(facts))
+    for one in facts:
+        if one["note"] is not None:
+            click.echo(f"{one['name']}: {one['note']}", err=True)
+    if wrong:
+        raise OptionError("; ".join(wrong))
+    if as_json:
         return
-    show(models_table(facts))
-    if len(names) == 1:
-        show(*(pivot_table(one) for one in pivots(breakdown(*found[0]))))
+    if len(names) == 1 and isinstance(a := found[0][1], Architecture):
+        show(*(pivot_table(one) for one in pivots(breakdown(names[0], a))))
         if apart := facts[0]["params_vision"] + facts[0]["params_projector"]:
             click.echo(f"Vision tower and projector, counted apart: {apart:,} parameters.")
     if any(one["verified"] is False for one in facts):

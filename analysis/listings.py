@@ -10,6 +10,7 @@ from rich.table import Table
 
 from workers.hardware.device import CPU, Device, provenance
 from workers.moe.architecture import catalogue, catalogue_name
+from workers.moe.partial import Partial
 from workers.moe.structure import Architecture
 
 _KV_BYTES = 2
@@ -18,28 +19,42 @@ _KV_BYTES = 2
 Facts = dict[str, Any]
 
 
-def model_facts(name: str, a: Architecture) -> Facts:
-    """Dimensions and parameters of a model; nothing that depends on how it is stored."""
+_COUNTED = (
+    *("params_total", "params_active", "params_active_no_embedding", "params_vision"),
+    *("params_projector", "num_layers", "hidden_size", "ffn_dim", "num_experts", "top_k"),
+    *("shared_experts", "expert_params"),
+)
+"""What a structure says of itself under the same name."""
+
+
+def model_facts(name: str, a: Architecture | Partial) -> Facts:
+    """Dimensions and parameters of a model; nothing that depends on how it is stored.
+
+    What does not follow from what is known of it is null, and `note` says why.
+    """
     entry = catalogue().get(catalogue_name(name) or "", {})
+    told: Facts = {key: getattr(a, key, None) for key in _COUNTED}
+    more: Facts
+    if isinstance(a, Architecture):
+        more = {
+            "family": a.family,
+            "attention_params_per_layer": a.attention_params,
+            "kv_bytes_per_token": a.kv_values_per_token * _KV_BYTES,
+            "note": None,
+        }
+    else:
+        more = {
+            "family": str(a.config.get("model_type") or "") or None,
+            "attention_params_per_layer": None,
+            "kv_bytes_per_token": None,
+            "note": a.reason,
+        }
     return {
         "name": name,
         "hub_id": entry.get("hub_id"),
-        "family": a.family,
-        "params_total": a.params_total,
-        "params_active": a.params_active,
-        "params_active_no_embedding": a.params_active_no_embedding,
-        "params_vision": a.params_vision,
-        "params_projector": a.params_projector,
-        "num_layers": a.num_layers,
-        "hidden_size": a.hidden_size,
-        "ffn_dim": a.ffn_dim,
-        "num_experts": a.num_experts,
-        "top_k": a.top_k,
-        "shared_experts": a.shared_experts,
-        "expert_params": a.expert_params,
-        "attention_params_per_layer": a.attention_params,
-        "kv_bytes_per_token": a.kv_values_per_token * _KV_BYTES,
-        "exact": a.exact,
+        **told,
+        **more,
+        "exact": isinstance(a, Architecture),
         "verified": entry.get("verified"),
         "papers": list(entry.get("papers", ())),
     }
@@ -57,14 +72,14 @@ def models_table(facts: Sequence[Facts]) -> Table:
         table.add_row(
             one["name"] + ("" if one["verified"] is not False else " ?"),
             *(
-                f"{one[key] / 1e9:,.3f}"
+                _scaled(one[key], 1e9)
                 for key in ("params_total", "params_active", "params_active_no_embedding")
             ),
-            *(str(one[key]) for key in ("num_layers", "hidden_size", "ffn_dim", "num_experts")),
-            *(str(one[key]) for key in ("top_k", "shared_experts")),
-            f"{one['expert_params'] / 1e6:,.3f}" if one["expert_params"] else "–",
-            f"{one['attention_params_per_layer'] / 1e6:,.3f}",
-            f"{one['kv_bytes_per_token']:,}",
+            *(_plain(one[key]) for key in ("num_layers", "hidden_size", "ffn_dim", "num_experts")),
+            *(_plain(one[key]) for key in ("top_k", "shared_experts")),
+            _scaled(one["expert_params"] or None, 1e6),
+            _scaled(one["attention_params_per_layer"], 1e6),
+            "–" if one["kv_bytes_per_token"] is None else f"{one['kv_bytes_per_token']:,}",
         )
     return table
 
@@ -150,6 +165,14 @@ def sources_table(facts: Sequence[Facts]) -> Table:
 def number(value: float | None) -> str:
     """A figure with thousands marked; a dash where there is none."""
     return "–" if value is None else f"{value:,.6g}"
+
+
+def _scaled(value: int | None, unit: float) -> str:
+    return "–" if value is None else f"{value / unit:,.3f}"
+
+
+def _plain(value: int | None) -> str:
+    return "–" if value is None else str(value)
 
 
 def _short(value: object) -> str:

@@ -14,7 +14,17 @@ from analysis.errors import OptionError, unknown
 from workers.contract.errors import Infeasible
 from workers.contract.model import Dtype, Model
 from workers.hardware.device import Device, UnknownDevice, device, devices, names
-from workers.moe.architecture import UnknownModel, catalogue, catalogue_name, resolve
+from workers.moe import hub
+from workers.moe.architecture import (
+    UnknownModel,
+    Unread,
+    catalogue,
+    catalogue_name,
+    configuration,
+    resolve,
+)
+from workers.moe.families import unspelled
+from workers.moe.partial import Partial, partial
 from workers.moe.precision import Precision, precision
 from workers.moe.storage.found import without
 from workers.moe.structure import Architecture
@@ -78,8 +88,23 @@ def architecture(name: str) -> Architecture:
     Raises:
         OptionError: as `structure`.
     """
+    found = known(name)
+    if isinstance(found, Partial):
+        raise OptionError(f"model {name}: {found.reason}")
+    return found
+
+
+def known(name: str) -> Architecture | Partial:
+    """What is known of the model of that name: its architecture where the family is spelled out,
+    else the dimensions that are plain in its configuration, and why there is no more.
+
+    Raises:
+        OptionError: no such model, or its configuration is not on this machine or no JSON.
+    """
     try:
         found = resolve(Model(name=name, weights="dummy"))
+    except Unread as error:
+        return partial(configuration(name) or {}, str(error))
     except UnknownModel as error:
         if "/" in name or Path(name).exists():
             raise OptionError(str(error)) from error
@@ -87,15 +112,10 @@ def architecture(name: str) -> Architecture:
     except (Infeasible, ValueError) as error:
         raise OptionError(f"model {name}: {error}") from error
     if found is None:
-        raise OptionError(
-            f"the configuration of {name} is not on this machine; "
-            "give a folder with its config.json, or a name of the catalogue"
-        )
+        raise OptionError(hub.absent(name))
     if not found.exact:
-        raise OptionError(
-            f"model {name}: family {found.family!r} is not spelled out, "
-            "so its parameters would be a guess"
-        )
+        reason = f"{unspelled(found.config)}, so its parameters would be a guess"
+        return partial(found.config, reason)
     return found
 
 

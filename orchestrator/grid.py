@@ -23,14 +23,16 @@ from typing import Any
 from orchestrator import fields
 from orchestrator.errors import Place, SweepError, one_line
 from orchestrator.sweep import Cell, Sweep
-from orchestrator.where import Constraint, NoAnswer
+from orchestrator.where import Constraint, NoAnswer, Undecided
 from workers.contract.model import Model
 from workers.contract.trial import Trial
 from workers.identity import Identities
 
 Resolve = Callable[[Model], Mapping[str, Any]]
-"""Answers a model with its own dimensions (`ffn_dim`, `num_experts`, `top_k`, `num_layers`,
-`hidden_size`), those that are known. It must not raise: nothing known is an empty mapping."""
+"""Answers a model with its own dimensions (`OWN`), those that are known. It must not raise:
+nothing known is an empty mapping."""
+OWN = ("ffn_dim", "num_experts", "top_k", "num_layers", "hidden_size")
+"""Dimensions that a model has of its own. A constraint on one that is not known keeps the point."""
 Index = tuple[int, ...]
 """One row number for each factor of the product."""
 Row = tuple[Cell, ...]
@@ -261,6 +263,8 @@ class _Block(_Part):
             key = self.pick(index)
             if key not in answers:
                 answers[key] = resolve(self.built(index))
+            if field in OWN and field not in answers[key]:
+                raise Undecided(name)
             return answers[key].get(field)
 
         return read
@@ -325,6 +329,8 @@ class _Check:
             readers = self._readers
             try:
                 verdict = self.constraint.holds(lambda name: readers[name](index))
+            except Undecided:  # nothing speaks against the point
+                verdict = True
             except NoAnswer as error:
                 at = _spelt(self._factors[i][index[i]] for i in self._touching)
                 raise self.constraint.place.error(f"{error} (at {at})") from None

@@ -350,9 +350,13 @@ def build(sweep: Sweep, expansion: Expansion, device: Device) -> Plan:
 def _details(group: Group) -> dict[str, Any]:
     """The structure that its first trial runs, as far as it is known, and what version 0.1.0
     called its trials."""
+    try:
+        structure = _dimensions(_structure(group.trials[0].trial.model))
+    except Unread:  # which the trial says as `unpredicted`
+        structure = None
     return {
         "named_ids": [one.trial.named_id for one in group.trials],
-        "structure": _dimensions(_structure(group.trials[0].trial.model)),
+        "structure": structure,
     }
 
 
@@ -476,7 +480,8 @@ class _Planner:
             drafted = self._draft(trial)
             found.roofline = roofline(architecture, trial, device, drafted)
             if found.roofline is None:
-                found.unpredicted = unpredictable(architecture, trial)
+                reason = unpredictable(architecture, trial)
+                found.unpredicted = f"{trial.model.name}: {reason}"
         except Unread as error:
             found.unpredicted = str(error)
         except UnknownModel as error:

@@ -94,6 +94,10 @@ class NoAnswer(ValueError):
     """A constraint that says nothing about a point. The message names the expression."""
 
 
+class Undecided(Exception):
+    """Raised by a reader of names: what a name stands for is not known before the model runs."""
+
+
 class _Refused(ValueError):
     """An expression, or a step of one, that is not allowed."""
 

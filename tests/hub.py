@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-TINY: Mapping[str, Any] = {
+TINY: dict[str, Any] = {
     "architectures": ["MixtralForCausalLM"],
     "model_type": "mixtral",
     "hidden_size": 256,
@@ -28,7 +28,7 @@ TINY: Mapping[str, Any] = {
     "hidden_act": "silu",
 }
 """A Mixtral that any machine runs."""
-OTHER: Mapping[str, Any] = {**TINY, "num_hidden_layers": 3, "num_local_experts": 8}
+OTHER: dict[str, Any] = {**TINY, "num_hidden_layers": 3, "num_local_experts": 8}
 """The same model after a change that moves every number."""
 
 

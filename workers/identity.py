@@ -118,7 +118,7 @@ class Identities:
         known = self._fixed.get(kind)
         if known is None:
             fixed = self._fixed_text(model, tokenised)
-            known = self._fixed[kind] = (fixed, _own_shape(model.name))
+            known = self._fixed[kind] = (fixed, _own_shape(model.name, model.revision))
         fixed, own = known
         parts = [fixed]
         for name, value in zip(_SHAPE, _shape(model), strict=True):
@@ -220,10 +220,11 @@ def _pruning(model: Model, prune: Prune) -> Prune:
     return replace(prune, criterion="random") if model.weights == "dummy" else prune
 
 
-def _own_shape(name: str) -> Mapping[str, int]:
+def _own_shape(name: str, revision: str | None) -> Mapping[str, int]:
     try:
-        config = configuration(name)
-        a = None if config is None else resolve(Model(name=name, weights="dummy"))
+        config = configuration(name, revision)
+        model = Model(name=name, revision=revision, weights="dummy")
+        a = None if config is None else resolve(model)
     except (UnknownModel, Infeasible):  # the plan says it with its place
         return {}
     if config is None or a is None:

@@ -118,7 +118,7 @@ def test_devices_table_keeps_sparse_peaks_apart_and_sources_on_request() -> None
     ("arguments", "message"),
     [
         (("models", "mixtra"), "no model 'mixtra'; did you mean 'mixtral-8x7b'?"),
-        (("models", "nobody/nothing"), "not on this machine"),
+        (("models", "nobody/nothing"), "nobody/nothing is not in the hub cache"),
         (("devices", "h10"), "no device 'h10'; did you mean 'h100'?"),
     ],
 )

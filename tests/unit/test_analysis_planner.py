@@ -266,7 +266,7 @@ def test_a_dataset_without_utilisation_is_refused(
     [
         ((), "plan needs a model"),
         (("--model", "mixtral"), "no model 'mixtral'; did you mean 'mixtral-8x7b'?"),
-        (("--model", "nobody/nothing-7b"), "nobody/nothing-7b is not on this machine"),
+        (("--model", "nobody/nothing-7b"), "nobody/nothing-7b is not in the hub cache"),
         (("--model", "{}"), "has no config.json"),
         (("--model", "mixtral-8x7b", "--dtype", "bf61"), "no dtype 'bf61'; did you mean 'bf16'?"),
         (("--model", "mixtral-8x7b", "--device", "h10"), "no device 'h10'; did you mean 'h100'?"),

@@ -79,9 +79,7 @@ def _fetch(hub_id: str, revision: str | None, need: Need, code: bool, lacking: s
     except errors.RevisionNotFoundError:
         reason = f"the hub has no revision {revision} of {hub_id}: correct model.revision"
     except errors.RepositoryNotFoundError:
-        reason = (
-            f"the hub has no {hub_id}, or keeps it private: correct model.name, or set HF_TOKEN"
-        )
+        reason = f"the hub has no {hub_id}, or it is private: correct model.name, or set HF_TOKEN"
     except Exception as error:  # noqa: BLE001  of network, disk and several libraries
         reason = f"the hub could not be asked ({_short(error)}), and {lacking}"
     raise Crashed(reason)

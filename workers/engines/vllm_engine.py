@@ -413,7 +413,7 @@ class VllmEngine:
             runs = understood(source.config) if source.config is not None else None
             if isinstance(runs, Architecture) and runs.exact and _draft_known(trial):
                 args["kv_cache_memory_bytes"] = _kv_cache_room(trial, runs, workloads)
-            else:
+            elif "kv_cache_memory_bytes" not in settings.args:
                 more["kv_cache_requests"] = args["max_num_seqs"]
             args["worker_cls"] = "workers.engines.vllm_cpu_worker.LimitedCPUWorker"
             if self._limit_gib is not None:
@@ -540,12 +540,12 @@ def _source(model: Model, load_format: str | None = None) -> _Source:
     """
     if model.prune is not None and model.weights == "checkpoint":
         return _source(replace(model, name=str(pruned_folder(model)), prune=None))
-    folder, commit = _folder(model, load_format), model.revision
+    folder, revision = _folder(model, load_format), model.revision
     config = configuration(model.name, model.revision)
     if folder is not None and (model.weights == "checkpoint" or config is None):
         config = configuration(str(folder))
-    if hub_id := drafts.hub_id(model):
-        commit = hub.commit(hub_id, model.revision) or commit
+    if folder is not None and (hub_id := drafts.hub_id(model)):
+        revision = hub.commit(hub_id, model.revision) or revision
     if config is None:
         asked = (model.ffn_dim, model.num_experts, model.top_k, model.num_layers)
         if any(one is not None for one in asked):
@@ -559,10 +559,10 @@ def _source(model: Model, load_format: str | None = None) -> _Source:
         if stored := skeleton(model):
             bent["quantization_config"] = stored
         code = folder if model.trust_remote_code else None
-        return _Source(model=str(_skeleton(bent, code)), revision=commit, config=bent)
+        return _Source(model=str(_skeleton(bent, code)), revision=revision, config=bent)
     changed = {key: value for key, value in bent.items() if config.get(key) != value}
     name = str(folder) if folder is not None else drafts.hub_id(model) or model.name
-    return _Source(model=name, revision=commit, overrides=changed, config=bent)
+    return _Source(model=name, revision=revision, overrides=changed, config=bent)
 
 
 def _folder(model: Model, load_format: str | None) -> Path | None:
@@ -577,8 +577,8 @@ def _folder(model: Model, load_format: str | None) -> Path | None:
         return Path(model.name).expanduser()
     if not hub.is_id(hub_id) or load_format not in _FORMATS:
         return None
-    if dummy and catalogue_name(model.name) is not None and not model.trust_remote_code:
-        return hub.snapshot(hub_id, model.revision) if model.revision is not None else None
+    if dummy and catalogue_name(model.name) is not None:
+        return None
     need: hub_files.Need = "config" if dummy or load_format == "dummy" else "weights"
     return hub_files.folder(hub_id, model.revision, need, code=model.trust_remote_code)
 
@@ -665,7 +665,7 @@ def _draft_known(trial: Trial) -> bool:
 
 
 def _ran(vllm: Stepper | Replicas) -> Architecture | Partial:
-    """The structure that was loaded; where it cannot be told, the dimensions that the engine has."""
+    """The structure that was loaded; where it cannot be told, what the engine says of it."""
     found = understood(vllm.config)
     if isinstance(found, Architecture):
         return found

@@ -23,6 +23,7 @@ from workers.contract.engine import DRAFT_MODEL, DRAFTLESS
 from workers.contract.errors import Infeasible
 from workers.contract.model import Model
 from workers.contract.trial import Trial
+from workers.moe import hub
 from workers.moe.architecture import catalogue, catalogue_name, resolve
 from workers.moe.fields import UnknownModel
 from workers.moe.structure import Architecture
@@ -73,7 +74,7 @@ def check(trial: Trial, files: Files | None = None) -> None:
 
     Args:
         trial: what is asked for.
-        files: finds files of models; null looks into folders alone.
+        files: finds files of models; null looks into folders and the hub's cache alone.
 
     Raises:
         Infeasible: with the difference.
@@ -101,11 +102,12 @@ def check(trial: Trial, files: Files | None = None) -> None:
 
 
 def in_folder(model: Model, file: str) -> Path | None:
-    """That file of a model which is a folder."""
-    if catalogue_name(model.name) is not None:
+    """That file of a model which is a folder, or is in the hub's cache."""
+    name = hub_id(model)
+    folder = Path(model.name).expanduser() if name is None else hub.snapshot(name, model.revision)
+    if folder is None or not (folder / file).is_file():
         return None
-    path = Path(model.name).expanduser() / file
-    return path if path.is_file() else None
+    return folder / file
 
 
 def hub_id(model: Model) -> str | None:

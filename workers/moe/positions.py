@@ -219,7 +219,9 @@ def limit(trial: Trial) -> Limit:
     if MAX_MODEL_LEN not in args:
         if found is None or long_allowed():
             return Limit(tokens=math.inf, why="")
-        return Limit(tokens=found.askable, why=f"{name} has {found.askable:,g} positions {_by(found)}")
+        return Limit(
+            tokens=found.askable, why=f"{name} has {found.askable:,g} positions {_by(found)}"
+        )
     length = args[MAX_MODEL_LEN]
     if length is not None and type(length) is not int:
         return Limit(tokens=math.inf, why="")  # no length at all, as the engine will say
