@@ -215,7 +215,7 @@ def _scheme(a: Architecture, stored: Mapping[str, Any] | None, asked: str | None
     if stored is None:
         return _on_loading(a, str(asked))
     try:
-        text = json.dumps(stored, sort_keys=True)
+        text = json.dumps(stored)
     except (TypeError, ValueError) as error:
         raise Unreadable(f"the quantisation cannot be read: {error}") from error
     scheme = Scheme(method=str(stored["quant_method"]), stored=text, packed=packed(a), root=root(a))
