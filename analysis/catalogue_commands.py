@@ -54,7 +54,7 @@ def models(names: tuple[str, ...], as_json: bool) -> None:
     """List the catalogue's models; with one NAME, its parameters by kind of layer and part."""
     from analysis.breakdown import breakdown
     from analysis.figures.layers import pivots
-    from analysis.listings import about, model_facts, models_table
+    from analysis.listings import about, model_facts, models_table, stored_line
     from analysis.structures import architecture
     from analysis.tables import pivot_table, show
     from workers.moe.architecture import catalogue
@@ -68,6 +68,7 @@ def models(names: tuple[str, ...], as_json: bool) -> None:
     show(models_table(facts))
     if len(names) == 1:
         show(*(pivot_table(one) for one in pivots(breakdown(*found[0]))))
+        click.echo(stored_line(facts[0]))
         if apart := facts[0]["params_vision"] + facts[0]["params_projector"]:
             click.echo(f"Vision tower and projector, counted apart: {apart:,} parameters.")
     if any(one["verified"] is False for one in facts):

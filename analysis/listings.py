@@ -8,8 +8,11 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from workers.contract.model import Model
 from workers.hardware.device import CPU, Device, provenance
+from workers.moe.accounting import weight_bytes
 from workers.moe.architecture import catalogue, catalogue_name
+from workers.moe.precision import precision
 from workers.moe.structure import Architecture
 
 _KV_BYTES = 2
@@ -19,7 +22,7 @@ Facts = dict[str, Any]
 
 
 def model_facts(name: str, a: Architecture) -> Facts:
-    """Dimensions and parameters of a model; nothing that depends on how it is stored."""
+    """Dimensions and parameters of a model, and what its weights take as they are stored."""
     entry = catalogue().get(catalogue_name(name) or "", {})
     return {
         "name": name,
@@ -39,10 +42,39 @@ def model_facts(name: str, a: Architecture) -> Facts:
         "expert_params": a.expert_params,
         "attention_params_per_layer": a.attention_params,
         "kv_bytes_per_token": a.kv_values_per_token * _KV_BYTES,
+        **_storage(name, a),
         "exact": a.exact,
         "verified": entry.get("verified"),
         "papers": list(entry.get("papers", ())),
     }
+
+
+def _storage(name: str, a: Architecture) -> Facts:
+    """Weights and cache as the checkpoint stores them; null, with the reason, where that is not
+    known."""
+    try:
+        stored = precision(a, Model(name=name, dtype="auto"))
+    except ValueError as error:
+        return {
+            "quantization": None,
+            "weight_bytes": None,
+            "weight_bytes_reason": str(error),
+            "kv_cache_dtype": None,
+        }
+    return {
+        "quantization": stored.scheme.method if stored.scheme else None,
+        "weight_bytes": weight_bytes(a, stored) if a.exact else None,
+        "weight_bytes_reason": None if a.exact else f"family {a.family!r} is not spelled out",
+        "kv_cache_dtype": stored.kv_dtype,
+    }
+
+
+def stored_line(one: Facts) -> str:
+    """The same in a sentence."""
+    if one["weight_bytes"] is None:
+        return f"Its weights are not counted as stored: {one['weight_bytes_reason']}."
+    method = one["quantization"] or "not quantised"
+    return f"Weights as stored ({method}): {one['weight_bytes']:,} bytes."
 
 
 def models_table(facts: Sequence[Facts]) -> Table:
@@ -91,10 +123,12 @@ def device_facts(one: Device) -> Facts:
         "bandwidth_gb_s": one.bandwidth_gb_s,
         "bf16_tflops": one.bf16_tflops,
         "fp8_tflops": one.fp8_tflops,
+        "fp4_tflops": one.fp4_tflops,
         "int8_tflops": one.int8_tflops,
         "fp32_tflops": one.fp32_tflops,
         "bf16_sparse_tflops": one.bf16_sparse_tflops,
         "fp8_sparse_tflops": one.fp8_sparse_tflops,
+        "fp4_sparse_tflops": one.fp4_sparse_tflops,
         "memory_gb": one.memory_gb,
         "power_w": one.power_w,
         "price_usd": one.price_usd,
@@ -115,9 +149,11 @@ def devices_table(facts: Sequence[Facts]) -> Table:
         "GB/s": "bandwidth_gb_s",
         "bf16\nTFLOP/s": "bf16_tflops",
         "fp8\nTFLOP/s": "fp8_tflops",
+        "fp4\nTFLOP/s": "fp4_tflops",
         "int8\nTOP/s": "int8_tflops",
         "bf16\nsparse": "bf16_sparse_tflops",
         "fp8\nsparse": "fp8_sparse_tflops",
+        "fp4\nsparse": "fp4_sparse_tflops",
         "GB": "memory_gb",
         "W": "power_w",
         "USD": "price_usd",

@@ -1,13 +1,14 @@
 """What vLLM's own classes create for a checkpoint, module by module, without a GPU.
 
-Run as a program: for each folder it builds the model with vLLM's model class and quantisation classes
-on torch's meta device and prints a line of JSON with the bytes of every module. Methods that have no
-kernel for this CPU would end at the choice of a kernel, which comes after vLLM has created a layer's
-parameters or does not depend on their sizes. So the functions that choose a kernel are replaced here,
-in this process alone, by ones that answer without looking; which configuration is found, which method
-reads it, which modules it means and what it creates for them is vLLM's. The stand-ins pad nothing:
-what a kernel makes of weights after loading is not compared. auto-round leaves experts in 16 bits on
-CPUs alone, so its classes are told that this is none.
+Run as a program: for each folder it builds the model with vLLM's model class and quantisation
+classes on torch's meta device and prints a line of JSON with the bytes of every module. Methods
+that have no kernel for this CPU would end at the choice of a kernel, which comes after vLLM has
+created a layer's parameters or does not depend on their sizes. So the functions that choose a
+kernel are replaced here, in this process alone, by ones that answer without looking; which
+configuration is found, which method reads it, which modules it means and what it creates for them
+is vLLM's. The stand-ins pad nothing: what a kernel makes of weights after loading is not
+compared. auto-round leaves experts in 16 bits on CPUs alone, so its classes are told that this is
+none.
 """
 
 from __future__ import annotations
@@ -24,7 +25,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-
+REFUSALS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What vLLM ends with where it refuses a checkpoint: an answer like any other."""
 _PLATFORMS = ("is_cpu", "is_cuda", "is_rocm", "is_xpu")
 
 
@@ -131,7 +142,7 @@ def main(folders: list[str]) -> None:
     for folder in folders:
         try:
             found = allocated(folder)
-        except Exception as error:  # an answer like any other: the engine refuses this one
+        except REFUSALS as error:
             found = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(found), file=out, flush=True)
 

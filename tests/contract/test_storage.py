@@ -1,8 +1,9 @@
 """Bytes of quantised checkpoints as counted, against what vLLM's own classes create for them.
 
-Every method that published MoE checkpoints use, on tiny models of families whose modules differ: a
-dense layer before the sparse one, shared experts with and without a gate, latent attention. Compared
-is each module, so that a name taken for another shows. `allocated.py` says how that goes without a GPU.
+Every method that published MoE checkpoints use, on tiny models of families whose modules differ:
+a dense layer before the sparse one, shared experts with and without a gate, latent attention.
+Compared is each module, so that a name taken for another shows. `allocated.py` says how that goes
+without a GPU.
 """
 
 from __future__ import annotations

@@ -240,7 +240,7 @@ def _on_loading(a: Architecture, asked: str) -> Scheme:
 
 
 def _matrices(a: Architecture) -> Iterator[tuple[Weight, int | None]]:
-    """All matrices, routed experts first, so that what cannot be read shows before it is counted."""
+    """All matrices, routed experts first; what cannot be read shows before it is counted."""
     layers = list(enumerate(a.layers))
     for index, layer in layers:
         for weight in layer.expert():

@@ -45,8 +45,8 @@ def reader(stored: str, before: str) -> Reader:
     method = str(config["quant_method"])
     if method not in METHODS:
         raise Unreadable(
-            f"unknown quantisation {method!r}: weights of this method are not counted "
-            f"(known are {', '.join(METHODS)})"
+            f"unknown quantisation {method!r}: weights of this method are not counted, "
+            "so predictions are null"
         )
     try:
         read = METHODS[method](config, before)
