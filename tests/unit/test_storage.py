@@ -293,3 +293,16 @@ def test_layers_of_a_mixed_checkpoint_may_stand_in_the_file_alone(tmp_path: Path
     assert own.scheme is not None and own.scheme.method == "modelopt_mixed"
     plain = 2 * (ENDS + ROUTER + NORMS + ATTENTION)
     assert weight_bytes(a, own) == EXPERTS // 2 + EXPERTS // 16 + 3 * 128 * 8 + plain
+
+
+def test_products_run_as_those_of_the_routed_experts(tmp_path: Path) -> None:
+    def compute(stored: dict[str, Any]) -> str:
+        a, found = model(tmp_path, quantization_config=stored)
+        return precision(a, found).compute
+
+    modelopt = {"quant_method": "modelopt", "ignore": ["lm_head"]}
+    assert compute(modelopt | {"quant_algo": "NVFP4"}) == "fp4"
+    assert compute(modelopt | {"quant_algo": "W4A16_NVFP4"}) == "bf16"
+    assert compute({"quant_method": "mxfp4"}) == compute(AWQ) == "bf16"
+    assert compute(FP8) == "fp8"
+    assert compute(FP8 | {"ignored_layers": ["model.layers.0.mlp.experts"]}) == "bf16"
