@@ -36,9 +36,8 @@ class Scheme:
     root: str = ""
     """What stands before `model.` in the engine's paths."""
     compute: str | None = None
-    """Type that products of the routed experts (without experts, of the first layer) are computed
-    in; null for that of the activations.
-    """
+    """Type that products of the routed experts are computed in (of the first quantised matrix
+    where there are no experts); null for that of the activations."""
 
     def format(self, weight: Weight, layer: int | None) -> Format | None:
         """How `weight` is stored; null for the type of the activations.
@@ -220,7 +219,9 @@ def _scheme(a: Architecture, stored: Mapping[str, Any] | None, asked: str | None
         raise Unreadable(f"the quantisation cannot be read: {error}") from error
     scheme = Scheme(method=str(stored["quant_method"]), stored=text, packed=packed(a), root=root(a))
     found = [scheme.format(weight, layer) for weight, layer in _matrices(a)]
-    return replace(scheme, compute=found[0].compute if found[0] else None)
+    experts = sum(len(layer.expert()) for layer in a.layers)
+    deciding = found[:experts] if experts else found
+    return replace(scheme, compute=next((form.compute for form in deciding if form), None))
 
 
 def _on_loading(a: Architecture, asked: str) -> Scheme:
