@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from workers.moe.accounting import weight_bytes
 from workers.moe.architecture import UnknownModel, bend, configuration, resolve
 from workers.moe.precision import Precision, precision, unreadable
 from workers.moe.storage.found import quantization, without
+from workers.moe.storage.methods import METHODS
 from workers.moe.storage.modules import Unreadable
 from workers.moe.structure import Architecture
 
@@ -306,3 +308,29 @@ def test_products_run_as_those_of_the_routed_experts(tmp_path: Path) -> None:
     assert compute({"quant_method": "mxfp4"}) == compute(AWQ) == "bf16"
     assert compute(FP8) == "fp8"
     assert compute(FP8 | {"ignored_layers": ["model.layers.0.mlp.experts"]}) == "bf16"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_description_may_hold_anything(method: str, tmp_path: Path) -> None:
+    """Defect: a KeyError from the depths of a formula."""
+    a, found = model(tmp_path)
+    keys = (
+        "bits", "group_size", "weight_block_size", "ignored_layers", "modules_to_not_convert",
+        "ignore", "config_groups", "quantization", "quant_algo", "quantized_layers", "dynamic",
+        "exclude", "global_quant_config", "layer_quant_config", "extra_config", "kv_cache_scheme",
+        "llm_int8_skip_modules", "block_name_to_quantize",
+    )  # fmt: skip
+    junk: tuple[Any, ...] = (
+        None, 0, -1, 1.5, "x", "re:(", [], [0], ["re:("], [None], {}, {"a": 1}, {"a": {}},
+        {"weights": 1}, {"a": {"targets": ["Linear"]}}, {"x*": {"weight": []}}, {"re:(": {}},
+    )  # fmt: skip
+    for key in keys:
+        for value in junk:
+            stored = {"quant_method": method, "quant_algo": "FP8", key: value}
+            try:
+                own = precision(
+                    replace(a, config=a.config | {"quantization_config": stored}), found
+                )
+                assert weight_bytes(a, own) > 0
+            except ValueError as error:
+                assert str(error)
