@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -327,10 +328,7 @@ def test_a_description_may_hold_anything(method: str, tmp_path: Path) -> None:
     for key in keys:
         for value in junk:
             stored = {"quant_method": method, "quant_algo": "FP8", key: value}
-            try:
-                own = precision(
-                    replace(a, config=a.config | {"quantization_config": stored}), found
-                )
-                assert weight_bytes(a, own) > 0
-            except ValueError as error:
-                assert str(error)
+            config = a.config | {"quantization_config": stored}
+            with suppress(Unreadable):
+                own = precision(replace(a, config=config), found)
+                assert weight_bytes(a, own) > ENDS
