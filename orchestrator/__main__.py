@@ -204,12 +204,12 @@ def _show_plan(plan: Plan, notes: Sequence[str], *, as_json: bool) -> None:
 
 
 def _notes(request: Request, plan: Plan) -> list[str]:
-    """Which trials will find no activation sheet, and what is none."""
+    """What the plan says; which trials will find no activation sheet, and what is none."""
+    said = list(plan.notes)
     if not plan.asks_for_sheets:
-        return []
+        return said
     from orchestrator.sheets import shelf
 
-    said: list[str] = []
     missing = shelf(request, said.append).missing(plan.groups)
     return [*said, *filter(None, [missing])]
 

@@ -13,32 +13,39 @@ per engine and found again by the identity of those objects.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, lru_cache
 from operator import attrgetter
 from typing import Any
 
+from orchestrator.errors import Place
 from orchestrator.grid import Expansion, Point, uncollected
 from orchestrator.sweep import Sweep
+from workers.contract import arguments
 from workers.contract.engine import EngineSettings
-from workers.contract.errors import Infeasible, Unsupported
+from workers.contract.errors import Contradiction, Infeasible, Unsupported
 from workers.contract.fingerprint import Fingerprints
 from workers.contract.layout import Layout
 from workers.contract.model import Model, Prune
 from workers.contract.trial import Trial
+from workers.contract.workload import Workload
 from workers.engines.roofline_engine import pace
 from workers.hardware.device import Device, UnknownDevice
 from workers.hardware.device import device as find_device
 from workers.hardware.roofline import Prediction, Roofline, roofline
-from workers.moe import drafts
+from workers.moe import drafts, generators, positions
 from workers.moe.architecture import UnknownModel, check, resolve
+from workers.moe.overrides import of as overrides_of
 from workers.moe.structure import Architecture
 
 ENGINE_SECTIONS = ("model", "layout", "engine")
 """Sections of a trial that its engine is built from."""
 TOP_K = "model.top_k"
 """The one field of them that may vary within a group."""
+LOADING = ("vllm", "transformers")
+"""Engines that load a model."""
 ROOFLINE_S = 0.01
 """Building a roofline engine, seconds: it only computes."""
 
@@ -64,7 +71,7 @@ class Planned:
         if self.prediction is None or self.prediction.oom is not None:
             return 0.0
         if self.trial.engine.kind == "roofline":
-            each = self.prediction.e2e_s + self.prediction.waves * self.prediction.prefill_s
+            each = self.prediction.e2e_s + self.prediction.prefill_s
             return each * (_pace(self.trial) or 0.0)  # one of each pass, and no warm-up
         measure, known = self.trial.measure, self.prediction
         repeat_s = known.e2e_s + known.prefill_s
@@ -177,6 +184,8 @@ class Plan:
     """Constraint → points it dropped."""
     infeasible: tuple[Planned, ...]
     groups: tuple[Group, ...]
+    notes: tuple[str, ...] = ()
+    """What a reader must know of the predictions, and of models that no engine would load."""
 
     @property
     def trials(self) -> int:
@@ -255,6 +264,7 @@ def build(sweep: Sweep, expansion: Expansion, device: Device) -> Plan:
         dropped=expansion.dropped,
         infeasible=tuple(infeasible),
         groups=tuple(built),
+        notes=_notes(built),
     )
 
 
@@ -294,8 +304,26 @@ class _Costs:
 
     roofline: Roofline | None = None
     infeasible: Infeasible | None = None
+    limit: positions.Limit | None = None
+    """The longest request that they serve; null where they serve none."""
     predictions: dict[int, Prediction] = field(default_factory=dict)
     """By `id` of a workload."""
+    too_long: dict[int, Infeasible] = field(default_factory=dict)
+    """Likewise, of workloads that they cannot serve."""
+
+    def refusal(self, workload: Workload) -> Infeasible | None:
+        """Why they cannot run `workload`."""
+        if self.infeasible is not None or self.limit is None:
+            return self.infeasible
+        if workload.tokens_per_request <= self.limit.tokens:
+            return None
+        found = self.too_long.get(id(workload))
+        if found is None:
+            try:
+                self.limit.check(workload)
+            except Infeasible as error:
+                found = self.too_long[id(workload)] = error.with_traceback(None)
+        return found
 
 
 class _Planner:
@@ -319,8 +347,9 @@ class _Planner:
         if known is None:
             known = self._engines[engine] = self._engine(trial)
         costs, group_id = known
+        infeasible = costs.refusal(trial.workload)
         prediction = None
-        if costs.roofline is not None:
+        if costs.roofline is not None and infeasible is None:
             workload = id(trial.workload)
             prediction = costs.predictions.get(workload)
             if prediction is None:
@@ -331,7 +360,7 @@ class _Planner:
             trial_id=self._ids.of(trial),
             axes=point.axes,
             prediction=prediction,
-            infeasible=costs.infeasible,
+            infeasible=infeasible,
         )
         return planned, group_id
 
@@ -350,9 +379,13 @@ class _Planner:
         asked, device = trial.layout.device, self._device
         found = _Costs()
         try:
+            arguments.check(trial)
             if asked is not None:
                 device = find_device(asked)
-            architecture = _structure(trial.model)
+            if trial.engine.kind in LOADING:
+                generators.check(trial)
+            found.limit = positions.limit(trial)
+            architecture = _structure(trial.model, trial.engine)
             if architecture is not None:
                 check(architecture, trial.layout)
                 drafted = self._draft(trial)
@@ -361,9 +394,21 @@ class _Planner:
             raise self._sweep.place("model.name", trial.model.name).error(str(error)) from error
         except UnknownDevice as error:
             raise self._sweep.place("layout.device", asked).error(str(error)) from error
+        except Contradiction as error:
+            raise self._place(trial, error.key).error(str(error)) from error
         except Infeasible as error:
             found.infeasible = error.with_traceback(None)  # which would keep all that it saw
         return found
+
+    def _place(self, trial: Trial, key: str) -> Place:
+        """Where the sweep writes `key`, or the innermost block around it."""
+        written = key
+        while written:
+            found = self._sweep.place(written, _at(trial, written))
+            if found != Place(self._sweep.path, None, written):
+                return found
+            written = written.rpartition(".")[0]
+        return Place(self._sweep.path, None, key)
 
     def _draft(self, trial: Trial) -> Architecture | None:
         """The structure of its draft, whose vocabulary is the target's."""
@@ -385,6 +430,32 @@ class _Planner:
         if model is None:
             model = self._weights[key] = engine_group(trial)[0]
         return self._ids.of([model, trial.layout, trial.engine])[:12]
+
+
+def _at(trial: Trial, key: str) -> Any:
+    """The value of a trial under a dotted key; null where there is none."""
+    value: Any = trial
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
+    return value
+
+
+def _notes(groups: Iterable[Group]) -> tuple[str, ...]:
+    """What the predictions leave out, and models that a roofline reads and no engine loads."""
+    left_out: Counter[str] = Counter()
+    unloadable: dict[str, None] = {}
+    for group in groups:
+        first = group.trials[0]
+        if first.prediction is not None:
+            left_out.update(dict.fromkeys(first.prediction.ignores, len(group.trials)))
+        if group.predicts:
+            try:
+                generators.check(first.trial)
+            except Infeasible as error:
+                unloadable[f"vLLM would not run this: {error}"] = None
+    told = ", ".join(f"{key} ({count} trials)" for key, count in sorted(left_out.items()))
+    notes = [f"predictions do not cover {told}"] if told else []
+    return (*notes, *unloadable)
 
 
 def _group(group_id: str, trials: list[Planned]) -> Group:
@@ -449,7 +520,7 @@ def _top_k(planned: Planned) -> int:
     model = planned.trial.model
     if model.top_k is not None:
         return model.top_k
-    architecture = _structure(model)
+    architecture = _structure(model, planned.trial.engine)
     return architecture.top_k if architecture is not None else 0
 
 
@@ -457,12 +528,19 @@ _shape = attrgetter("name", "ffn_dim", "num_experts", "top_k", "num_layers", "sc
 """All of a model that its structure follows from."""
 
 
-def _structure(model: Model) -> Architecture | None:
+def _structure(model: Model, engine: EngineSettings | None = None) -> Architecture | None:
+    overrides = overrides_of(engine) if engine is not None else None
+    if overrides:  # few, and of no order in which they could be kept
+        return resolve(_bare(*_shape(model)), overrides)
     return _resolved(*_shape(model))
 
 
 @lru_cache(maxsize=16_384)
-def _resolved(
+def _resolved(*shape: Any) -> Architecture | None:
+    return resolve(_bare(*shape))
+
+
+def _bare(
     name: str,
     ffn_dim: int | None,
     num_experts: int | None,
@@ -470,16 +548,15 @@ def _resolved(
     num_layers: int | None,
     scale: float,
     prune: Prune | None,
-) -> Architecture | None:
-    return resolve(
-        Model(
-            name=name,
-            weights="dummy",  # which may be scaled
-            ffn_dim=ffn_dim,
-            num_experts=num_experts,
-            top_k=top_k,
-            num_layers=num_layers,
-            scale=scale,
-            prune=prune,
-        )
+) -> Model:
+    """A model of that shape, whatever its weights."""
+    return Model(
+        name=name,
+        weights="dummy",  # which may be scaled
+        ffn_dim=ffn_dim,
+        num_experts=num_experts,
+        top_k=top_k,
+        num_layers=num_layers,
+        scale=scale,
+        prune=prune,
     )

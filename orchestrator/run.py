@@ -224,6 +224,8 @@ class _Run:
         self._open_manifest()
         for warning in self._dataset.warnings:
             self._say(warning)
+        for note in self._plan.notes:
+            self._say(note)
         if (line := self._shelf.missing(self._groups)) is not None:
             self._say(line)
         interrupted = False

@@ -27,7 +27,7 @@ from workers.contract.record import ACTIVATIONS, RECORDS, SAMPLES, SCHEMA_VERSIO
 from workers.hardware.device import Device
 from workers.hardware.host import Host
 from workers.metrics import figures
-from workers.moe.architecture import UnknownModel, resolve, run_dtype
+from workers.moe.architecture import UnknownModel, run_dtype, structure
 from workers.moe.sheets import Sheet
 from workers.moe.structure import Architecture
 from workers.secrecy import hide, hide_json, hide_text, known_secrets
@@ -279,7 +279,7 @@ def _structure(ticket: Ticket, architecture: Architecture | None) -> dict[str, A
     model = ticket.trial.model
     if architecture is None:
         try:
-            architecture = resolve(model)
+            architecture = structure(ticket.trial)
         except (TrialError, UnknownModel):
             return {}
     if architecture is None:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
@@ -29,6 +29,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from workers.contract import arguments
 from workers.contract.engine import DRAFT_MODEL, MODELLESS, UNFUSED, StandIn
 from workers.contract.errors import Infeasible, TrialError, Unsupported
 from workers.contract.layout import Layout
@@ -44,17 +45,20 @@ from workers.engines.vllm_replicas import Replicas
 from workers.engines.vllm_stepper import Batch, Done, Output, Stepper, clean, explained
 from workers.hardware import host
 from workers.hardware.roofline import CPU_BLOCK
-from workers.moe import drafts
+from workers.moe import drafts, generators, positions
 from workers.moe.accounting import kv_cache_bytes
 from workers.moe.architecture import (
+    SHAPE,
     UnknownModel,
     bend,
     catalogue,
     configuration,
-    resolve,
     run_dtype,
+    structure,
 )
 from workers.moe.families import read
+from workers.moe.overrides import KEY, changes, over
+from workers.moe.overrides import of as overrides_of
 from workers.moe.precision import Precision, precision, skeleton
 from workers.moe.pruning import cache
 from workers.moe.skew import parse
@@ -153,6 +157,10 @@ class VllmEngine:
                 "bend skeletons (weights: dummy)"
             )
         try:
+            arguments.check(trial)
+            generators.check(trial)
+            positions.limit(trial).check(trial.workload)
+            structure(trial)  # which says whether overrides contradict the model's fields
             drafts.check(trial, _file)
         except UnknownModel as error:
             return str(error)
@@ -165,7 +173,7 @@ class VllmEngine:
         its own; pipeline stages and spread experts were not checked.
         """
         before = self._trial
-        wanted = resolve(trial.model)
+        wanted = structure(trial)
         if wanted is None or _weights_of(trial) != _weights_of(before):
             return False
         layout = trial.layout
@@ -187,7 +195,7 @@ class VllmEngine:
         self.loaded = replace(
             self.loaded,
             architecture=read(bend(runs, Model(name=trial.model.name, top_k=wanted.top_k))),
-            args=self.loaded.args | {"hf_overrides": _source(trial.model)[1]},
+            args=self.loaded.args | {"hf_overrides": _overrides(trial)},
         )
         return True
 
@@ -298,11 +306,11 @@ class VllmEngine:
         if replicas == 1:
             self._vllm = Stepper(args)
         else:
-            structure = resolve(trial.model)
+            known = structure(trial)
             self._vllm = Replicas(
                 args,
                 trial.layout,
-                together=structure is None or structure.moe is not None,
+                together=known is None or known.moe is not None,
                 on_cpu=self._on_cpu,
                 limited=self._limit_gib is not None,
                 output=self._output,
@@ -315,11 +323,13 @@ class VllmEngine:
                 if kernels
                 else f"moe_backend {UNFUSED}: a model without experts"
             )
+        runs = read(self._vllm.config)
+        _check_shape(trial, runs)
         draft = drafts.draft(trial)
         return Loaded(
             version=host.engine_version() or "unknown",
             args=_told(args, trial.model.name, draft.name if draft else None),
-            architecture=read(self._vllm.config),
+            architecture=runs,
             threads=min(self._vllm.rpc("report_threads")) if self._on_cpu else None,
             moe_kernel=", ".join(kernels) or None,
         )
@@ -343,13 +353,13 @@ class VllmEngine:
 
     def _arguments(self, trial: Trial, workloads: Sequence[Workload]) -> dict[str, Any]:
         model, layout, settings = trial.model, trial.layout, trial.engine
-        source, overrides = _source(model)
+        source, _ = _source(model)
         args: dict[str, Any] = {
             "model": source,
             "revision": model.revision,
             "load_format": "dummy" if model.weights == "dummy" else "auto",
             "skip_tokenizer_init": True,
-            "hf_overrides": overrides,
+            "hf_overrides": _overrides(trial),
             "trust_remote_code": model.trust_remote_code,
             "dtype": model.dtype,
             "quantization": None if skeleton(model) else model.quantization,
@@ -383,7 +393,7 @@ class VllmEngine:
                 args["gpu_memory_utilization"] = min(1.0, share)
         if more:
             args["additional_config"] = more
-        return args | settings.args
+        return arguments.joined(args, arguments.given(trial))
 
 
 def cuda_economy(trial: Trial, workloads: Sequence[Workload]) -> dict[str, Any]:
@@ -405,16 +415,17 @@ def cuda_economy(trial: Trial, workloads: Sequence[Workload]) -> dict[str, Any]:
     beside = int(asked is not None and asked.way == DRAFT_MODEL)  # a slot that vLLM keeps for it
     given = trial.engine.args
     args: dict[str, Any] = {}
-    if trial.engine.eager or any(name in given for name in _GRAPH_ARGS):
+    if trial.engine.eager:
         pass
     elif trial.engine.moe_backend == UNFUSED:
         args["compilation_config"] = {"cudagraph_mode": "NONE"}
-    else:
+    elif not any(name in given for name in _GRAPH_ARGS):
         each = {per_request}
         if asked is not None and asked.way not in MODELLESS:
             # A drafting model's passes: the first feeds what was decided, the others a token.
             each |= {per_request + beside, 1}
-        sizes = {one.batch_size * tokens for one in workloads for tokens in each}
+        together = {size for one in workloads for size in _waves(one.batch_size, given)}
+        sizes = {requests * tokens for requests in together for tokens in each}
         args["cudagraph_capture_sizes"] = sorted(sizes)
     filled = max(
         max(one.batch_size * max(one.input_tokens + beside, per_request), one.tokens_per_request)
@@ -425,6 +436,35 @@ def cuda_economy(trial: Trial, workloads: Sequence[Workload]) -> dict[str, Any]:
     if trial.model.weights == "checkpoint":
         args["safetensors_load_strategy"] = "prefetch"
     return args
+
+
+def _waves(batch: int, args: Mapping[str, Any]) -> set[int]:
+    """Requests in flight together, of a batch of which `max_num_seqs` may let fewer run."""
+    most = args.get("max_num_seqs")
+    if type(most) is not int or not 0 < most < batch:
+        return {batch}
+    return {most, batch % most or most}
+
+
+def _overrides(trial: Trial) -> dict[str, Any]:
+    """vLLM's `hf_overrides`: what the model's own fields change, and what the sweep does."""
+    return arguments.merged(_source(trial.model)[1], overrides_of(trial.engine), KEY)
+
+
+def _check_shape(trial: Trial, runs: Architecture) -> None:
+    """Whether the engine runs the shape that was asked for: records hold what ran, and a point of
+    a sweep must not stand for another.
+
+    Raises:
+        Unsupported: it does not.
+    """
+    wanted = structure(trial)
+    for key in SHAPE:
+        if wanted is None or getattr(trial.model, key) is None:
+            continue
+        asked, got = getattr(wanted, key), getattr(runs, key)
+        if asked != got:
+            raise Unsupported(f"model.{key} asks for {asked}, but the engine runs {got}")
 
 
 def _weights_of(trial: Trial) -> tuple[Any, ...]:
@@ -481,8 +521,7 @@ def _source(model: Model) -> tuple[str, dict[str, Any]]:
                 "cannot be overridden: name a folder or a catalogue entry"
             )
         return name, {}
-    bent = bend(config, model)
-    return name, {key: value for key, value in bent.items() if config.get(key) != value}
+    return name, changes(config, bend(config, model))
 
 
 def _kv_cache_room(trial: Trial, source: str, workloads: Sequence[Workload]) -> int:
@@ -493,7 +532,8 @@ def _kv_cache_room(trial: Trial, source: str, workloads: Sequence[Workload]) -> 
     name, layout = trial.model.name, trial.layout
     kv_dtype = trial.engine.args.get("kv_cache_dtype")
     config = configuration(name) or json.loads((Path(source) / "config.json").read_text())
-    a = read(bend(config, replace(trial.model, prune=None)))  # the cache is that of all experts
+    bent = bend(config, replace(trial.model, prune=None))  # the cache is that of all experts
+    a = read(over(config, bent, overrides_of(trial.engine), "the model"))
     stored = _stored(a, trial.model, kv_dtype)
     model, second = drafts.draft(trial), drafts.structure(trial)
 
@@ -508,10 +548,15 @@ def _kv_cache_room(trial: Trial, source: str, workloads: Sequence[Workload]) -> 
             needed += kv_cache_bytes(second, held, tokens, requests, single, 0, CPU_BLOCK)
         return needed
 
-    return max(
-        room(one.tokens_per_request, one.batch_size) + room(CPU_BLOCK, one.batch_size + 1)
-        for one in workloads
+    args = trial.engine.args
+    longest = args.get(positions.MAX_MODEL_LEN) or 0
+    together = {one: max(_waves(one.batch_size, args)) for one in workloads}
+    needed = max(
+        room(one.tokens_per_request, requests) + room(CPU_BLOCK, requests + 1)
+        for one, requests in together.items()
     )
+    # The engine insists on room for one request of its model length.
+    return max(needed, room(longest, 1) + room(CPU_BLOCK, 2)) if longest > 0 else needed
 
 
 def _stored(a: Architecture, model: Model, cache: str | None) -> Precision:
@@ -551,7 +596,7 @@ def _speculative(trial: Trial) -> dict[str, Any]:
     config: dict[str, Any] = {"num_speculative_tokens": asked.tokens, "method": asked.way}
     if draft is not None:
         config["model"] = _source(draft)[0]
-    return config | asked.args
+    return config | asked.args  # which contradict nothing of it (`arguments.check`)
 
 
 @lru_cache(maxsize=64)  # every trial of a group asks

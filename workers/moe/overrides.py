@@ -58,7 +58,7 @@ ALIASES: Mapping[str, Mapping[str, str]] = {
 Tree = dict[str, Any]
 
 
-def asked(engine: EngineSettings) -> Mapping[str, Any]:
+def of(engine: EngineSettings) -> Mapping[str, Any]:
     """The overrides of a sweep; empty where it has none, or something that is no block."""
     found = engine.args.get(HF_OVERRIDES)
     return found if isinstance(found, Mapping) else {}
@@ -146,8 +146,9 @@ def _merged(below: Mapping[str, Any], value: Mapping[str, Any]) -> Tree:
     for name, inner in value.items():
         key = _spelt(below, name)
         known = below.get(key)
-        both = isinstance(inner, Mapping) and isinstance(known, Mapping)
-        changed[key] = _merged(known, inner) if both else inner
+        if isinstance(inner, Mapping) and isinstance(known, Mapping):
+            inner = _merged(known, inner)
+        changed[key] = inner
     return changed
 
 

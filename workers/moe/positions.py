@@ -34,7 +34,8 @@ from workers.contract.workload import Workload
 from workers.moe import drafts
 from workers.moe.architecture import configuration
 from workers.moe.fields import Fields
-from workers.moe.overrides import applied, asked
+from workers.moe.overrides import applied
+from workers.moe.overrides import of as overrides_of
 
 KEYS = (
     "max_position_embeddings",
@@ -49,8 +50,15 @@ KEYS = (
 )
 """Of a configuration's lengths, in vLLM's order; the smallest counts."""
 UNSCALED = frozenset(
-    ("su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling")
-    + ("telechat3-yarn",)  # vLLM makes it `yarn`
+    (
+        "su",
+        "longrope",
+        "llama3",
+        "yarn",
+        "deepseek_yarn",
+        "deepseek_llama_scaling",
+        "telechat3-yarn",  # vLLM makes it `yarn`
+    )
 )
 """Types of rotary scaling whose factor is not applied to the length."""
 ALLOW_LONG = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
@@ -166,8 +174,8 @@ def positions(config: Mapping[str, Any], *, window_only: bool = False) -> Positi
     if text.get("model_max_length"):
         key = "model_max_length"
     most: float = lengths[key]
-    window = text.get("sliding_window")
-    if window_only and _number(window) and 0 < window < most:
+    window = text.get("sliding_window") if window_only else None
+    if isinstance(window, int) and 0 < window < most:
         key, most = "sliding_window", window
     why = f"{key} {most:,}"
     rotary = list(_rotary(text))
@@ -219,7 +227,9 @@ def limit(trial: Trial) -> Limit:
     if MAX_MODEL_LEN not in args:
         if found is None or long_allowed():
             return Limit(tokens=math.inf, why="")
-        return Limit(tokens=found.askable, why=f"{name} has {found.askable:,g} positions {_by(found)}")
+        return Limit(
+            tokens=found.askable, why=f"{name} has {found.askable:,g} positions {_by(found)}"
+        )
     length = args[MAX_MODEL_LEN]
     if length is not None and type(length) is not int:
         return Limit(tokens=math.inf, why="")  # no length at all, as the engine will say
@@ -256,7 +266,7 @@ def _of_model(trial: Trial) -> Positions | None:
     if config is None:
         return None
     window_only = trial.engine.args.get(NO_WINDOW) is True
-    return positions(applied(config, asked(trial.engine)), window_only=window_only)
+    return positions(applied(config, overrides_of(trial.engine)), window_only=window_only)
 
 
 def _check_draft(trial: Trial) -> None:
