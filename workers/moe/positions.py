@@ -239,7 +239,7 @@ def limit(trial: Trial) -> Limit:
         raise Infeasible(f"engine.args.{MAX_MODEL_LEN}: {error} of {name}") from None
     if tokens is None:
         return Limit(tokens=math.inf, why="")
-    asks = f"engine.args.{MAX_MODEL_LEN} is {length}"
+    asks = f"engine.args.{MAX_MODEL_LEN} is {'null' if length is None else length}"
     if length is None or length == -1:
         asks += f", so {name} is served with {tokens:,} positions"
     return Limit(tokens=tokens, why=asks)
