@@ -14,7 +14,7 @@ per engine and found again by the identity of those objects.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, lru_cache
 from operator import attrgetter
@@ -443,7 +443,7 @@ def _at(trial: Trial, key: str) -> Any:
 def _notes(groups: Iterable[Group]) -> tuple[str, ...]:
     """What the predictions leave out, and models that a roofline reads and no engine loads."""
     left_out: Counter[str] = Counter()
-    unloadable: dict[str, None] = {}
+    said: dict[str, None] = {}
     for group in groups:
         first = group.trials[0]
         if first.prediction is not None:
@@ -452,10 +452,24 @@ def _notes(groups: Iterable[Group]) -> tuple[str, ...]:
             try:
                 generators.check(first.trial)
             except Infeasible as error:
-                unloadable[f"vLLM would not run this: {error}"] = None
+                said[f"vLLM would not run this: {error}"] = None
+        said |= dict.fromkeys(_short_draft(group))
     told = ", ".join(f"{key} ({count} trials)" for key, count in sorted(left_out.items()))
     notes = [f"predictions do not cover {told}"] if told else []
-    return (*notes, *unloadable)
+    return (*notes, *said)
+
+
+def _short_draft(group: Group) -> Iterator[str]:
+    """Says that a draft has fewer positions than requests have tokens."""
+    trial = group.trials[0].trial
+    most = positions.drafted(trial) if trial.engine.speculative is not None else None
+    longest = max(one.trial.workload.tokens_per_request for one in group.trials)
+    if most is not None and longest > most:
+        assert trial.engine.speculative is not None
+        yield (
+            f"the draft {trial.engine.speculative.model} proposes nothing beyond its {most:,} "
+            f"positions; requests have up to {longest:,} tokens"
+        )
 
 
 def _group(group_id: str, trials: list[Planned]) -> Group:

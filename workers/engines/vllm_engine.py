@@ -13,7 +13,8 @@ no prefix cache. Nothing of vLLM is imported before an engine is built.
 Start-up on CUDA is kept short by what the group's own workloads tell: graphs are captured
 for the batch sizes that occur and for no others, the token budget of a pass is what the
 largest prompt batch fills, checkpoints are read ahead, and compiled code is shared between
-engines. Whatever a sweep says in `engine.args` wins.
+engines. Whatever a sweep says in `engine.args` wins over these; what a trial's own fields say, it
+must not contradict (`workers.contract.arguments`).
 """
 
 from __future__ import annotations
