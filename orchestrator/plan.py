@@ -13,6 +13,7 @@ per engine and found again by the identity of those objects.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -544,14 +545,13 @@ _shape = attrgetter("name", "ffn_dim", "num_experts", "top_k", "num_layers", "sc
 
 def _structure(model: Model, engine: EngineSettings | None = None) -> Architecture | None:
     overrides = overrides_of(engine) if engine is not None else None
-    if overrides:  # few, and of no order in which they could be kept
-        return resolve(_bare(*_shape(model)), overrides)
-    return _resolved(*_shape(model))
+    told = json.dumps(overrides, sort_keys=True) if overrides else None
+    return _resolved(told, *_shape(model))
 
 
 @lru_cache(maxsize=16_384)
-def _resolved(*shape: Any) -> Architecture | None:
-    return resolve(_bare(*shape))
+def _resolved(overrides: str | None, *shape: Any) -> Architecture | None:
+    return resolve(_bare(*shape), json.loads(overrides) if overrides else None)
 
 
 def _bare(

@@ -26,7 +26,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from workers.contract.errors import Infeasible
 from workers.contract.trial import Trial
@@ -184,7 +184,7 @@ def positions(config: Mapping[str, Any], *, window_only: bool = False) -> Positi
         for one in rotary:
             if _type(one) not in UNSCALED:
                 factor = one.get("factor", factor)
-        factor = 1.0 if factor is None else factor
+        factor = factor if _number(factor) else 1.0
         if factor != 1.0:
             why += f" x rope factor {factor:g} = {most * factor:,g}"
         most *= factor
@@ -306,5 +306,5 @@ def _type(rotary: Mapping[str, Any]) -> str:
     return str(rotary.get("rope_type") or rotary.get("type") or "default")
 
 
-def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
