@@ -120,8 +120,14 @@ def untouched(scene: Scene) -> Scene:
     return scene
 
 
-def read(figure: RecordsFigure, scene: Scene, *, drawn: bool) -> pl.DataFrame | None:
-    """What people get of a figure, looked through; null where it was refused in one line."""
+def read(
+    figure: RecordsFigure, scene: Scene, *, drawn: bool, unlike: pl.DataFrame | None = None
+) -> pl.DataFrame | None:
+    """What people get of a figure, looked through; null where it was refused in one line.
+
+    A picture follows from the prepared frame alone: it is not drawn for the frame `unlike`, whose
+    picture was looked at before.
+    """
     frame: pl.DataFrame | None
     try:
         tables = [scene.table(one) for one in figure.beside]
@@ -130,6 +136,8 @@ def read(figure: RecordsFigure, scene: Scene, *, drawn: bool) -> pl.DataFrame | 
         for pivot in figure.pivots(frame):
             words += [pivot.title, pivot.corner, *pivot.columns]
             words += [cell for row in pivot.rows for cell in row]
+        if drawn and unlike is not None:
+            drawn = not frame.equals(unlike)
         spec = figure.chart(frame).to_dict(validate=False) if drawn else {}
     except AnalysisError as error:
         words, frame, spec = [str(error)], None, {}
@@ -237,12 +245,13 @@ def test_no_single_column_is_taken_for_granted(column: str) -> None:
     with debug_mode(False):
         for name, figure in DRAWN.items():
             scene = SCENES[name]
+            usual = read(figure, scene, drawn=False)
             whole = emptied([column])(scene)
             if not whole.records.equals(scene.records):
-                read(figure, whole, drawn=True)
+                read(figure, whole, drawn=True, unlike=usual)
                 read(figure, emptied([column], 0b0101010101010101)(scene), drawn=False)
             if column in ABOVE_ZERO:
-                read(figure, filled(column, 0.0)(scene), drawn=True)
+                read(figure, filled(column, 0.0)(scene), drawn=False)
 
 
 @given(name=st.sampled_from(sorted(SCENES)), made=changes)
