@@ -162,3 +162,13 @@ def test_null_where_there_is_no_telling() -> None:
     assert "s_mbu" not in _columns(one, trial=drafted)
     single = _columns(_pass((1.0,)), trial=replace(TRIAL, workload=Workload(output_tokens=1)))
     assert single["s_mbu"] is None and single["prefill_s_mbu"] is not None
+
+
+@pytest.mark.parametrize("rows", [[(1.0,)], [(1.0,), (1.0,)], [(0.5,), (1.0,)]])
+def test_one_token_a_request_is_prefill_alone(rows: list[tuple[float, ...]]) -> None:
+    got = _columns(_pass(*rows))
+    for name in ("mbu", "mfu", "s_mbu", "s_mbu_paper", "s_mfu"):
+        assert got[name] is None
+    for name in ("prefill_s_mbu", "prefill_s_mfu"):
+        share = got[name]
+        assert isinstance(share, float) and share > 0
