@@ -230,6 +230,9 @@ SINGLE: dict[str, Change] = {
     "no throughput": emptied([name for name in EMPTIED if name.startswith("throughput")]),
     "no latency": emptied([name for name in FIGURES_OF_A_TRIAL if name.endswith("_s")]),
     "dense": filled("top_k", 0),
+    "no token routed": lambda scene: replace(
+        scene, activations=scene.activations.with_columns(tokens=pl.lit(0, dtype=pl.Int64))
+    ),
 }
 
 
