@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
 import pytest
 from _pytest.mark.expression import Expression
 
+from tests import run
 from tests.run import NO_TESTS, PARTS, closing, parts_for, status_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -96,7 +98,12 @@ def ran(folder: Path, *arguments: str) -> tuple[int, list[str]]:
     done = subprocess.run(
         [sys.executable, "-m", "tests.run", "-p", "no:cacheprovider", *arguments],
         cwd=folder,
-        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(folder)},
+        env={  # only the plugins that are needed: each takes its time in every process
+            "PATH": "/usr/bin:/bin",
+            "PYTHONPATH": str(folder),
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+            "PYTEST_ADDOPTS": "-p xdist -p pytest_timeout",
+        },
         capture_output=True,
         text=True,
         check=False,
@@ -116,16 +123,24 @@ def test_folders_give_marks_and_one_failure_is_the_whole_runs(suite: Path) -> No
     assert " 1 failed, 3 passed in " in lines[-1]
 
 
+def test_after_wrong_usage_no_further_part_is_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run, "_run", lambda part, arguments: (4, Counter[str]()))
+    assert run.main([]) == 4
+    assert "2 more parts were not run" in capsys.readouterr().out
+
+
 def test_a_small_test_may_not_be_marked_otherwise(suite: Path) -> None:
     text = "import pytest\n@pytest.mark.engine\ndef test_small(): pass\n"
     (suite / "tests/unit/test_small.py").write_text(text)
-    status, lines = ran(suite)
-    assert status not in (0, 1) and "2 more parts were not run" in lines
+    status, _ = ran(suite, "-m", "engine", "tests/unit")
+    assert status not in (0, 1, NO_TESTS)
 
 
 def test_a_test_that_loads_an_engine_without_its_mark_fails(suite: Path) -> None:
     (suite / "vllm.py").write_text("")
     (suite / "tests/unit/test_small.py").write_text("def test_small():\n    import vllm\n")
-    status, lines = ran(suite, "tests/unit")
+    status, lines = ran(suite, "-m", "not engine", "tests/unit")
     assert status == 1
     assert any("@pytest.mark.engine" in line and "not marked" in line for line in lines)
