@@ -234,6 +234,7 @@ class Plan:
     def first(self, limit: int | None) -> Plan:
         """What a run begins with that has no records yet, and is to run `limit` trials."""
         return self if limit is None else replace(self, groups=tuple(self.due(limit=limit)[0]))
+
     notes: tuple[str, ...] = ()
     """What a reader must know of the predictions, and of models that no engine would load."""
 
