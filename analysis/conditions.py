@@ -154,9 +154,7 @@ def refuse_repeated(frame: pl.DataFrame, keys: Collection[str]) -> None:
 
 def _apart(point: pl.DataFrame, columns: Iterable[str], keys: Collection[str]) -> list[str]:
     """Those of `columns` that the records of one point differ in; null is a value."""
-    return [
-        name for name in columns if name not in keys and point.get_column(name).n_unique() > 1
-    ]
+    return [name for name in columns if name not in keys and point.get_column(name).n_unique() > 1]
 
 
 def constant(frame: pl.DataFrame, column: str) -> object | None:
