@@ -32,7 +32,14 @@ from workers.contract.model import Model, Prune
 from workers.contract.trial import Trial
 from workers.contract.workload import Workload
 from workers.moe import drafts
-from workers.moe.architecture import UnknownModel, bend, configuration, resolve
+from workers.moe.architecture import (
+    UnknownModel,
+    bend,
+    catalogue,
+    catalogue_name,
+    configuration,
+    resolve,
+)
 from workers.moe.content import Content, content, tokenizer
 from workers.moe.structure import Architecture
 
@@ -167,11 +174,11 @@ class Identities:
 
     def _dataset(self, dataset: str) -> Content:
         if dataset not in self._texts:
-            from workers.texts import TextError, digest
+            from workers.texts import digest
 
             try:
                 self._texts[dataset] = Content(digest=digest(dataset))
-            except TextError as error:
+            except (OSError, ValueError) as error:  # TextError, or what can be no file's name
                 self._texts[dataset] = Content(digest=None, unknown=str(error))
         return self._texts[dataset]
 
@@ -212,7 +219,9 @@ def _bounded(measure: Measure) -> Measure:
 
 def _by_name(model: Model) -> dict[str, Any]:
     """What stands for a model of which only the name is known."""
-    return {"name": drafts.hub_id(model) or model.name, "revision": model.revision}
+    known = catalogue_name(model.name)
+    name = model.name if known is None else catalogue()[known]["hub_id"]
+    return {"name": name, "revision": model.revision}
 
 
 def _pruning(model: Model, prune: Prune) -> Prune:

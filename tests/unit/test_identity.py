@@ -236,6 +236,13 @@ def test_a_changed_model_is_read_again(tmp_path: Path) -> None:
     assert len(set(seen)) == 2 and seen[0][0] != seen[1][0]
 
 
+@pytest.mark.parametrize("name", ["x" * 5000, "~nobody-of-that-name/x", "a/b\0", "missing.txt"])
+def test_no_name_of_a_text_ends_a_plan(name: str) -> None:
+    identities = Identities()
+    trial = Trial(model=Model(name="mixtral-8x7b"), workload=Workload(dataset=name))
+    assert len(identities.trial_id(trial)) == 16 and name in identities.unknown
+
+
 def test_names_that_nobody_can_resolve_are_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
