@@ -59,7 +59,7 @@ def models(names: tuple[str, ...], as_json: bool) -> None:
     """
     from analysis.breakdown import breakdown
     from analysis.figures.layers import pivots
-    from analysis.listings import about, model_facts, models_table
+    from analysis.listings import about, model_facts, models_table, stored_line
     from analysis.structures import known
     from analysis.tables import pivot_table, show
     from workers.moe.architecture import catalogue
@@ -88,6 +88,7 @@ def models(names: tuple[str, ...], as_json: bool) -> None:
         return
     if len(names) == 1 and isinstance(a := found[0][1], Architecture):
         show(*(pivot_table(one) for one in pivots(breakdown(names[0], a))))
+        click.echo(stored_line(facts[0]))
         if apart := facts[0]["params_vision"] + facts[0]["params_projector"]:
             click.echo(f"Vision tower and projector, counted apart: {apart:,} parameters.")
     if any(one["verified"] is False for one in facts):

@@ -8,9 +8,12 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from workers.contract.model import Model
 from workers.hardware.device import CPU, Device, provenance
+from workers.moe.accounting import weight_bytes
 from workers.moe.architecture import catalogue, catalogue_name
 from workers.moe.partial import Partial
+from workers.moe.precision import precision
 from workers.moe.structure import Architecture
 
 _KV_BYTES = 2
@@ -28,7 +31,7 @@ _COUNTED = (
 
 
 def model_facts(name: str, a: Architecture | Partial) -> Facts:
-    """Dimensions and parameters of a model; nothing that depends on how it is stored.
+    """Dimensions and parameters of a model, and what its weights take as they are stored.
 
     What does not follow from what is known of it is null, and `note` says why.
     """
@@ -54,10 +57,37 @@ def model_facts(name: str, a: Architecture | Partial) -> Facts:
         "hub_id": entry.get("hub_id"),
         **told,
         **more,
+        **_storage(name, a),
         "exact": isinstance(a, Architecture),
         "verified": entry.get("verified"),
         "papers": list(entry.get("papers", ())),
     }
+
+
+def _storage(name: str, a: Architecture | Partial) -> Facts:
+    """Weights and cache as the checkpoint stores them; null, with the reason, where that is not
+    known."""
+    unknown = {"quantization": None, "weight_bytes": None, "kv_cache_dtype": None}
+    if isinstance(a, Partial):
+        return unknown | {"weight_bytes_reason": a.reason}
+    try:
+        stored = precision(a, Model(name=name, dtype="auto"))
+    except ValueError as error:
+        return unknown | {"weight_bytes_reason": str(error)}
+    return {
+        "quantization": stored.scheme.method if stored.scheme else None,
+        "weight_bytes": weight_bytes(a, stored),
+        "weight_bytes_reason": None,
+        "kv_cache_dtype": stored.kv_dtype,
+    }
+
+
+def stored_line(one: Facts) -> str:
+    """The same in a sentence."""
+    if one["weight_bytes"] is None:
+        return f"Its weights are not counted as stored: {one['weight_bytes_reason']}."
+    method = one["quantization"] or "not quantised"
+    return f"Weights as stored ({method}): {one['weight_bytes']:,} bytes."
 
 
 def models_table(facts: Sequence[Facts]) -> Table:
@@ -106,10 +136,12 @@ def device_facts(one: Device) -> Facts:
         "bandwidth_gb_s": one.bandwidth_gb_s,
         "bf16_tflops": one.bf16_tflops,
         "fp8_tflops": one.fp8_tflops,
+        "fp4_tflops": one.fp4_tflops,
         "int8_tflops": one.int8_tflops,
         "fp32_tflops": one.fp32_tflops,
         "bf16_sparse_tflops": one.bf16_sparse_tflops,
         "fp8_sparse_tflops": one.fp8_sparse_tflops,
+        "fp4_sparse_tflops": one.fp4_sparse_tflops,
         "memory_gb": one.memory_gb,
         "power_w": one.power_w,
         "price_usd": one.price_usd,
@@ -130,9 +162,11 @@ def devices_table(facts: Sequence[Facts]) -> Table:
         "GB/s": "bandwidth_gb_s",
         "bf16\nTFLOP/s": "bf16_tflops",
         "fp8\nTFLOP/s": "fp8_tflops",
+        "fp4\nTFLOP/s": "fp4_tflops",
         "int8\nTOP/s": "int8_tflops",
         "bf16\nsparse": "bf16_sparse_tflops",
         "fp8\nsparse": "fp8_sparse_tflops",
+        "fp4\nsparse": "fp4_sparse_tflops",
         "GB": "memory_gb",
         "W": "power_w",
         "USD": "price_usd",

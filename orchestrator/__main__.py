@@ -213,11 +213,11 @@ def _show_plan(plan: Plan, notes: Sequence[str], *, as_json: bool) -> None:
 
 
 def _notes(request: Request, plan: Plan) -> list[str]:
-    """Which names nobody can resolve; which trials will find no activation sheet, and what is
-    none."""
-    said: list[str] = []
+    """What the plan says; which names nobody can resolve; which trials will find no activation
+    sheet, and what is none."""
+    said = [*plan.notes, *filter(None, [plan.by_name])]
     if not plan.asks_for_sheets:
-        return [*filter(None, [plan.by_name])]
+        return said
     from orchestrator.sheets import shelf
 
     missing = shelf(request, said.append).missing(plan.groups)

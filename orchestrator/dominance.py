@@ -66,6 +66,7 @@ from workers.hardware.device import CPU
 from workers.moe.accounting import stage_layers
 from workers.moe.architecture import UnknownModel, resolve, run_dtype
 from workers.moe.fields import NESTED, Fields
+from workers.moe.overrides import of as overrides_of
 from workers.moe.storage.found import carried
 from workers.moe.structure import Architecture, Layer, Weight
 
@@ -204,7 +205,9 @@ def place(one: Planned) -> Point:
     """Where a trial stands in the order."""
     trial, prediction = one.trial, one.prediction
     model, layout, workload, settings = trial.model, trial.layout, trial.workload, trial.engine
-    shape = _shape(model) if prediction is not None else None
+    changed = overrides_of(settings)
+    overrides = json.dumps(changed, sort_keys=True) if changed else None
+    shape = _shape(model, overrides) if prediction is not None else None
     args = dict(settings.args)
     if prediction is not None and prediction.device != CPU and settings.memory_limit_gib is None:
         args.pop("gpu_memory_utilization", None)  # it is in the limit
@@ -286,9 +289,9 @@ def _stages(shape: _Shape, pipeline: int) -> Vector | None:
 
 
 @lru_cache(maxsize=100_000)
-def _shape(model: Model) -> _Shape | None:
+def _shape(model: Model, overrides: str | None) -> _Shape | None:
     try:
-        a = resolve(model)
+        a = resolve(model, json.loads(overrides) if overrides else None)
     except (UnknownModel, Infeasible):
         return None
     if a is None or not a.exact:

@@ -13,30 +13,35 @@ per engine and found again by the identity of those objects.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, lru_cache
 from operator import attrgetter
 from typing import Any
 
+from orchestrator.errors import Place
 from orchestrator.grid import Expansion, Point, uncollected
 from orchestrator.needs import Absent
 from orchestrator.sweep import Sweep
+from workers.contract import arguments
 from workers.contract.engine import EngineSettings
-from workers.contract.errors import Infeasible, Unsupported
+from workers.contract.errors import Contradiction, Infeasible, Unsupported
 from workers.contract.fingerprint import Fingerprints
 from workers.contract.layout import Layout
 from workers.contract.model import Model, Prune
 from workers.contract.trial import Trial
+from workers.contract.workload import Workload
 from workers.engines.roofline_engine import pace
 from workers.hardware.device import Device, UnknownDevice
 from workers.hardware.device import device as find_device
 from workers.hardware.roofline import Prediction, Roofline, roofline, unpredictable
 from workers.identity import Identities
-from workers.moe import drafts, hub
+from workers.moe import drafts, generators, hub, positions
 from workers.moe.architecture import UnknownModel, Unread, check, resolve
+from workers.moe.overrides import of as overrides_of
 from workers.moe.structure import Architecture
 
 ENGINE_SECTIONS = ("model", "layout", "engine")
@@ -47,6 +52,8 @@ _NAMED = 4
 """Names that are listed in one line; the rest is counted."""
 DETAILED = 1_000
 """Trials of a plan that is told with what its models are made of."""
+LOADING = ("vllm", "transformers")
+"""Engines that load a model."""
 ROOFLINE_S = 0.01
 """Building a roofline engine, seconds: it only computes."""
 
@@ -83,7 +90,7 @@ class Planned:
         if self.prediction is None or self.prediction.oom is not None:
             return 0.0
         if self.trial.engine.kind == "roofline":
-            each = self.prediction.e2e_s + self.prediction.waves * self.prediction.prefill_s
+            each = self.prediction.e2e_s + self.prediction.prefill_s
             return each * (_pace(self.trial) or 0.0)  # one of each pass, and no warm-up
         measure, known = self.trial.measure, self.prediction
         repeat_s = known.e2e_s + known.prefill_s
@@ -228,6 +235,9 @@ class Plan:
         """What a run begins with that has no records yet, and is to run `limit` trials."""
         return self if limit is None else replace(self, groups=tuple(self.due(limit=limit)[0]))
 
+    notes: tuple[str, ...] = ()
+    """What a reader must know of the predictions, and of models that no engine would load."""
+
     @property
     def trials(self) -> int:
         """Points that get a terminal record, infeasible ones included."""
@@ -344,6 +354,7 @@ def build(sweep: Sweep, expansion: Expansion, device: Device) -> Plan:
         infeasible=tuple(infeasible),
         groups=tuple(built),
         unknown=dict(expansion.identities.unknown),
+        notes=_notes(built),
     )
 
 
@@ -412,8 +423,26 @@ class _Costs:
     unpredicted: str | None = None
     """Why there is no roofline."""
     infeasible: Infeasible | None = None
+    limit: positions.Limit | None = None
+    """The longest request that they serve; null where they serve none."""
     predictions: dict[int, Prediction] = field(default_factory=dict)
     """By `id` of a workload."""
+    too_long: dict[int, Infeasible] = field(default_factory=dict)
+    """Likewise, of workloads that they cannot serve."""
+
+    def refusal(self, workload: Workload) -> Infeasible | None:
+        """Why they cannot run `workload`."""
+        if self.infeasible is not None or self.limit is None:
+            return self.infeasible
+        if workload.tokens_per_request <= self.limit.tokens:
+            return None
+        found = self.too_long.get(id(workload))
+        if found is None:
+            try:
+                self.limit.check(workload)
+            except Infeasible as error:
+                found = self.too_long[id(workload)] = error.with_traceback(None)
+        return found
 
 
 class _Planner:
@@ -436,8 +465,9 @@ class _Planner:
         if known is None:
             known = self._engines[engine] = self._engine(trial)
         costs, group_id = known
+        infeasible = costs.refusal(trial.workload)
         prediction = None
-        if costs.roofline is not None:
+        if costs.roofline is not None and infeasible is None:
             workload = id(trial.workload)
             prediction = costs.predictions.get(workload)
             if prediction is None:
@@ -449,7 +479,7 @@ class _Planner:
             axes=point.axes,
             prediction=prediction,
             unpredicted=costs.unpredicted,
-            infeasible=costs.infeasible,
+            infeasible=infeasible,
             digests=self._identities.digests(trial),
         )
         return planned, group_id
@@ -469,9 +499,13 @@ class _Planner:
         asked, device = trial.layout.device, self._device
         found = _Costs()
         try:
+            arguments.check(trial)
             if asked is not None:
                 device = find_device(asked)
-            architecture = _structure(trial.model)
+            if trial.engine.kind in LOADING:
+                generators.check(trial)
+            found.limit = positions.limit(trial)
+            architecture = _structure(trial.model, trial.engine)
             if architecture is None:
                 found.unpredicted = _lacking(trial.model)
                 return found
@@ -488,9 +522,21 @@ class _Planner:
             raise self._sweep.place("model.name", trial.model.name).error(str(error)) from error
         except UnknownDevice as error:
             raise self._sweep.place("layout.device", asked).error(str(error)) from error
+        except Contradiction as error:
+            raise self._place(trial, error.key).error(str(error)) from error
         except Infeasible as error:
             found.infeasible = error.with_traceback(None)  # which would keep all that it saw
         return found
+
+    def _place(self, trial: Trial, key: str) -> Place:
+        """Where the sweep writes `key`, or the innermost block around it."""
+        written = key
+        while written:
+            found = self._sweep.place(written, _at(trial, written))
+            if found != Place(self._sweep.path, None, written):
+                return found
+            written = written.rpartition(".")[0]
+        return Place(self._sweep.path, None, key)
 
     def _draft(self, trial: Trial) -> Architecture | None:
         """The structure of its draft, whose vocabulary is the target's."""
@@ -518,6 +564,46 @@ class _Planner:
         if model is None:
             model = self._weights[key] = engine_group(trial)[0]
         return self._identities.engine_key(model, trial.layout, trial.engine)[:12]
+
+
+def _at(trial: Trial, key: str) -> Any:
+    """The value of a trial under a dotted key; null where there is none."""
+    value: Any = trial
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
+    return value
+
+
+def _notes(groups: Iterable[Group]) -> tuple[str, ...]:
+    """What the predictions leave out, and models that a roofline reads and no engine loads."""
+    left_out: Counter[str] = Counter()
+    said: dict[str, None] = {}
+    for group in groups:
+        first = group.trials[0]
+        if first.prediction is not None:
+            left_out.update(dict.fromkeys(first.prediction.ignores, len(group.trials)))
+        if group.predicts:
+            try:
+                generators.check(first.trial)
+            except Infeasible as error:
+                said[f"vLLM would not run this: {error}"] = None
+        said |= dict.fromkeys(_short_draft(group))
+    told = ", ".join(f"{key} ({count} trials)" for key, count in sorted(left_out.items()))
+    notes = [f"predictions do not cover {told}"] if told else []
+    return (*notes, *said)
+
+
+def _short_draft(group: Group) -> Iterator[str]:
+    """Says that a draft has fewer positions than requests have tokens."""
+    trial = group.trials[0].trial
+    most = positions.drafted(trial) if trial.engine.speculative is not None else None
+    longest = max(one.trial.workload.tokens_per_request for one in group.trials)
+    if most is not None and longest > most:
+        assert trial.engine.speculative is not None
+        yield (
+            f"the draft {trial.engine.speculative.model} proposes nothing beyond its {most:,} "
+            f"positions; requests have up to {longest:,} tokens"
+        )
 
 
 def _group(group_id: str, trials: list[Planned]) -> Group:
@@ -582,7 +668,7 @@ def _top_k(planned: Planned) -> int:
     model = planned.trial.model
     if model.top_k is not None:
         return model.top_k
-    architecture = _structure(model)
+    architecture = _structure(model, planned.trial.engine)
     return architecture.top_k if architecture is not None else 0
 
 
@@ -604,12 +690,18 @@ _shape = attrgetter(
 """All of a model that its structure follows from."""
 
 
-def _structure(model: Model) -> Architecture | None:
-    return _resolved(*_shape(model))
+def _structure(model: Model, engine: EngineSettings | None = None) -> Architecture | None:
+    overrides = overrides_of(engine) if engine is not None else None
+    told = json.dumps(overrides, sort_keys=True) if overrides else None
+    return _resolved(told, *_shape(model))
 
 
 @lru_cache(maxsize=16_384)
-def _resolved(
+def _resolved(overrides: str | None, *shape: Any) -> Architecture | None:
+    return resolve(_bare(*shape), json.loads(overrides) if overrides else None)
+
+
+def _bare(
     name: str,
     revision: str | None,
     ffn_dim: int | None,
@@ -618,17 +710,16 @@ def _resolved(
     num_layers: int | None,
     scale: float,
     prune: Prune | None,
-) -> Architecture | None:
-    return resolve(
-        Model(
-            name=name,
-            revision=revision,
-            weights="dummy",  # which may be scaled
-            ffn_dim=ffn_dim,
-            num_experts=num_experts,
-            top_k=top_k,
-            num_layers=num_layers,
-            scale=scale,
-            prune=prune,
-        )
+) -> Model:
+    """A model of that shape, whatever its weights."""
+    return Model(
+        name=name,
+        revision=revision,
+        weights="dummy",  # which may be scaled
+        ffn_dim=ffn_dim,
+        num_experts=num_experts,
+        top_k=top_k,
+        num_layers=num_layers,
+        scale=scale,
+        prune=prune,
     )

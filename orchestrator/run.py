@@ -243,6 +243,7 @@ class _Run:
         for warning in (*self._dataset.warnings, *missing):
             self._say(warning)
         for line in (
+            *self._plan.notes,
             self._plan.by_name,
             *self._of_earlier(),
             self._shelf.missing(self._groups),

@@ -25,9 +25,10 @@ from workers.contract.model import Model
 from workers.contract.outcome import Outcome
 from workers.contract.probed import PHASES, Probed
 from workers.contract.record import ACTIVATIONS, RECORDS, SAMPLES, SCHEMA_VERSION, rows
+from workers.contract.trial import Trial
 from workers.hardware.host import Host
 from workers.metrics import figures
-from workers.moe.architecture import UnknownModel, Unread, configuration, resolve, run_dtype
+from workers.moe.architecture import UnknownModel, Unread, configuration, run_dtype, structure
 from workers.moe.partial import Partial, partial
 from workers.moe.storage.found import quantization
 from workers.moe.structure import Architecture
@@ -280,7 +281,7 @@ def _publishable(row: dict[str, Any], args: dict[str, Any]) -> dict[str, Any]:
 def _structure(ticket: Ticket, architecture: Architecture | Partial | None) -> dict[str, Any]:
     """Dimensions that ran or, where nothing did, would have run."""
     model = ticket.trial.model
-    a = architecture or _would_run(model)
+    a = architecture or _would_run(ticket.trial)
     if a is None:
         return {}
     if isinstance(a, Partial):
@@ -306,11 +307,11 @@ def _structure(ticket: Ticket, architecture: Architecture | Partial | None) -> d
     }
 
 
-def _would_run(model: Model) -> Architecture | Partial | None:
+def _would_run(trial: Trial) -> Architecture | Partial | None:
     try:
-        return resolve(model)
+        return structure(trial)
     except Unread as error:
-        config = configuration(model.name, model.revision)
+        config = configuration(trial.model.name, trial.model.revision)
         return partial(config, str(error)) if config is not None else None
     except (TrialError, UnknownModel):
         return None

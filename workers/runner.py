@@ -74,6 +74,7 @@ from workers.hardware.reference import Reference
 from workers.hardware.watch import Watch
 from workers.moe.activation import Settling
 from workers.moe.architecture import UnknownModel, resolve, run_dtype
+from workers.moe.overrides import of as overrides_of
 from workers.moe.partial import Partial
 from workers.moe.sheets import Sheet, from_rows, to_rows
 from workers.prompts import random_ids
@@ -579,14 +580,17 @@ def _turn(ticket: Ticket) -> tuple[int, int, int]:
 
 
 def _top_k(ticket: Ticket) -> int:
-    return _top_k_of(ticket.trial.model)
+    """Experts per token; 0 where only the engine knows them."""
+    trial = ticket.trial
+    if overrides := overrides_of(trial.engine):
+        return _top_k_of(trial.model, json.dumps(overrides, sort_keys=True))
+    return _top_k_of(trial.model, None)
 
 
 @cache
-def _top_k_of(model: Model) -> int:
-    """Experts per token; 0 where only the engine knows them."""
+def _top_k_of(model: Model, overrides: str | None) -> int:
     try:
-        architecture = resolve(model)
+        architecture = resolve(model, json.loads(overrides) if overrides else None)
     except (TrialError, UnknownModel):
         return model.top_k or 0
     return architecture.top_k if architecture else model.top_k or 0

@@ -105,7 +105,7 @@ def insight(frame: pl.DataFrame) -> str:
             f"Most even at its peak is {peaks[0][0]} ({peaks[0][1]:.1f} times an even share), "
             f"least {peaks[-1][0]} ({peaks[-1][1]:.1f} times)."
         )
-    return " ".join(sentences)
+    return " ".join(sentences) or "No layer saw a token."
 
 
 def _data_sets(frame: pl.DataFrame) -> list[str]:

@@ -59,7 +59,8 @@ def prepare(
 
 def _by_batch(frame: pl.DataFrame, name: pl.Expr) -> pl.Expr:
     several = frame.get_column("batch_size").n_unique() > 1
-    return pl.format("{}, batch {}", name, "batch_size") if several else name
+    batch = pl.col("batch_size").cast(pl.String).fill_null("unknown")
+    return pl.format("{}, batch {}", name, batch) if several else name
 
 
 def _chosen(frame: pl.DataFrame, *more: str) -> pl.DataFrame:

@@ -110,9 +110,11 @@ def insight(frame: pl.DataFrame) -> str:
     if not sentences:
         sentences.append("There are no two models to compare.")
     active = frame.drop_nulls(["e2e_s", "params_active"])
-    ranked = ("e2e_s", "params_active")
-    if len(active) > 2 and all(active.get_column(name).n_unique() > 1 for name in ranked):
-        rank = cast(float, active.select(pl.corr(*ranked, method="spearman")).item())
+    differ = all(active.get_column(name).n_unique() > 1 for name in ("e2e_s", "params_active"))
+    if len(active) > 2 and differ:
+        rank = cast(
+            float, active.select(pl.corr("e2e_s", "params_active", method="spearman")).item()
+        )
         sentences.append(
             f"End-to-end time and active parameters rank alike by {rank:.2f} (Spearman)."
         )

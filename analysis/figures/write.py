@@ -11,12 +11,15 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
 from analysis.errors import AnalysisError, unknown
 from analysis.figures.figure import Figure
+
+if TYPE_CHECKING:
+    import altair as alt
 
 _PNG_SCALE = 2
 """Pixels per CSS pixel: sharp on paper and on dense screens."""
@@ -29,13 +32,22 @@ class _InScript(json.JSONEncoder):
         return super().encode(o).replace("<", "\\u003c")
 
 
+def _chart(figure: Figure, frame: pl.DataFrame) -> alt.TopLevelMixin:
+    """The picture. altair would check every part as it is made, which takes longer than making
+    it; writing checks the whole once."""
+    from altair.utils.schemapi import debug_mode
+
+    with debug_mode(False):
+        return figure.chart(frame)
+
+
 def _csv(figure: Figure, frame: pl.DataFrame) -> bytes:
     return frame.write_csv().encode()
 
 
 def _html(figure: Figure, frame: pl.DataFrame) -> bytes:
     actions = {"export": True, "source": False, "compiled": False, "editor": False}
-    page: str = figure.chart(frame).to_html(
+    page: str = _chart(figure, frame).to_html(
         inline=True, embed_options={"actions": actions}, json_kwds={"cls": _InScript}
     )
     return page.encode()
@@ -43,13 +55,13 @@ def _html(figure: Figure, frame: pl.DataFrame) -> bytes:
 
 def _svg(figure: Figure, frame: pl.DataFrame) -> bytes:
     text = io.StringIO()
-    figure.chart(frame).save(text, format="svg")
+    _chart(figure, frame).save(text, format="svg")
     return text.getvalue().encode()
 
 
 def _png(figure: Figure, frame: pl.DataFrame) -> bytes:
     data = io.BytesIO()
-    figure.chart(frame).save(data, format="png", scale_factor=_PNG_SCALE)
+    _chart(figure, frame).save(data, format="png", scale_factor=_PNG_SCALE)
     return data.getvalue()
 
 

@@ -19,7 +19,7 @@ from workers.hardware.device import CPU, device
 from workers.hardware.host import Host, describe
 from workers.hardware.peaks import Calibration
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.engine, pytest.mark.alone, pytest.mark.timeout(240)]
 
 ROOT = Path(__file__).resolve().parents[2]
 

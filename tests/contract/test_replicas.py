@@ -31,7 +31,7 @@ from workers.engines.vllm_stepper import Batch
 from workers.moe.accounting import weight_bytes
 from workers.moe.precision import precision
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.engine, pytest.mark.alone, pytest.mark.timeout(240)]
 
 WORKLOAD = Workload(batch_size=3, input_tokens=24, output_tokens=8)
 PROMPTS = [[17 * i + j for j in range(length)] for i, length in ((1, 24), (2, 7), (3, 15))]

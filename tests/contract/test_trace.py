@@ -409,6 +409,7 @@ def test_in_bfloat16_only_experts_that_are_almost_level_change_places(
     assert differ <= 0.03 * choices
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     "family",  # one by default, with a dense layer and a shared expert; the order is FAMILIES'
     [

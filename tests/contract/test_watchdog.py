@@ -22,7 +22,7 @@ from workers.contract.trial import Trial
 from workers.contract.workload import Workload
 from workers.forks import EngineDied, Forks
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.engine, pytest.mark.alone, pytest.mark.timeout(120)]
 
 TRIAL = Trial(
     model=Model(**TINY["base"]["model"]),

@@ -18,6 +18,7 @@ import yaml
 
 from orchestrator.errors import SweepError
 from orchestrator.request import Request, prepare
+from tests.contract import tiny
 from tests.integration.harness import TINY, command, records
 from workers.contract.engine import EngineSettings
 from workers.contract.model import Model
@@ -79,10 +80,11 @@ def _model(folder: Path) -> tuple[Path, Path]:
 @pytest.mark.timeout(280)
 def test_it_runs_where_the_sweep_says_so_and_the_record_tells(tmp_path: Path) -> None:
     model, mark = _model(tmp_path)
-    base = TINY["base"] | {
-        "model": {"name": str(model)},
-        "engine": {"eager": True, "args": {"load_format": "dummy"}},
-    }
+    file = model / "config.json"
+    auto = {"auto_map": json.loads(file.read_text())["auto_map"]}
+    tiny.checkpoint(model, "mixtral", dtype="bfloat16")
+    file.write_text(json.dumps(json.loads(file.read_text()) | auto))
+    base = TINY["base"] | {"model": {"name": str(model)}, "engine": {"eager": True}}
     path = tmp_path / "s.yaml"
     path.write_text(yaml.safe_dump({"name": "s", "base": base}))
 

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import polars as pl
@@ -189,9 +190,12 @@ def check(out: Path, kept: set[str]) -> None:
 def test_a_killed_driver_loses_nothing(
     nursery: Nursery, tmp_path: Path, compact_every: int
 ) -> None:
+    """Twenty deaths, and more where a busy machine leaves the driver little done before them."""
     moment = random.Random(20250101 + compact_every)
     kept: set[str] = set()
-    for death in range(20):
+    for death in count():
+        if death >= 20 and len(kept) > 20:
+            break
         more, status = nursery.drive(
             "commits",
             tmp_path,
@@ -202,7 +206,6 @@ def test_a_killed_driver_loses_nothing(
         kept |= set(more)
         assert status == -signal.SIGKILL
         check(tmp_path, kept)
-    assert len(kept) > 20
 
 
 def test_readers_beside_a_busy_driver_never_miss_a_row(nursery: Nursery, tmp_path: Path) -> None:
@@ -219,7 +222,7 @@ def test_readers_beside_a_busy_driver_never_miss_a_row(nursery: Nursery, tmp_pat
             lambda: pl.scan_ipc(folder).collect(),
             lambda: pl.DataFrame(pyarrow.dataset.dataset(folder, format="ipc").to_table()),
         ]
-        while time.monotonic() < end:
+        while time.monotonic() < end or reads <= 10 or len(trials) <= 10:
             with suppress(FileNotFoundError):
                 found = set(readers[reads % 2]()["trial_id"])
                 assert trials <= found
@@ -227,9 +230,7 @@ def test_readers_beside_a_busy_driver_never_miss_a_row(nursery: Nursery, tmp_pat
                 reads += 1
 
     kept, _ = nursery.drive("commits", tmp_path, "run", 3, before_its_death=read)
-    assert len(trials) > 10
     assert trials <= {*kept, f"run-{len(kept)}"}
-    assert reads > 10
     check(tmp_path, set(kept))
 
 

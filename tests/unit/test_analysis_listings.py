@@ -107,7 +107,9 @@ def test_devices_as_json_have_the_promised_keys_in_order_of_bandwidth() -> None:
 def test_devices_table_keeps_sparse_peaks_apart_and_sources_on_request() -> None:
     result = run("devices", "h100", "m3-max")
     rows = [line.split() for line in result.stdout.splitlines()]
-    assert ["h100", "3,350", "989", "1,979", "1,979", "1,979", "3,958"] in [r[:7] for r in rows]
+    assert ["h100", "3,350", "989", "1,979", "–", "1,979", "1,979", "3,958"] in [
+        r[:8] for r in rows
+    ]
     assert ["m3-max", "400", "28", "–", "–", "–", "–"] in [r[:7] for r in rows]
     sources = run("devices", "h100", "--sources").stdout
     assert "price_usd ?" in sources
@@ -127,3 +129,26 @@ def test_mistakes_end_with_two_and_one_line(arguments: tuple[str, ...], message:
     assert (result.exit_code, result.stdout) == (2, "")
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("stored", "size", "words"),
+    [
+        (None, 2 * 46_702_792_704, "Weights as stored (not quantised): 93,405,585,408 bytes."),
+        ({"quant_method": "mxfp4"}, None, "Weights as stored (mxfp4): "),
+        ({"quant_method": "xyz"}, 0, "unknown quantisation 'xyz': weights of this method"),
+    ],
+)
+def test_models_say_what_their_weights_take_as_stored(
+    stored: dict[str, str] | None, size: int | None, words: str, tmp_path: Path
+) -> None:
+    config = {**catalogue()["mixtral-8x7b"]["config"], "quantization_config": stored}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (found,) = json.loads(run("models", str(tmp_path), "--json").stdout)
+    assert found["quantization"] == (stored["quant_method"] if stored and size != 0 else None)
+    if size == 0:
+        assert found["weight_bytes"] is None and words in found["weight_bytes_reason"]
+    else:
+        assert found["weight_bytes_reason"] is None
+        assert found["weight_bytes"] == size if size else found["weight_bytes"] < 46_702_792_704
+    assert words in run("models", str(tmp_path)).stdout.replace("\n", " ")

@@ -1,4 +1,7 @@
-"""The command line as a process: exit statuses, one-line errors, what is loaded."""
+"""The command line: exit statuses, one-line errors, what is loaded.
+
+A process of its own takes a second to import what it needs, so most are asked in this one.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from pathlib import Path
 
 import click
 import pytest
+from click.testing import CliRunner, Result
 
 from orchestrator.__main__ import _outcomes, _show_summary, main
 from orchestrator.run import Summary
@@ -32,6 +36,13 @@ def _run(*arguments: object) -> subprocess.CompletedProcess[str]:
         timeout=60,
         check=False,
     )
+
+
+def _asked(*arguments: object) -> Result:
+    """The same within this process; a traceback is an exception here."""
+    done = CliRunner().invoke(main, [*map(str, arguments)], prog_name="python -m orchestrator")
+    assert done.exception is None or isinstance(done.exception, SystemExit)
+    return done
 
 
 BAD = {
@@ -62,8 +73,8 @@ def test_what_the_user_can_get_wrong_ends_in_status_2_and_one_line(
     text, arguments, words = BAD[case]
     path = tmp_path / "s.yaml"
     path.write_text(text)
-    done = _run(path, *arguments, mode, "--out", tmp_path / "out")
-    assert done.returncode == 2, done.stderr
+    done = _asked(path, *arguments, mode, "--out", tmp_path / "out")
+    assert done.exit_code == 2, done.stderr
     assert done.stdout == ""
     assert words in done.stderr
     assert "Traceback" not in done.stderr
@@ -104,6 +115,14 @@ def test_the_summary_counts_disturbed_records(capsys: pytest.CaptureFixture[str]
     assert "disturbed" not in capsys.readouterr().out
 
 
+def test_so_it_does_in_a_process_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text(BAD["wrong type"][0])
+    done = _run(path, "--json", "--out", tmp_path / "out")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "s.yaml:5: grid.model.top_k" in done.stderr and done.stderr.count("\n") == 1
+
+
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
     done = _run(tmp_path / "no.yaml")
     assert done.returncode == 2
@@ -113,8 +132,8 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 def test_top_k_above_experts_everywhere_is_infeasible_not_wrong(tmp_path: Path) -> None:
     path = tmp_path / "s.yaml"
     path.write_text(GOOD.replace("[1, 2]", "[9, 10]"))
-    done = _run(path, "--dry-run", "--json", "--profile", "h100")
-    assert done.returncode == 0, done.stderr
+    done = _asked(path, "--dry-run", "--json", "--profile", "h100")
+    assert done.exit_code == 0, done.stderr
     plan = json.loads(done.stdout)
     assert plan["groups"] == [] and len(plan["infeasible"]) == 2
     assert plan["infeasible"][0]["reason"] == "top_k 9 is above the 8 experts of a layer"
@@ -128,7 +147,7 @@ def test_dry_run_answers_what_is_promised(tmp_path: Path) -> None:
     assert plan["predicted_seconds"] > 0 and plan["predicted_device_hours"] > 0
     keys = {"group_id", "devices", "trials", "predicted_memory_gib", "predicted_seconds"}
     assert all(keys <= group.keys() for group in plan["groups"])
-    shown = _run(path, "--dry-run", "--profile", "h100")
+    shown = _asked(path, "--dry-run", "--profile", "h100")
     assert "2 points, 2 trials, 2 engines" in shown.stdout
     assert "top_k 1" in shown.stdout
     assert not (tmp_path / "results").exists()
@@ -137,18 +156,18 @@ def test_dry_run_answers_what_is_promised(tmp_path: Path) -> None:
 def test_dry_run_tells_who_will_find_no_activation_sheet(tmp_path: Path) -> None:
     path = tmp_path / "s.yaml"
     path.write_text(GOOD + "  measure.activation: [false, sheet]\n")
-    done = _run(path, "--dry-run", "--json", "--profile", "h100", "--sheets", tmp_path / "x")
-    assert (done.returncode, done.stderr) == (0, "")
+    done = _asked(path, "--dry-run", "--json", "--profile", "h100", "--sheets", tmp_path / "x")
+    assert (done.exit_code, done.stderr) == (0, "")
     note = (
         "2 of 2 trials that ask for an activation sheet have none in "
         f"{tmp_path / 'x'}, and no trial of this sweep probes it: mixtral-8x7b, random ids, "
         "128/128 tokens, batch 1. Their s_mbu will be null"
     )
     assert json.loads(done.stdout)["notes"] == [note]
-    shown = _run(path, "--dry-run", "--profile", "h100", "--sheets", tmp_path / "x")
+    shown = _asked(path, "--dry-run", "--profile", "h100", "--sheets", tmp_path / "x")
     assert note in " ".join(shown.stdout.split()) and shown.stderr == ""
     path.write_text(GOOD + "  measure.activation: [true, sheet]\n")
-    assert "notes" not in json.loads(_run(path, "--dry-run", "--json").stdout)
+    assert "notes" not in json.loads(_asked(path, "--dry-run", "--json").stdout)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["{sweep}", "--dry-run"]])

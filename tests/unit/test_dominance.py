@@ -310,7 +310,7 @@ def _pair(draw: st.DrawFn) -> tuple[Planned, Planned]:
     return one, other
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(_pair())
 def test_what_is_above_needs_no_less_by_the_analytic_model(pair: tuple[Planned, Planned]) -> None:
     low, high = pair
@@ -330,7 +330,7 @@ def test_what_is_above_needs_no_less_by_the_analytic_model(pair: tuple[Planned, 
         assert b.oom is not None
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(_pair())
 def test_what_a_witness_skips_would_not_have_fitted(pair: tuple[Planned, Planned]) -> None:
     low, high = pair
@@ -344,7 +344,7 @@ def test_what_a_witness_skips_would_not_have_fitted(pair: tuple[Planned, Planned
         assert high.prediction.weights_gib >= low.prediction.weights_gib
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(_pair(), min_size=2, max_size=4))
 def test_the_order_is_transitive_and_equal_only_where_places_are(
     pairs: list[tuple[Planned, Planned]],

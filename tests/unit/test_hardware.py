@@ -161,6 +161,9 @@ def test_what_has_no_unit_is_computed_in_bf16() -> None:
     assert a100.tflops("int8") == 624
     assert a100.tflops("fp32") == 19.5
     assert device("m3-max").tflops("int8") == 28
+    assert h100.tflops("fp4") == 989  # 4-bit weights are unpacked there
+    assert device("b200").tflops("fp4") == 9000
+    assert device("b200").fp4_sparse_tflops == 18000  # never a peak
     assert all(h100.tflops(compute) > 0 for compute in COMPUTE)
     with pytest.raises(ValueError, match=r"'int4'.*bf16, fp16"):
         h100.tflops("int4")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from workers.contract.measurement import Measurement, Pass, PassKind
+from workers.contract.measurement import Drafted, Measurement, Pass, PassKind
 from workers.metrics import figures, interval
 
 
@@ -49,9 +50,60 @@ def test_the_paper_s_own_example_of_equation_2() -> None:
     assert got["throughput_tok_s"] == pytest.approx(7839.6, abs=0.05)
 
 
-def test_a_single_token_has_no_inter_token_latency() -> None:
-    got = figures(Measurement(passes=(_pass("timed", (1.0,)),)), output_tokens=1)
-    assert got["tpot_s"] is None and got["itl_s"] is None and got["itl_paper_s"] is None
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("ttft_s", [0.9, 1.0, 1.1])
+def test_a_single_token_has_no_inter_token_latency(batch: int, ttft_s: float) -> None:
+    """However many requests there are: a pass of one token is the one that gives the TTFT, and
+    what noise leaves between the two is no latency, above 0, at 0 or below."""
+    passes = (
+        _pass("one_token", *[(ttft_s,)] * batch),
+        _pass("timed", *[(1.0,)] * batch),
+    )
+    got = figures(Measurement(passes=passes), output_tokens=1)
+    assert got["ttft_paper_s"] == ttft_s and got["e2e_s"] == 1.0
+    for name in ("tpot_s", "itl_s", "itl_p90_s", "itl_p99_s", "itl_paper_s"):
+        assert got[name] is None
+
+
+def test_a_first_token_that_took_longer_than_all_leaves_no_inter_token_latency() -> None:
+    passes = (_pass("one_token", (1.2,)), _pass("timed", (0.9, 1.0)))
+    got = figures(Measurement(passes=passes), output_tokens=2)
+    assert got["itl_paper_s"] is None
+    assert got["tpot_s"] == pytest.approx(0.1)
+
+
+def test_tokens_that_came_together_had_no_time_between_them() -> None:
+    got = figures(Measurement(passes=(_pass("timed", (1.0, 1.0, 1.0)),)), output_tokens=3)
+    assert got["tpot_s"] is None and got["itl_s"] is None
+
+
+def test_drafts_that_no_step_checked_have_no_length() -> None:
+    drafted = Drafted(steps=0, proposed=3, accepted=0)
+    one = replace(_pass("timed", (1.0, 2.0)), drafted=drafted)
+    got = figures(Measurement(passes=(one,)), output_tokens=2)
+    assert "accepted_length" not in got and "acceptance_rate" not in got
+
+
+@given(
+    rows=st.lists(
+        st.lists(st.floats(min_value=1e-6, max_value=1e3), min_size=1, max_size=4),
+        min_size=1,
+        max_size=4,
+    ),
+    others=st.lists(st.floats(min_value=1e-6, max_value=1e3), max_size=2),
+    repeats=st.integers(min_value=1, max_value=3),
+)
+def test_every_figure_is_a_number_above_zero_or_null(
+    rows: list[list[float]], others: list[float], repeats: int
+) -> None:
+    stamps = [tuple(sorted(row)) for row in rows]
+    passes = [_pass("timed", *stamps, repeat=n) for n in range(repeats)]
+    passes += [_pass("one_token", (stamp,)) for stamp in others]
+    got = figures(Measurement(passes=tuple(passes)), output_tokens=max(map(len, stamps)))
+    spread = got.pop("e2e_s_std")
+    assert spread is None if repeats == 1 else spread == pytest.approx(0, abs=1e-9)
+    for name, value in got.items():
+        assert value is None or (math.isfinite(value) and value > 0), name
 
 
 def test_throughput_interval_is_that_of_the_time_turned_over() -> None:

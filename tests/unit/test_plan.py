@@ -96,7 +96,7 @@ def test_what_does_not_fit_goes_last_and_the_least_demanding_first(tmp_path: Pat
 
 def test_a_group_that_fits_in_part_is_started_by_its_length(tmp_path: Path) -> None:
     grid = {"model.num_layers": [1, 2], "workload.batch_size": [1, 64]}
-    long = BASE["base"] | {"workload": {"input_tokens": 100_000}}
+    long = BASE["base"] | {"workload": {"input_tokens": 32_000}}
     small = _plan(tmp_path, "cpu", base=long, grid=grid).groups[-1].predicted_memory_gib
     tight = long | {"engine": {"memory_limit_gib": small}}
     plan = _plan(tmp_path, "cpu", base=tight, grid=grid)

@@ -76,16 +76,17 @@ def test_a_bias_stays_in_the_type_of_the_activations() -> None:
     assert own.bytes(replace(QUERY, bias=True), 0) == HIDDEN * HIDDEN + 4 + 2 * HIDDEN
 
 
-def test_gptq_stores_scales_zeros_and_group_indices() -> None:
+def test_gptq_stores_scales_and_zeros_and_gives_experts_biases() -> None:
     own = stored({"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False})
     groups = HIDDEN // 128
     assert own.bytes(UP, 0) == (
-        WIDTH * HIDDEN // 2 + groups * WIDTH * 2 + groups * WIDTH // 2 + HIDDEN * 4
+        WIDTH * HIDDEN // 2 + groups * WIDTH * 2 + groups * WIDTH // 2 + WIDTH * 2
     )
+    assert own.bytes(QUERY, 0) == HIDDEN * HIDDEN // 2 + groups * HIDDEN * 5 // 2
     assert own.compute == "bf16"  # weights are unpacked before the product
     assert own.bytes(HEAD) == HEAD.params * 2
     whole = stored({"quant_method": "gptq", "bits": 8, "group_size": -1, "lm_head": True})
-    assert whole.bytes(HEAD) == 32000 * HIDDEN + 32000 * (2 + 1) + HIDDEN * 4
+    assert whole.bytes(HEAD) == 32000 * HIDDEN + 32000 * (2 + 1)
 
 
 def test_gptq_rules_for_single_modules() -> None:
@@ -98,7 +99,7 @@ def test_gptq_rules_for_single_modules() -> None:
         }
     )
     assert own.bytes(QUERY, 0) == QUERY.params * 2
-    assert own.bytes(QUERY, 1) == HIDDEN * HIDDEN + 32 * HIDDEN * 3 + HIDDEN * 4
+    assert own.bytes(QUERY, 1) == HIDDEN * HIDDEN + 32 * HIDDEN * 3
     only = stored(
         {
             "quant_method": "gptq",
@@ -133,14 +134,19 @@ def test_compressed_tensors_strategies_and_ignored_modules() -> None:
     own = stored(
         {
             "quant_method": "compressed-tensors",
-            "ignore": ["lm_head", "re:.*gate$", "model.layers.3.self_attn.q_proj"],
+            "format": "pack-quantized",
+            "ignore": [
+                "lm_head",
+                "re:.*gate$",
+                *(f"model.layers.3.self_attn.{name}_proj" for name in "qkv"),
+            ],
             "config_groups": {
                 "group_0": group(
                     ["Linear"], num_bits=4, type="int", strategy="group", group_size=64
                 ),
                 "group_1": group(
                     ["re:.*self_attn.*"],
-                    {"num_bits": 8, "type": "float"},
+                    {"num_bits": 8, "type": "float", "dynamic": True},
                     num_bits=8,
                     type="float",
                     strategy="channel",
@@ -149,12 +155,13 @@ def test_compressed_tensors_strategies_and_ignored_modules() -> None:
             "kv_cache_scheme": {"num_bits": 8, "type": "float"},
         }
     )
-    assert own.bytes(UP, 0) == WIDTH * HIDDEN // 2 + WIDTH * (HIDDEN // 64) * 2
+    # Gate and up of an expert lie in one tensor, whose shape is two numbers in 16 bits.
+    assert own.bytes(UP, 0) == WIDTH * HIDDEN // 2 + WIDTH * (HIDDEN // 64) * 2 + 4
     assert own.bytes(QUERY, 0) == HIDDEN * HIDDEN + HIDDEN * 4  # a name goes before a class
     assert own.bytes(QUERY, 3) == QUERY.params * 2
     assert own.bytes(HEAD) == HEAD.params * 2
     assert own.kv_bytes == 1
-    assert own.compute == "fp8"
+    assert own.compute == "bf16"  # as the experts, which are most of the model
 
 
 def test_int8_of_weights_and_activations() -> None:
@@ -165,7 +172,7 @@ def test_int8_of_weights_and_activations() -> None:
                 "group_0": {
                     "targets": ["Linear"],
                     "weights": {"num_bits": 8, "type": "int", "strategy": "channel"},
-                    "input_activations": {"num_bits": 8, "type": "int"},
+                    "input_activations": {"num_bits": 8, "type": "int", "dynamic": True},
                 }
             },
         }
@@ -174,7 +181,7 @@ def test_int8_of_weights_and_activations() -> None:
     assert own.compute == "int8"
 
 
-def test_mxfp4_is_for_experts_and_one_byte_scales_32() -> None:
+def test_mxfp4_is_for_all_experts_and_one_byte_scales_32() -> None:
     own = stored(
         {
             "quant_method": "mxfp4",
@@ -182,7 +189,7 @@ def test_mxfp4_is_for_experts_and_one_byte_scales_32() -> None:
         }
     )
     assert own.bytes(UP, 0) == WIDTH * HIDDEN // 2 + WIDTH * HIDDEN // 32
-    assert own.bytes(UP, 1) == UP.params * 2
+    assert own.bytes(UP, 1) == own.bytes(UP, 0)  # vLLM reads no names for it
     assert own.bytes(QUERY, 0) == QUERY.params * 2
     assert own.compute == "bf16"
 
@@ -224,9 +231,10 @@ def test_a_whole_model_in_int4_is_more_than_half_a_byte_per_parameter() -> None:
 
 
 @pytest.mark.parametrize(
-    ("cache", "size"), [("auto", 2), ("fp8", 1), ("fp8_e5m2", 1), ("int8", 1), ("float32", 4)]
+    ("cache", "size"),
+    [("auto", 2), ("fp8", 1), ("fp8_e5m2", 1), ("int8", 1), ("float32", 4), ("nvfp4", 0.5625)],
 )
-def test_types_of_the_cache(cache: str, size: int) -> None:
+def test_types_of_the_cache(cache: str, size: float) -> None:
     assert precision(*mixtral(), kv_cache_dtype=cache).kv_bytes == size
 
 
@@ -237,16 +245,16 @@ def test_what_is_not_known_is_named() -> None:
         precision(*mixtral(quantization="fp3"))
     with pytest.raises(ValueError, match="'awq' needs a checkpoint"):
         precision(*mixtral(quantization="awq"))
-    with pytest.raises(ValueError, match="unknown kv_cache_dtype 'nvfp4'"):
-        precision(*mixtral(), kv_cache_dtype="nvfp4")
-    with pytest.raises(ValueError, match="strategy 'tensor_group' of 4-bit"):
+    with pytest.raises(ValueError, match="unknown kv_cache_dtype 'turboquant_4bit_nc'"):
+        precision(*mixtral(), kv_cache_dtype="turboquant_4bit_nc")
+    with pytest.raises(ValueError, match="float weights of 4 bits by tensor"):
         stored(
             {
                 "quant_method": "compressed-tensors",
                 "config_groups": {
                     "group_0": {
                         "targets": ["Linear"],
-                        "weights": {"num_bits": 4, "type": "float", "strategy": "tensor_group"},
+                        "weights": {"num_bits": 4, "type": "float", "strategy": "tensor"},
                     }
                 },
             }
@@ -266,9 +274,9 @@ def test_a_skeleton_can_be_that_of_a_quantised_checkpoint(
 ) -> None:
     own = precision(*mixtral(weights="dummy", quantization=asked))
     groups = WIDTH * HIDDEN // 128
-    index = HIDDEN * 4 if asked == "gptq" else 0
+    bias = WIDTH * 2 if asked == "gptq" else 0
     scales = WIDTH * 4 if asked == "compressed-tensors" else 0
-    expected = WIDTH * HIDDEN * bits // 8 + groups * beside + index + scales
+    expected = WIDTH * HIDDEN * bits // 8 + groups * beside + bias + scales
     assert own.bytes(UP, 0) == expected
     for kept in (ROUTER, NORM):
         assert own.bytes(kept, 0) == kept.values * 2

@@ -131,3 +131,14 @@ def test_a_refused_pace_ends_every_trial_and_waits_for_nothing(
 def test_engines_without_a_pace_wait_for_nothing() -> None:
     assert pace(EngineSettings(kind="roofline")) is None
     assert pace(EngineSettings(kind="roofline", args={"pace": 2})) == 2.0
+
+
+def test_waiting_is_in_the_figures_that_a_record_has(tmp_path: Path) -> None:
+    for most, waves in ((4, 1), (3, 2), (1, 4)):
+        group = _group(tmp_path, {"max_num_seqs": most})
+        known = group.trials[1].prediction  # of a batch of 4
+        assert known is not None and known.waves == waves
+        rows = [one.record.to_pylist()[0] for one in _run(group)]
+        (row,) = (one for one in rows if one["batch_size"] == 4)
+        assert row["ttft_s"] == pytest.approx(known.ttft_s)
+        assert row["e2e_s"] == pytest.approx(known.e2e_s)

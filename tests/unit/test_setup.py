@@ -106,7 +106,7 @@ def test_ci_runs_the_tests() -> None:
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
     assert script.read_text().splitlines()[-1] == "exec make test"
-    assert "-m pytest" in _run("make", "-n", "test").stdout
+    assert "-m tests.run" in _run("make", "-n", "test").stdout
 
 
 def test_make_sweep_runs_the_sweep_that_it_is_given() -> None:

@@ -206,3 +206,13 @@ def test_what_may_be_above_one_or_is_taken_against_a_data_sheet_is_no_contradict
     assert sound({}) == ({}, None)
     assert contradictions(MEASURED) == ["s_mbu would be 1.28 of the 5.9 GB/s measured"]
     assert contradictions(MEASURED | {"peak_source": "calibrated-disturbed"})
+
+
+@pytest.mark.parametrize("rows", [[(1.0,)], [(1.0,), (1.0,)], [(0.5,), (1.0,)]])
+def test_one_token_a_request_is_prefill_alone(rows: list[tuple[float, ...]]) -> None:
+    got = _columns(_pass(*rows))
+    for name in ("mbu", "mfu", "s_mbu", "s_mbu_paper", "s_mfu"):
+        assert got[name] is None
+    for name in ("prefill_s_mbu", "prefill_s_mfu"):
+        share = got[name]
+        assert isinstance(share, float) and share > 0

@@ -72,6 +72,9 @@ def check(trial: Trial) -> None:
         raise _contradiction("load_format", args["load_format"], weights)
     if (runner := args.get("runner", "auto")) not in ("auto", "generate"):
         raise _contradiction("runner", runner, "a sweep measures generation")
+    overrides = args.get("hf_overrides", {})
+    if not isinstance(overrides, Mapping):
+        raise _contradiction("hf_overrides", overrides, "it is a block of keys")
     _check_memory(trial)
     _check_graphs(trial)
     _check_speculation(trial)
@@ -91,8 +94,9 @@ def joined(ours: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     result = dict(ours)
     for name, value in given.items():
         mine = ours.get(name)
-        both = bool(mine) and isinstance(mine, Mapping)
-        result[name] = merged(mine, value, f"engine.args.{name}") if both else value
+        if isinstance(mine, Mapping) and mine:
+            value = merged(mine, value, f"engine.args.{name}")
+        result[name] = value
     return result
 
 

@@ -36,7 +36,7 @@ class Speculative:
     """By the engine's own name (`eagle3`, `medusa`, …); null: what `model` says."""
     args: dict[str, Any] = field(default_factory=dict)
     """Further settings of the engine's speculation (`prompt_lookup_max`, `revision`, …), as they
-    are; they win over ours."""
+    are; none may contradict the fields above."""
 
     def __post_init__(self) -> None:
         named("engine.speculative.model", self.model)
@@ -66,7 +66,8 @@ class EngineSettings:
     eager: bool = False
     """Skip graph capture and compilation."""
     args: dict[str, Any] = field(default_factory=dict)
-    """Arguments passed to the engine as they are; they win over ours."""
+    """Arguments passed to the engine as they are. They win over what the project would choose, but
+    none may contradict a field of the trial (`workers.contract.arguments`)."""
     memory_limit_gib: float | None = None
     """Memory one device may use, in GiB; null is all of it."""
 

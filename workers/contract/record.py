@@ -212,8 +212,17 @@ _RECORD: tuple[tuple[str, pa.DataType, str], ...] = (
     ("predicted_load_s", _FLOAT, "Building the engine, before the run."),
     ("predicted_memory_gib", _FLOAT, "All that the fullest device must hold for the batch."),
     ("predicted_weights_gib", _FLOAT, "Its weights."),
-    ("predicted_kv_cache_gib", _FLOAT, "Its KV cache of the whole batch."),
+    (
+        "predicted_kv_cache_gib",
+        _FLOAT,
+        "Its KV cache of the batch, or of as much as `max_num_seqs` lets run.",
+    ),
     ("predicted_oom_stage", _STR, "Where it would run out; null where it fits."),
+    (
+        "prediction_ignores",
+        _STR,
+        "Settings of the engine that the prediction does not take into account, by key.",
+    ),
     # energy, cost, accuracy
     ("power_w", _FLOAT, "Mean power during timed passes."),
     ("energy_j", _FLOAT, "Energy of one timed pass."),

@@ -18,6 +18,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 
+from workers.contract import arguments
 from workers.contract.engine import EngineSettings, StandIn
 from workers.contract.errors import EngineError, Infeasible, Unsupported
 from workers.contract.measurement import Memory, Pass, PassKind
@@ -34,8 +35,8 @@ from workers.hardware.roofline import (
     predict,
     unpredictable,
 )
-from workers.moe import hub
-from workers.moe.architecture import UnknownModel, check, resolve
+from workers.moe import hub, positions
+from workers.moe.architecture import UnknownModel, check, structure
 from workers.moe.structure import Architecture
 
 PACE = "pace"
@@ -100,7 +101,9 @@ class RooflineEngine:
                 return f"engine roofline does not predict {key}"
         try:
             pace(trial.engine)
-        except Unsupported as error:
+            arguments.check(trial)
+            positions.limit(trial).check(trial.workload)
+        except (Unsupported, UnknownModel) as error:
             return str(error)
         return None
 
@@ -130,13 +133,14 @@ class RooflineEngine:
         prediction = self._predict(workload)
         if prediction.oom is not None:
             raise prediction.oom
-        tokens, steps = _stamps(prediction, len(prompts), output_tokens)
-        self._wait(began, tokens[-1][-1])
+        tokens, steps = _stamps(prediction, len(prompts))
+        e2e_s = max(row[-1] for row in tokens)
+        self._wait(began, e2e_s)
         return Pass(
             kind=kind,
             repeat=repeat,
             started_at=started_at,
-            e2e_s=tokens[-1][-1],
+            e2e_s=e2e_s,
             input_tokens=workload.input_tokens,
             token_s=tokens,
             step_s=steps,
@@ -205,7 +209,7 @@ class RooflineEngine:
 
 def _structure(trial: Trial) -> Architecture:
     try:
-        architecture = resolve(trial.model)
+        architecture = structure(trial)
         if architecture is not None:
             if architecture.exact:
                 check(architecture, trial.layout)
@@ -215,25 +219,19 @@ def _structure(trial: Trial) -> Architecture:
     raise Unsupported(hub.absent(trial.model.name, trial.model.revision))
 
 
-def _stamps(
-    one: Prediction, batch: int, output_tokens: int
-) -> tuple[tuple[tuple[float, ...], ...], tuple[float, ...]]:
+def _stamps(one: Prediction, batch: int) -> tuple[tuple[tuple[float, ...], ...], tuple[float, ...]]:
     """When each request's tokens come, and when each pass ends: wave after wave, the
     prompts in as many passes as they need, then decode in lockstep."""
-    per_wave = -(-batch // one.waves)
-    decode = one.tpot_s or 0.0
-    wave_s = one.prefill_s + (output_tokens - 1) * decode
-    tokens: list[tuple[float, ...]] = []
+    decoding: list[tuple[float, ...]] = []
     steps: list[float] = []
-    for wave in range(-(-batch // per_wave)):
-        start = wave * wave_s
-        prefills = [
-            start + one.prefill_s * (i + 1) / one.prefill_passes for i in range(one.prefill_passes)
-        ]
-        later = tuple(start + one.prefill_s + (i + 1) * decode for i in range(output_tokens - 1))
-        steps += [*prefills, *later]
-        size = min(per_wave, batch - wave * per_wave)
-        tokens += [
-            (prefills[request * one.prefill_passes // size], *later) for request in range(size)
-        ]
+    for number, wave in enumerate([one.wave] * (one.waves - 1) + [one.last]):
+        start = number * one.wave.seconds
+        steps += [start + wave.prefill_s * (i + 1) / wave.passes for i in range(wave.passes)]
+        step_s = wave.step_s or 0.0
+        later = tuple(start + wave.prefill_s + (i + 1) * step_s for i in range(wave.steps))
+        steps += later
+        decoding.append(later)
+    # Replicas of a data-parallel layout do the same at the same time.
+    places = [request % one.requests for request in range(batch)]
+    tokens = [(one.first_token_s(at), *decoding[at // one.wave.requests]) for at in places]
     return tuple(tokens), tuple(steps)

@@ -13,7 +13,8 @@ no prefix cache. Nothing of vLLM is imported before an engine is built.
 Start-up on CUDA is kept short by what the group's own workloads tell: graphs are captured
 for the batch sizes that occur and for no others, the token budget of a pass is what the
 largest prompt batch fills, checkpoints are read ahead, and compiled code is shared between
-engines. Whatever a sweep says in `engine.args` wins.
+engines. Whatever a sweep says in `engine.args` wins over these; what a trial's own fields say, it
+must not contradict (`workers.contract.arguments`).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from workers import caches
+from workers.contract import arguments
 from workers.contract.engine import DRAFT_MODEL, MODELLESS, UNFUSED, StandIn
 from workers.contract.errors import Crashed, Infeasible, TrialError, Unsupported
 from workers.contract.layout import Layout
@@ -47,17 +49,20 @@ from workers.engines.vllm_stepper import Batch, Done, Output, Stepper, clean, ex
 from workers.hardware import host
 from workers.hardware.reference import Reference, together
 from workers.hardware.roofline import CPU_BLOCK
-from workers.moe import drafts, hub
+from workers.moe import drafts, generators, hub, positions
 from workers.moe.accounting import kv_cache_bytes
 from workers.moe.architecture import (
+    SHAPE,
     UnknownModel,
     bend,
     catalogue_name,
     configuration,
-    resolve,
     run_dtype,
+    structure,
 )
 from workers.moe.families import read
+from workers.moe.overrides import KEY, changes
+from workers.moe.overrides import of as overrides_of
 from workers.moe.partial import Partial, understood
 from workers.moe.precision import Precision, precision, skeleton
 from workers.moe.pruning import cache
@@ -167,6 +172,10 @@ class VllmEngine:
                 "bend skeletons (weights: dummy)"
             )
         try:
+            arguments.check(trial)
+            generators.check(trial)
+            positions.limit(trial).check(trial.workload)
+            structure(trial)  # which says whether overrides contradict the model's fields
             drafts.check(trial, _file)
         except UnknownModel as error:
             return str(error)
@@ -179,10 +188,7 @@ class VllmEngine:
         its own; pipeline stages and spread experts were not checked.
         """
         before = self._trial
-        try:
-            wanted = resolve(trial.model)
-        except (UnknownModel, Infeasible):  # the engine that is built for it says why
-            return False
+        wanted = _structure(trial)
         if wanted is None or _weights_of(trial) != _weights_of(before):
             return False
         layout = trial.layout
@@ -204,7 +210,7 @@ class VllmEngine:
         self.loaded = replace(
             self.loaded,
             architecture=read(bend(runs, Model(name=trial.model.name, top_k=wanted.top_k))),
-            args=self.loaded.args | {"hf_overrides": self._from(trial).overrides},
+            args=self.loaded.args | {"hf_overrides": self._overrides(trial)},
         )
         return True
 
@@ -327,12 +333,11 @@ class VllmEngine:
         if replicas == 1:
             self._vllm = Stepper(args)
         else:
-            config = self._from(trial).config
-            structure = understood(config) if config is not None else None
+            known = _structure(trial)
             self._vllm = Replicas(
                 args,
                 trial.layout,
-                together=not isinstance(structure, Architecture) or structure.moe is not None,
+                together=known is None or known.moe is not None,
                 on_cpu=self._on_cpu,
                 limited=self._limit_gib is not None,
                 output=self._output,
@@ -345,11 +350,13 @@ class VllmEngine:
                 if kernels
                 else f"moe_backend {UNFUSED}: a model without experts"
             )
+        runs = _ran(self._vllm)
+        _check_shape(trial, runs)
         draft = drafts.draft(trial)
         return Loaded(
             version=host.engine_version() or "unknown",
             args=_told(args, trial.model.name, draft.name if draft else None),
-            architecture=_ran(self._vllm),
+            architecture=runs,
             threads=min(self._vllm.rpc("report_threads")) if self._on_cpu else None,
             moe_kernel=", ".join(kernels) or None,
         )
@@ -361,6 +368,10 @@ class VllmEngine:
             known = _source(trial.model, trial.engine.args.get("load_format"))
             self._sources[trial.model] = known
         return known
+
+    def _overrides(self, trial: Trial) -> dict[str, Any]:
+        """vLLM's `hf_overrides`: what the model's own fields change, and what the sweep does."""
+        return arguments.merged(self._from(trial).overrides, overrides_of(trial.engine), KEY)
 
     def _explain(self, error: BaseException) -> TrialError:
         return explained(error, stage=self._stage, output=self._output, on_cpu=self._on_cpu)
@@ -387,7 +398,7 @@ class VllmEngine:
             "revision": source.revision,
             "load_format": "dummy" if model.weights == "dummy" else "auto",
             "skip_tokenizer_init": True,
-            "hf_overrides": dict(source.overrides),
+            "hf_overrides": self._overrides(trial),
             "trust_remote_code": model.trust_remote_code,
             "dtype": model.dtype,
             "quantization": None if skeleton(model) else model.quantization,
@@ -410,8 +421,8 @@ class VllmEngine:
             args["speculative_config"] = _speculative(trial)
             args["per_request_spec_decode_metrics"] = "summary"
         if self._on_cpu:
-            runs = understood(source.config) if source.config is not None else None
-            if isinstance(runs, Architecture) and runs.exact and _draft_known(trial):
+            runs = _structure(trial)
+            if runs is not None and runs.exact and _draft_known(trial):
                 args["kv_cache_memory_bytes"] = _kv_cache_room(trial, runs, workloads)
             elif "kv_cache_memory_bytes" not in settings.args:
                 more["kv_cache_requests"] = args["max_num_seqs"]
@@ -425,7 +436,7 @@ class VllmEngine:
                 args["gpu_memory_utilization"] = min(1.0, share)
         if more:
             args["additional_config"] = more
-        return args | settings.args
+        return arguments.joined(args, arguments.given(trial))
 
 
 def cuda_economy(trial: Trial, workloads: Sequence[Workload]) -> dict[str, Any]:
@@ -447,16 +458,17 @@ def cuda_economy(trial: Trial, workloads: Sequence[Workload]) -> dict[str, Any]:
     beside = int(asked is not None and asked.way == DRAFT_MODEL)  # a slot that vLLM keeps for it
     given = trial.engine.args
     args: dict[str, Any] = {}
-    if trial.engine.eager or any(name in given for name in _GRAPH_ARGS):
+    if trial.engine.eager:
         pass
     elif trial.engine.moe_backend == UNFUSED:
         args["compilation_config"] = {"cudagraph_mode": "NONE"}
-    else:
+    elif not any(name in given for name in _GRAPH_ARGS):
         each = {per_request}
         if asked is not None and asked.way not in MODELLESS:
             # A drafting model's passes: the first feeds what was decided, the others a token.
             each |= {per_request + beside, 1}
-        sizes = {one.batch_size * tokens for one in workloads for tokens in each}
+        together = {size for one in workloads for size in _waves(one.batch_size, given)}
+        sizes = {requests * tokens for requests in together for tokens in each}
         args["cudagraph_capture_sizes"] = sorted(sizes)
     filled = max(
         max(one.batch_size * max(one.input_tokens + beside, per_request), one.tokens_per_request)
@@ -467,6 +479,38 @@ def cuda_economy(trial: Trial, workloads: Sequence[Workload]) -> dict[str, Any]:
     if trial.model.weights == "checkpoint":
         args["safetensors_load_strategy"] = "prefetch"
     return args
+
+
+def _waves(batch: int, args: Mapping[str, Any]) -> set[int]:
+    """Requests in flight together, of a batch of which `max_num_seqs` may let fewer run."""
+    most = args.get("max_num_seqs")
+    if type(most) is not int or not 0 < most < batch:
+        return {batch}
+    return {most, batch % most or most}
+
+
+def _structure(trial: Trial) -> Architecture | None:
+    """The structure that it asks for; null where only the engine can tell."""
+    try:
+        return structure(trial)
+    except (UnknownModel, Infeasible):
+        return None
+
+
+def _check_shape(trial: Trial, runs: Architecture | Partial) -> None:
+    """Whether the engine runs the shape that was asked for: records hold what ran, and a point of
+    a sweep must not stand for another.
+
+    Raises:
+        Unsupported: it does not.
+    """
+    wanted = _structure(trial)
+    for key in SHAPE:
+        if wanted is None or getattr(trial.model, key) is None:
+            continue
+        asked, got = getattr(wanted, key), getattr(runs, key, None)
+        if got is not None and asked != got:
+            raise Unsupported(f"model.{key} asks for {asked}, but the engine runs {got}")
 
 
 def _weights_of(trial: Trial) -> tuple[Any, ...]:
@@ -523,9 +567,7 @@ class _Source:
     revision: str | None = None
     """Commit where the folder is that of a hub id, else as asked."""
     overrides: Mapping[str, Any] = field(default_factory=dict)
-    """What to change in the configuration there."""
-    config: Mapping[str, Any] | None = None
-    """The configuration with its changes; null where only the engine can find out."""
+    """What the model's own fields change in the configuration there."""
 
 
 def _source(model: Model, load_format: str | None = None) -> _Source:
@@ -559,10 +601,9 @@ def _source(model: Model, load_format: str | None = None) -> _Source:
         if stored := skeleton(model):
             bent["quantization_config"] = stored
         code = folder if model.trust_remote_code else None
-        return _Source(model=str(_skeleton(bent, code)), revision=revision, config=bent)
-    changed = {key: value for key, value in bent.items() if config.get(key) != value}
+        return _Source(model=str(_skeleton(bent, code)), revision=revision)
     name = str(folder) if folder is not None else drafts.hub_id(model) or model.name
-    return _Source(model=name, revision=revision, overrides=changed, config=bent)
+    return _Source(model=name, revision=revision, overrides=changes(config, bent))
 
 
 def _folder(model: Model, load_format: str | None) -> Path | None:
@@ -603,10 +644,15 @@ def _kv_cache_room(trial: Trial, a: Architecture, workloads: Sequence[Workload])
             needed += kv_cache_bytes(second, held, tokens, requests, single, 0, CPU_BLOCK)
         return needed
 
-    return max(
-        room(one.tokens_per_request, one.batch_size) + room(CPU_BLOCK, one.batch_size + 1)
-        for one in workloads
+    args = trial.engine.args
+    longest = args.get(positions.MAX_MODEL_LEN) or 0
+    together = {one: max(_waves(one.batch_size, args)) for one in workloads}
+    needed = max(
+        room(one.tokens_per_request, requests) + room(CPU_BLOCK, requests + 1)
+        for one, requests in together.items()
     )
+    # The engine insists on room for one request of its model length.
+    return max(needed, room(longest, 1) + room(CPU_BLOCK, 2)) if longest > 0 else needed
 
 
 def _stored(a: Architecture, model: Model, cache: str | None) -> Precision:
@@ -648,8 +694,8 @@ def _speculative(trial: Trial) -> dict[str, Any]:
         source = _source(draft)
         config["model"] = source.model
         if source.revision is not None:
-            return config | asked.args | {"revision": source.revision}
-    return config | asked.args
+            config["revision"] = source.revision
+    return config | asked.args  # which contradict nothing of it (`arguments.check`)
 
 
 def _draft_known(trial: Trial) -> bool:

@@ -19,9 +19,16 @@ Kind = Literal["cpu", "gpu", "soc", "server"]
 """`soc`: accelerator that shares its CPU's memory. `server`: several GPUs taken as one."""
 
 CPU = "cpu"
-PEAKS = ("bandwidth_gb_s", "bf16_tflops", "fp8_tflops", "int8_tflops", "fp32_tflops")
+PEAKS = (
+    "bandwidth_gb_s",
+    "bf16_tflops",
+    "fp8_tflops",
+    "fp4_tflops",
+    "int8_tflops",
+    "fp32_tflops",
+)
 """What a utilisation is taken against; a device is verified when these are."""
-COMPUTE = ("bf16", "fp16", "fp32", "fp8", "int8")
+COMPUTE = ("bf16", "fp16", "fp32", "fp8", "int8", "fp4")
 """What a matrix product may be computed in."""
 
 _HOW_TO_ADD = (
@@ -53,6 +60,8 @@ class Device:
     """Dense FP16 peak where it is not that of BF16: on CPUs."""
     fp8_tflops: float | None = None
     """Dense FP8 peak."""
+    fp4_tflops: float | None = None
+    """Dense FP4 peak, of products of which both sides have 4 bits."""
     int8_tflops: float | None = None
     """Dense INT8 peak, 10¹² operations per second."""
     fp32_tflops: float | None = None
@@ -61,6 +70,8 @@ class Device:
     """BF16 with 2:4 sparsity: never a peak to take a utilisation against."""
     fp8_sparse_tflops: float | None = None
     """FP8 with 2:4 sparsity: likewise."""
+    fp4_sparse_tflops: float | None = None
+    """FP4 with 2:4 sparsity: likewise."""
     memory_gb: float
     """Memory as sold, 10⁹ bytes."""
     memory_gib: float
@@ -93,6 +104,8 @@ class Device:
                 return self.fp16_tflops or self.bf16_tflops
             case "fp8":
                 return self.fp8_tflops or self.bf16_tflops
+            case "fp4":
+                return self.fp4_tflops or self.bf16_tflops
             case "int8":
                 return self.int8_tflops or self.bf16_tflops
             case "fp32":

@@ -34,6 +34,7 @@ from workers.contract.outcome import OomStage
 from workers.contract.trial import Trial
 from workers.contract.workload import Workload
 from workers.hardware.assumptions import assumptions
+from workers.hardware.coverage import ignored
 from workers.hardware.device import CPU, Device
 from workers.hardware.host import describe
 from workers.moe import accounting, drafts
@@ -42,7 +43,7 @@ from workers.moe.families import unspelled
 from workers.moe.precision import Precision, precision
 from workers.moe.structure import Architecture
 
-VERSION = "1"
+VERSION = "2"
 """Of this model; an older prediction is not taken for one of today's."""
 GIB = 2**30
 CPU_BLOCK, GPU_BLOCK = 128, 16
@@ -54,17 +55,42 @@ NODE_DEVICES = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Wave:
+    """Requests that run together, from their prompts to their last tokens."""
+
+    requests: int
+    passes: int
+    """Forward passes that the prompts need, under the engine's token budget."""
+    prefill_s: float
+    """All of those, seconds."""
+    step_s: float | None
+    """Mean decode pass, seconds; null for one output token."""
+    steps: int
+    """Decode passes."""
+
+    @property
+    def seconds(self) -> float:
+        """Prefill and every decode pass."""
+        return self.prefill_s + self.steps * (self.step_s or 0.0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Prediction:
-    """Time of one batch, and memory of the fullest device."""
+    """Time of one batch, and memory of the fullest device.
+
+    Requests beyond those that the engine has in flight (`max_num_seqs`, or what its cache holds)
+    wait. They are alike, so those in flight end together and the next take their places: a batch
+    runs in waves, all of them full but the last.
+    """
 
     device: str
     """Class of the device that it is for."""
-    ttft_s: float
-    """Submission to the first token of the median request, seconds."""
-    prefill_s: float
-    """Prefill of the whole batch, seconds."""
-    tpot_s: float | None
-    """Mean decode pass, seconds; null for one output token."""
+    wave: Wave
+    """The first."""
+    last: Wave
+    """The last, which may be smaller."""
+    waves: int
+    """How many there are."""
     e2e_s: float
     """Prefill and every decode pass of the whole batch, seconds."""
     load_s: float
@@ -73,19 +99,50 @@ class Prediction:
     """Ending it, seconds."""
     weights_gib: float
     kv_cache_gib: float
-    """KV cache of the whole batch at its full length."""
+    """KV cache of the batch at its full length, or of as much of it as `max_num_seqs` lets run."""
     activations_gib: float
     """Largest intermediate tensors of one forward pass."""
     overhead_gib: float
     """What the engine itself takes: contexts, communication buffers, captured graphs."""
     limit_gib: float
     """What the device may use."""
-    prefill_passes: int
-    """Forward passes that the prompts need, under the engine's token budget."""
-    waves: int
-    """Rounds in which the batch runs where its KV cache does not fit whole."""
+    ignores: tuple[str, ...]
+    """Dotted keys of the engine's settings that it does not take into account."""
     oom: OutOfMemory | None
     """Why it does not fit; null if it does."""
+
+    @property
+    def requests(self) -> int:
+        """Of one replica."""
+        return (self.waves - 1) * self.wave.requests + self.last.requests
+
+    @property
+    def ttft_s(self) -> float:
+        """Submission to the first token of the median request, seconds; waiting included."""
+        last = self.requests - 1
+        return (self.first_token_s(last // 2) + self.first_token_s(-(-last // 2))) / 2
+
+    def first_token_s(self, request: int) -> float:
+        """Submission to the first token of one of a replica's requests, from 0, in seconds."""
+        before, place = divmod(request, self.wave.requests)
+        one = self.last if before == self.waves - 1 else self.wave
+        passes = place * one.passes // one.requests + 1
+        return before * self.wave.seconds + one.prefill_s * passes / one.passes
+
+    @property
+    def prefill_s(self) -> float:
+        """All prompts of the batch, seconds."""
+        return (self.waves - 1) * self.wave.prefill_s + self.last.prefill_s
+
+    @property
+    def tpot_s(self) -> float | None:
+        """Mean decode pass of a full wave, seconds; null for one output token."""
+        return self.wave.step_s
+
+    @property
+    def prefill_passes(self) -> int:
+        """Forward passes that the prompts of a full wave need."""
+        return self.wave.passes
 
     @property
     def memory_gib(self) -> float:
@@ -104,6 +161,7 @@ class Prediction:
             "predicted_weights_gib": self.weights_gib,
             "predicted_kv_cache_gib": self.kv_cache_gib,
             "predicted_oom_stage": self.oom.stage if self.oom else None,
+            "prediction_ignores": ", ".join(self.ignores) or None,
         }
 
 
@@ -178,7 +236,11 @@ class Roofline:
         self._assumed = assumptions(device)
         self._layout = layout
         self._limit_gib = engine.memory_limit_gib or usable_gib(device, engine.args)
-        self._block = CPU_BLOCK if device.name == CPU else GPU_BLOCK
+        default = CPU_BLOCK if device.name == CPU else GPU_BLOCK
+        self._block = _count(engine.args, "block_size") or default
+        self._most = _count(engine.args, "max_num_seqs")
+        self._length = _count(engine.args, "max_model_len") or 0
+        self._ignores = ignored(engine)
         self._budget = self._token_budget()
         self._bandwidth = device.bandwidth_gb_s * 1e9 * self._assumed.bandwidth_share
         self._compute = device.tflops(stored.compute) * 1e12 * self._assumed.compute_share
@@ -199,27 +261,24 @@ class Roofline:
         assumed = self._assumed
         # A replica of a data-parallel layout has its share of the batch.
         whole = -(-workload.batch_size // self._layout.data)
-        weights, cache, one = self._fullest(whole, workload.tokens_per_request)
-        tokens = min(whole * workload.input_tokens, self._budget)
-        activations = tokens * self._residual + whole * self._logits
+        running = min(whole, self._most or whole)
+        weights, one, longest = self._fullest(running, workload.tokens_per_request)
+        cache = max(ceil(running * one), longest)
+        tokens = min(running * workload.input_tokens, self._budget)
+        activations = tokens * self._residual + running * self._logits
         overhead = assumed.overhead_gib * GIB
-        waves, oom = self._fit(whole, weights, cache, activations, overhead, one)
-        batch = -(-whole // waves)
-        passes, prompts = _prompts(batch, workload.input_tokens, self._budget)
-        prefill_s = passes * self._seconds(prompts) + batch * assumed.request_s
-        steps = workload.output_tokens - 1
-        decode_s = 0.0
-        if steps:
-            decode_s = self._seconds(_decoding(batch, workload.input_tokens, steps + 1))
-        wave_s = prefill_s + steps * decode_s
-        ttft_s = prefill_s * -(-passes // 2) / passes  # the median request's pass
+        running, oom = self._fit(running, weights, activations, overhead, one, longest)
+        waves = -(-whole // running)
+        wave = last = self._wave(running, workload)
+        if rest := whole % running:
+            last = self._wave(rest, workload)
         early = oom is not None and oom.stage == "load"
         return Prediction(
             device=self._device.name,
-            ttft_s=ttft_s + (waves // 2) * wave_s if waves > 1 else ttft_s,
-            prefill_s=prefill_s,
-            tpot_s=decode_s if steps else None,
-            e2e_s=waves * wave_s,
+            wave=wave,
+            last=last,
+            waves=waves,
+            e2e_s=(waves - 1) * wave.seconds + last.seconds,
             load_s=assumed.rebuild_s + (0.0 if early else weights / GIB / assumed.load_gib_s),
             close_s=assumed.close_s,
             weights_gib=weights / GIB,
@@ -227,9 +286,23 @@ class Roofline:
             activations_gib=activations / GIB,
             overhead_gib=assumed.overhead_gib,
             limit_gib=self._limit_gib,
-            prefill_passes=passes,
-            waves=waves,
+            ignores=self._ignores,
             oom=oom,
+        )
+
+    def _wave(self, requests: int, workload: Workload) -> Wave:
+        """`requests` of `workload`, together."""
+        passes, prompts = _prompts(requests, workload.input_tokens, self._budget)
+        steps = workload.output_tokens - 1
+        step_s = None
+        if steps:
+            step_s = self._seconds(_decoding(requests, workload.input_tokens, steps + 1))
+        return Wave(
+            requests=requests,
+            passes=passes,
+            prefill_s=passes * self._seconds(prompts) + requests * self._assumed.request_s,
+            step_s=step_s,
+            steps=steps,
         )
 
     def _seconds(self, work: Work) -> float:
@@ -300,19 +373,25 @@ class Roofline:
             messages += 2 * moe * (layout.data - 1)
         return exchanges * (device.link_latency_s or 0.0), messages * a.hidden_size * 2 / rate
 
-    def _fullest(self, batch: int, tokens: int) -> tuple[int, int, int]:
-        """On the fullest device: weights, cache of the batch and of one request, in bytes."""
-        each = [sheet.cache_bytes(tokens, self._block) for sheet in self._sheets]
-        if self._draft is not None:
-            each[-1] += self._draft.cache_bytes(tokens, self._block)
+    def _fullest(self, batch: int, tokens: int) -> tuple[int, float, int]:
+        """On the fullest device, in bytes: weights, cache of one request, and of the longest that
+        the engine serves."""
+        each = self._caches(tokens)
         full = [w + ceil(batch * one) for w, one in zip(self._weights, each, strict=True)]
         at = full.index(max(full))
-        return self._weights[at], ceil(batch * each[at]), ceil(each[at])
+        longest = each if tokens >= self._length else self._caches(self._length)
+        return self._weights[at], each[at], ceil(longest[at])
+
+    def _caches(self, tokens: int) -> list[float]:
+        """Cache of one request of that length on each stage, in bytes."""
+        each: list[float] = [sheet.cache_bytes(tokens, self._block) for sheet in self._sheets]
+        if self._draft is not None:
+            each[-1] += self._draft.cache_bytes(tokens, self._block)
+        return each
 
     def _token_budget(self) -> int:
         """Most tokens of one pass: as asked, else vLLM's defaults (engine/arg_utils.py)."""
-        asked = self._args.get("max_num_batched_tokens")
-        if isinstance(asked, int) and asked > 0:
+        if asked := _count(self._args, "max_num_batched_tokens"):
             return asked
         if self._device.name == CPU:
             return 4096 * self._layout.devices
@@ -323,33 +402,38 @@ class Roofline:
         self,
         batch: int,
         weights: float,
-        cache: float,
         activations: float,
         overhead: float,
         one: float,
+        longest: float,
     ) -> tuple[int, OutOfMemory | None]:
-        """Rounds that the batch needs, and why it cannot run where it cannot.
+        """Requests that run together, and why none can where that is so.
 
-        A CPU engine is given room for the whole batch or fails. On a GPU vLLM takes what
-        is left for the cache: requests that do not fit wait, and only a cache too small for
-        one request is an error.
+        A CPU engine is given room for the whole batch or fails, unless the room is asked for. On a
+        GPU vLLM takes what is left for the cache: requests that do not fit wait, and only a cache
+        too small for one request of the model's length is an error.
         """
         limit = self._limit_gib * GIB
         asked = self._args.get("kv_cache_memory_bytes")
-        if isinstance(asked, int) and asked < one:
-            return 1, _short("kv_cache", "the cache of one request", one, asked)
+        room = asked if isinstance(asked, int) else None
+        if room is not None and room < longest:
+            return batch, _short("kv_cache", "the cache of one request", longest, room)
         fixed = weights + overhead
         if fixed > limit:
-            return 1, _short("load", "weights", fixed, limit)
+            return batch, _short("load", "weights", fixed, limit)
         fixed += activations
-        if fixed + one > limit:
+        if fixed + longest > limit:
             stage: OomStage = "warmup" if fixed > limit else "kv_cache"
-            return 1, _short(stage, "weights, activations and the cache of one", fixed + one, limit)
-        if fixed + cache <= limit:
-            return 1, None
+            needed = fixed + longest
+            return batch, _short(stage, "weights, activations and the cache of one", needed, limit)
+        if room is not None:
+            batch = min(batch, max(1, int(room // one)))
+        if fixed + ceil(batch * one) <= limit:
+            return batch, None
         if self._device.name == CPU:
-            return 1, _short("kv_cache", "the whole batch", fixed + cache, limit)
-        return -(-batch // max(1, int((limit - fixed) // one))), None
+            needed = fixed + ceil(batch * one)
+            return batch, _short("kv_cache", "the whole batch", needed, limit)
+        return max(1, int((limit - fixed) // one)), None
 
 
 @lru_cache(maxsize=65536)
@@ -392,3 +476,9 @@ def _short(stage: OomStage, what: str, needed: float, limit: float) -> OutOfMemo
 
 def _text(value: object) -> str | None:
     return value if isinstance(value, str) else None
+
+
+def _count(args: Mapping[str, Any], name: str) -> int | None:
+    """A whole number above 0 that is asked for."""
+    value = args.get(name)
+    return value if type(value) is int and value > 0 else None

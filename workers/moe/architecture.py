@@ -19,11 +19,14 @@ from typing import Any
 from workers.contract.errors import Infeasible
 from workers.contract.layout import Layout
 from workers.contract.model import Model, Prune
+from workers.contract.trial import Trial
 from workers.moe import hub
 from workers.moe.families import read
 from workers.moe.fields import EXPERTS, NESTED, TOP_K, Fields
 from workers.moe.fields import UnknownModel as UnknownModel
 from workers.moe.fields import Unread as Unread
+from workers.moe.overrides import of as overrides_of
+from workers.moe.overrides import over
 from workers.moe.partial import Partial
 from workers.moe.pruning.shape import remaining, shared_width
 from workers.moe.storage.found import with_file_beside, without
@@ -45,6 +48,8 @@ _SHARED = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts")
 _LAYERS = ("num_hidden_layers", "n_layers", "num_layers")
 _HEADS = ("num_attention_heads", "n_heads", "num_heads")
 _KV_HEADS = ("num_key_value_heads", "n_kv_heads", "kv_n_heads")
+SHAPE = ("ffn_dim", "num_experts", "top_k", "num_layers")
+"""Fields of a model that bend its shape."""
 _MOST_GROUPS = 1_000
 """Far beyond any model's groups of experts."""
 _DENSE_LAYERS, _MOE_LAYERS = "mlp_only_layers", "moe_layers"
@@ -53,8 +58,10 @@ _PROJECTED = ("out_hidden_size", "n_embed")
 Tree = dict[str, Any]
 
 
-def resolve(model: Model) -> Architecture | None:
+def resolve(model: Model, overrides: Mapping[str, Any] | None = None) -> Architecture | None:
     """The structure that `model` asks for, or null where only the engine can find out.
+
+    `overrides` are those of `engine.args.hf_overrides`, laid over what the model's own fields made.
 
     A hub id whose configuration is not on this machine resolves to null: the plan then
     has no prediction for it, and the record takes the dimensions from the loaded engine.
@@ -65,15 +72,23 @@ def resolve(model: Model) -> Architecture | None:
         Unread: its configuration lacks what even an estimate needs.
         Infeasible: an override that the configuration has no place for, or of a structure that
             cannot be told.
+        Contradiction: `overrides` and a field of the model set one entry, and differently.
     """
     config = configuration(model.name, model.revision)
     if config is None:
         return None
     bent, structure = _bent(config, model)
     try:
+        if overrides:
+            return read(over(config, bent, overrides, _bending(model)))
         return structure or read(bent)
     except Unread as error:
         raise Unread(f"config.json of {model.name}: {error}") from error
+
+
+def structure(trial: Trial) -> Architecture | None:
+    """What the engine of `trial` runs, as `resolve`."""
+    return resolve(trial.model, overrides_of(trial.engine))
 
 
 def configuration(name: str, revision: str | None = None) -> Mapping[str, Any] | None:
@@ -165,14 +180,10 @@ def _bent(config: Mapping[str, Any], model: Model) -> tuple[Tree, Architecture |
 def _bend(config: Mapping[str, Any], model: Model) -> tuple[Tree, Architecture | None]:
     bent = _copied(config)
     structure = None
-    asked = {
-        key: value
-        for key in ("ffn_dim", "num_experts", "top_k", "num_layers")
-        if (value := getattr(model, key)) is not None
-    }
-    if asked:
-        _override(bent, asked, model.name)
-        structure = _confirm(config, bent, asked, model.name)
+    wanted = {key: value for key in SHAPE if (value := getattr(model, key)) is not None}
+    if wanted:
+        _override(bent, wanted, model.name)
+        structure = _confirm(config, bent, wanted, model.name)
     if model.scale != 1.0:
         _shrink(bent, structure or read(bent), model.scale)
         # Its blocks and groups are made for the widths of the checkpoint.
@@ -181,6 +192,14 @@ def _bend(config: Mapping[str, Any], model: Model) -> tuple[Tree, Architecture |
     if model.prune is not None:
         structure = _prune(bent, structure or read(bent), model.prune, model.name)
     return bent, structure
+
+
+def _bending(model: Model) -> str:
+    """The fields of `model` that change its configuration, for a message."""
+    fields = [key for key in SHAPE if getattr(model, key)]
+    fields += ["scale"] if model.scale != 1.0 else []
+    fields += ["prune"] if model.prune is not None else []
+    return ", ".join(f"model.{key}" for key in fields) or "the model"
 
 
 def _prune(bent: Tree, a: Architecture, prune: Prune, name: str) -> Architecture:

@@ -54,11 +54,13 @@ ALIASES: Mapping[str, Mapping[str, str]] = {
 }
 """By `model_type`: a name → the one that it stands for, of entries that a structure is read from
 (`attribute_map` of the classes in transformers 5)."""
+_ROTARY = ("rope_scaling", "rope_parameters")
+"""Two names of one block, of every family; a file that has both means the first."""
 
 Tree = dict[str, Any]
 
 
-def asked(engine: EngineSettings) -> Mapping[str, Any]:
+def of(engine: EngineSettings) -> Mapping[str, Any]:
     """The overrides of a sweep; empty where it has none, or something that is no block."""
     found = engine.args.get(HF_OVERRIDES)
     return found if isinstance(found, Mapping) else {}
@@ -122,6 +124,8 @@ def changes(config: Mapping[str, Any], bent: Mapping[str, Any]) -> Tree:
 
 def _spelt(config: Mapping[str, Any], name: str) -> str:
     """Where `name` stands in `config`: under itself, or as the class in transformers has it."""
+    if name in _ROTARY:
+        return next((one for one in _ROTARY if config.get(one)), name)
     family = str(config.get("model_type") or "")
     aliases = ALIASES.get(family, {})
     real = aliases.get(name, name)
@@ -146,8 +150,9 @@ def _merged(below: Mapping[str, Any], value: Mapping[str, Any]) -> Tree:
     for name, inner in value.items():
         key = _spelt(below, name)
         known = below.get(key)
-        both = isinstance(inner, Mapping) and isinstance(known, Mapping)
-        changed[key] = _merged(known, inner) if both else inner
+        if isinstance(inner, Mapping) and isinstance(known, Mapping):
+            inner = _merged(known, inner)
+        changed[key] = inner
     return changed
 
 

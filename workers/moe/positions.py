@@ -26,7 +26,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 from workers.contract.errors import Infeasible
 from workers.contract.trial import Trial
@@ -34,7 +34,8 @@ from workers.contract.workload import Workload
 from workers.moe import drafts
 from workers.moe.architecture import configuration
 from workers.moe.fields import Fields
-from workers.moe.overrides import applied, asked
+from workers.moe.overrides import applied
+from workers.moe.overrides import of as overrides_of
 
 KEYS = (
     "max_position_embeddings",
@@ -49,8 +50,15 @@ KEYS = (
 )
 """Of a configuration's lengths, in vLLM's order; the smallest counts."""
 UNSCALED = frozenset(
-    ("su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling")
-    + ("telechat3-yarn",)  # vLLM makes it `yarn`
+    (
+        "su",
+        "longrope",
+        "llama3",
+        "yarn",
+        "deepseek_yarn",
+        "deepseek_llama_scaling",
+        "telechat3-yarn",  # vLLM makes it `yarn`
+    )
 )
 """Types of rotary scaling whose factor is not applied to the length."""
 ALLOW_LONG = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
@@ -166,8 +174,8 @@ def positions(config: Mapping[str, Any], *, window_only: bool = False) -> Positi
     if text.get("model_max_length"):
         key = "model_max_length"
     most: float = lengths[key]
-    window = text.get("sliding_window")
-    if window_only and _number(window) and 0 < window < most:
+    window = text.get("sliding_window") if window_only else None
+    if isinstance(window, int) and 0 < window < most:
         key, most = "sliding_window", window
     why = f"{key} {most:,}"
     rotary = list(_rotary(text))
@@ -176,7 +184,7 @@ def positions(config: Mapping[str, Any], *, window_only: bool = False) -> Positi
         for one in rotary:
             if _type(one) not in UNSCALED:
                 factor = one.get("factor", factor)
-        factor = 1.0 if factor is None else factor
+        factor = factor if _number(factor) else 1.0
         if factor != 1.0:
             why += f" x rope factor {factor:g} = {most * factor:,g}"
         most *= factor
@@ -231,7 +239,7 @@ def limit(trial: Trial) -> Limit:
         raise Infeasible(f"engine.args.{MAX_MODEL_LEN}: {error} of {name}") from None
     if tokens is None:
         return Limit(tokens=math.inf, why="")
-    asks = f"engine.args.{MAX_MODEL_LEN} is {length}"
+    asks = f"engine.args.{MAX_MODEL_LEN} is {'null' if length is None else length}"
     if length is None or length == -1:
         asks += f", so {name} is served with {tokens:,} positions"
     return Limit(tokens=tokens, why=asks)
@@ -258,7 +266,7 @@ def _of_model(trial: Trial) -> Positions | None:
     if config is None:
         return None
     window_only = trial.engine.args.get(NO_WINDOW) is True
-    return positions(applied(config, asked(trial.engine)), window_only=window_only)
+    return positions(applied(config, overrides_of(trial.engine)), window_only=window_only)
 
 
 def _check_draft(trial: Trial) -> None:
@@ -298,5 +306,5 @@ def _type(rotary: Mapping[str, Any]) -> str:
     return str(rotary.get("rope_type") or rotary.get("type") or "default")
 
 
-def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -36,9 +36,8 @@ class Scheme:
     root: str = ""
     """What stands before `model.` in the engine's paths."""
     compute: str | None = None
-    """Type that products of the routed experts (without experts, of the first layer) are computed
-    in; null for that of the activations.
-    """
+    """Type that products of the routed experts are computed in (of the first quantised matrix
+    where there are no experts); null for that of the activations."""
 
     def format(self, weight: Weight, layer: int | None) -> Format | None:
         """How `weight` is stored; null for the type of the activations.
@@ -215,12 +214,14 @@ def _scheme(a: Architecture, stored: Mapping[str, Any] | None, asked: str | None
     if stored is None:
         return _on_loading(a, str(asked))
     try:
-        text = json.dumps(stored, sort_keys=True)
+        text = json.dumps(stored)
     except (TypeError, ValueError) as error:
         raise Unreadable(f"the quantisation cannot be read: {error}") from error
     scheme = Scheme(method=str(stored["quant_method"]), stored=text, packed=packed(a), root=root(a))
     found = [scheme.format(weight, layer) for weight, layer in _matrices(a)]
-    return replace(scheme, compute=found[0].compute if found[0] else None)
+    experts = sum(len(layer.expert()) for layer in a.layers)
+    deciding = found[:experts] if experts else found
+    return replace(scheme, compute=next((form.compute for form in deciding if form), None))
 
 
 def _on_loading(a: Architecture, asked: str) -> Scheme:
@@ -240,7 +241,7 @@ def _on_loading(a: Architecture, asked: str) -> Scheme:
 
 
 def _matrices(a: Architecture) -> Iterator[tuple[Weight, int | None]]:
-    """All matrices, routed experts first, so that what cannot be read shows before it is counted."""
+    """All matrices, routed experts first; what cannot be read shows before it is counted."""
     layers = list(enumerate(a.layers))
     for index, layer in layers:
         for weight in layer.expert():

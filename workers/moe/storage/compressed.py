@@ -111,7 +111,7 @@ def scheme(group: Mapping[str, Any], m: Module) -> Format:
         alone = inputs is None or m.kind != "experts"  # else the engine unpacks them to 8 bits
         if str(group.get("format")) == "pack-quantized" and strategy != "tensor" and alone:
             # Beside each tensor stands its shape before packing: two numbers.
-            own = 8 if m.kind == "experts" else 16
+            own = 4 if m.kind == "experts" else 16
             zero = 0 if weights.get("symmetric", True) else bits
             form = grouped(bits, size if strategy == "group" else -1, zero_bits=zero)
             return replace(form, matrix_bytes=own if m.lead else 0, compute=product)

@@ -33,6 +33,10 @@ class Format:
     to the type of the activations first.
     """
 
+    def __post_init__(self) -> None:
+        if min(self.block) < 0:
+            raise ValueError(f"values share a scale in blocks of {self.block}")
+
     def bytes(self, shape: tuple[int, ...]) -> int:
         """Bytes of a matrix of (outputs, inputs) with all that belongs to it."""
         outputs, inputs = shape

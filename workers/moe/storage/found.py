@@ -31,8 +31,7 @@ def with_file_beside(config: dict[str, Any], folder: Path) -> dict[str, Any]:
         UnknownModel: that file cannot be read.
     """
     file, own = folder / BESIDE, config.get(_KEY)
-    lacks_layers = isinstance(own, Mapping) and _mixed(own) and "quantized_layers" not in own
-    if (own is not None and not lacks_layers) or not file.is_file():
+    if not file.is_file() or (own is not None and not _lacks_layers(own)):
         return config
     try:
         beside = json.loads(file.read_text())
@@ -40,7 +39,7 @@ def with_file_beside(config: dict[str, Any], folder: Path) -> dict[str, Any]:
         raise UnknownModel(f"{file} cannot be read: {error}") from error
     if not isinstance(beside, dict):
         raise UnknownModel(f"{file} holds no quantisation")
-    if lacks_layers:  # older mixed checkpoints have only there what each layer is
+    if own is not None:  # older mixed checkpoints have only there what each layer is
         layers = inner(beside)
         beside = {**own, **layers, "ignore": layers.get("exclude_modules", [])}
     return {**config, _KEY: beside}
@@ -112,8 +111,11 @@ def _resolved(found: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, 
     return {**found, "quant_method": method}
 
 
-def _mixed(found: Mapping[str, Any]) -> bool:
-    return str(found.get("quant_algo") or "").upper() == "MIXED_PRECISION"
+def _lacks_layers(own: Any) -> bool:
+    if not isinstance(own, Mapping):
+        return False
+    mixed = str(own.get("quant_algo") or "").upper() == "MIXED_PRECISION"
+    return mixed and "quantized_layers" not in own
 
 
 def _modelopt(algo: str, method: str) -> str:

@@ -10,7 +10,8 @@ vLLM's own classes and compares the bytes of every module. A method without a re
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -45,18 +46,31 @@ def reader(stored: str, before: str) -> Reader:
     method = str(config["quant_method"])
     if method not in METHODS:
         raise Unreadable(
-            f"unknown quantisation {method!r}: weights of this method are not counted "
-            f"(known are {', '.join(METHODS)})"
+            f"unknown quantisation {method!r}: weights of this method are not counted, "
+            "so predictions are null"
         )
-    try:
+    with _named(method):
         read = METHODS[method](config, before)
+
+    @lru_cache(maxsize=65536)
+    def guarded(m: Module) -> Format | None:
+        with _named(method):
+            return read(m)
+
+    return guarded
+
+
+@contextmanager
+def _named(method: str) -> Iterator[None]:
+    """What is wrong with a description names the method; it may hold anything."""
+    try:
+        yield
     except Unreadable as error:
         raise Unreadable(f"quantisation {method!r}: {error}") from error
     except KeyError as error:
         raise Unreadable(f"quantisation {method!r}: {error.args[0]} is missing") from error
-    except (TypeError, ValueError, AttributeError, IndexError) as error:
+    except (TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:
         raise Unreadable(f"quantisation {method!r} cannot be read: {error}") from error
-    return lru_cache(maxsize=65536)(read)
 
 
 def fp8(stored: Stored, before: str) -> Reader:
@@ -296,8 +310,10 @@ def cache_type(stored: Mapping[str, Any] | None, *, outside: bool) -> str | None
     """
     if not stored:
         return None
-    method = str(stored["quant_method"])
-    if method == "compressed-tensors" and (scheme := stored.get("kv_cache_scheme")) is not None:
+    method, scheme = str(stored["quant_method"]), stored.get("kv_cache_scheme")
+    if method == "compressed-tensors" and scheme is not None:
+        if not isinstance(scheme, Mapping):
+            raise Unreadable(f"kv_cache_scheme is {scheme!r}, not a mapping")
         if (scheme.get("type"), scheme.get("num_bits")) != ("float", 8):
             bits = scheme.get("num_bits")
             raise Unreadable(f"the engine has no kv_cache_scheme of {bits} bits")

@@ -65,7 +65,9 @@ def _format(algo: str, group: int, m: Module, *, mixed: bool) -> Format | None:
     if algo == "MXFP8":
         return formats.MXFP8
     if algo in ("NVFP4", "W4A16_NVFP4"):
-        return nvfp4(group, compute="fp4" if algo == "NVFP4" else None)
+        inputs = algo == "NVFP4"  # whose scale experts have in any case
+        scales = 2 if inputs or m.kind == "experts" else 1
+        return nvfp4(group, scales=scales, compute="fp4" if inputs else None)
     if algo in _BLOCKS and (m.kind != "experts" or mixed):
         return formats.FP8_BLOCK
     if algo == "FP8_PER_CHANNEL_PER_TOKEN" and m.kind != "experts":
