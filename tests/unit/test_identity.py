@@ -246,6 +246,7 @@ def test_no_name_of_a_text_ends_a_plan(name: str) -> None:
 def test_names_that_nobody_can_resolve_are_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     plan = planned(tmp_path, sweep("", "{name: org/tiny, weights: checkpoint}"))
     assert plan.by_name is not None and "org/tiny (it is not in the hub's cache" in plan.by_name

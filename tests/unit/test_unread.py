@@ -36,6 +36,7 @@ JUNK: tuple[Any, ...] = ([], ["a", 1], "many\nlines", None, -3, {"a": 1}, 1.5, [
 LIST: dict[str, Any] = {**TINY, "model_type": "newest", "moe_layer_freq": [0, *[1] * 59]}
 """Of a family that nobody has heard of, whose experts are given layer by layer."""
 WRAPPED: dict[str, Any] = {
+    "architectures": ["WrapsForCausalLM"],
     "model_type": "wraps",
     "text_config": {**catalogue()["mixtral-8x7b"]["config"]},
 }
