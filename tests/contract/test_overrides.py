@@ -49,8 +49,8 @@ def _trial(folder: Path, args: dict[str, Any], **changes: Any) -> Trial:
     trial = Trial(
         model=Model(name=str(folder)),
         workload=WORKLOAD,
-        engine=EngineSettings(eager=True, memory_limit_gib=0.5, args=args),
-        measure=Measure(warmup=1, repeats=2),
+        engine=EngineSettings(eager=True, args=args),
+        measure=Measure(warmup=1, repeats=1),
     )
     return replace(trial, **changes)
 
