@@ -23,7 +23,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib import import_module
@@ -54,6 +54,7 @@ from workers.moe.accounting import kv_cache_bytes
 from workers.moe.architecture import (
     SHAPE,
     UnknownModel,
+    Unread,
     bend,
     catalogue_name,
     configuration,
@@ -175,8 +176,9 @@ class VllmEngine:
             arguments.check(trial)
             generators.check(trial)
             positions.limit(trial).check(trial.workload)
-            structure(trial)  # which says whether overrides contradict the model's fields
-            drafts.check(trial, _file)
+            with suppress(Unread):  # the engine may know what to make of it
+                structure(trial)  # which says whether overrides contradict the model's fields
+                drafts.check(trial, _file)
         except UnknownModel as error:
             return str(error)
         return None
