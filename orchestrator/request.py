@@ -16,7 +16,6 @@ from orchestrator.grid import expand
 from orchestrator.needs import absent, notes, refuse
 from orchestrator.plan import Plan
 from orchestrator.sweep import Sweep, load
-from workers import caches
 from workers.contract.outcome import Rerun
 from workers.hardware.device import device
 from workers.hardware.host import describe, device_class
@@ -76,14 +75,12 @@ def planned_here(request: Request) -> tuple[Plan, list[str]]:
             engines would run.
         UnknownDevice: the profile names no device class.
     """
-    moved = caches.ensure()
     own = local_profile()
     _, planned = prepare(request, request.profile or own)
     here = request.profile in (None, own) and chosen(request.address) is None
     if here:
         refuse(planned.absent)
-    said = [*filter(None, [moved]), *notes(planned.absent, here=here)]
-    return planned.first(request.limit), said
+    return planned.first(request.limit), notes(planned.absent, here=here)
 
 
 def local_profile() -> str:

@@ -28,7 +28,7 @@ from workers.contract.model import Model
 from workers.contract.trial import Trial
 from workers.contract.workload import Workload
 from workers.hardware.device import device
-from workers.hardware.roofline import Prediction, predict
+from workers.hardware.roofline import Prediction, Wave, predict
 from workers.moe.architecture import resolve
 
 SIZES = {1: 0.4, 2: 0.25, 4: 0.2, 8: 0.15}
@@ -40,6 +40,8 @@ LOAD_SHARE = 0.2
 """Part of a group's time that goes into building its engine."""
 TRIALS = 8
 """Trials of a group, at most 2 x this less one, uniform."""
+AT_ONCE = Wave(requests=1, passes=1, prefill_s=0.0, step_s=None, steps=0)
+"""Passes of one token that take no time."""
 OFF = 2.0
 """Factor by which a prediction is wrong at most."""
 
@@ -91,7 +93,8 @@ def group(base: tuple[Trial, Prediction], name: str, size: int, trials: int, s: 
         prediction,
         load_s=s * LOAD_SHARE,
         close_s=0.0,
-        prefill_s=0.0,
+        wave=AT_ONCE,
+        last=AT_ONCE,
         e2e_s=s * (1 - LOAD_SHARE) / trials,
     )
     return Group(

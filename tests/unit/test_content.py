@@ -13,7 +13,7 @@ import pytest
 from workers.contract.model import Model
 from workers.moe import content as contents
 from workers.moe.architecture import catalogue
-from workers.moe.content import SAMPLE_BYTES, SAMPLES, Content, commit, pinned, tokenizer
+from workers.moe.content import SAMPLE_BYTES, SAMPLES, Content, tokenizer
 
 
 def content(model: Model) -> str | None:
@@ -173,11 +173,12 @@ def test_a_hubs_checkpoint_is_the_commit_of_its_name(
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text("{}")
     here = Model(name="mistralai/Mixtral-8x7B-v0.1")
-    assert content(here) == commit(here) == "0a1b2c"
+    assert content(here) == "0a1b2c"
     assert content(Model(name="mixtral-8x7b")) == "0a1b2c"
     assert content(Model(name="mixtral-8x7b", revision="0a1b2c")) == "0a1b2c"
     assert content(Model(name="mixtral-8x7b", revision="v2")) is None
     assert content(Model(name=str(snapshot))) == "0a1b2c", "the folder of that commit"
-    assert pinned(here) is None, "no whole commit, so nothing is asked of the hub by it"
     (kept / "refs/main").write_text("f" * 40)
-    assert content(here) == pinned(here) == "f" * 40, "main has moved"
+    assert content(here) is None, "main has moved to what is not here"
+    (kept / "snapshots" / ("f" * 40)).mkdir()
+    assert content(here) == "f" * 40

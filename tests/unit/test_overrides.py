@@ -20,7 +20,7 @@ from workers.contract.errors import Contradiction, Infeasible
 from workers.contract.layout import Layout
 from workers.contract.model import Model
 from workers.contract.trial import Trial
-from workers.engines.vllm_engine import VllmEngine, _overrides, cuda_economy
+from workers.engines.vllm_engine import VllmEngine, _overrides, _source, cuda_economy
 from workers.hardware.coverage import ignored
 from workers.hardware.device import device
 from workers.moe.architecture import catalogue, structure
@@ -70,12 +70,15 @@ def test_blocks_of_configurations_are_changed_and_others_replaced() -> None:
 def test_both_sides_reach_the_engine(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(catalogue()["mixtral-8x7b"]["config"]))
     trial = _trial({"hf_overrides": {"sliding_window": 32}}, Model(name=str(tmp_path), top_k=1))
-    assert _overrides(trial) == {"num_experts_per_tok": 1, "sliding_window": 32}
+    assert _overrides(trial, _source(trial.model)) == {
+        "num_experts_per_tok": 1,
+        "sliding_window": 32,
+    }
     nested = dict(catalogue()["llama-4-scout"]["config"])
     (tmp_path / "config.json").write_text(json.dumps(nested))
     inner = {"text_config": {"attention_chunk_size": 64}}
     trial = _trial({"hf_overrides": inner}, Model(name=str(tmp_path), num_layers=4))
-    found = _overrides(trial)["text_config"]
+    found = _overrides(trial, _source(trial.model))["text_config"]
     assert (found["attention_chunk_size"], found["num_hidden_layers"]) == (64, 4)
 
 

@@ -45,7 +45,7 @@ from workers.contract.model import Model
 from workers.contract.trial import Trial
 from workers.contract.workload import Workload
 from workers.hardware.device import device
-from workers.hardware.roofline import Prediction, predict
+from workers.hardware.roofline import Prediction, Wave, predict
 from workers.moe.architecture import resolve
 
 
@@ -71,7 +71,9 @@ def _group(
                 ),
                 trial_id=f"{name}{i}",
                 axes={},
-                prediction=replace(PREDICTION, load_s=s, close_s=0.0, e2e_s=0.0, prefill_s=0.0),
+                prediction=replace(
+                    PREDICTION, load_s=s, close_s=0.0, e2e_s=0.0, wave=AT_ONCE, last=AT_ONCE
+                ),
             )
             for i in range(trials)
         ),
@@ -90,7 +92,9 @@ def _batches(name: str, batches: tuple[int, ...]) -> Group:
                 trial=Trial(model=model, workload=Workload(batch_size=batch)),
                 trial_id=f"{name}{batch}",
                 axes={},
-                prediction=replace(PREDICTION, load_s=0.0, close_s=0.0, e2e_s=0.0, prefill_s=0.0),
+                prediction=replace(
+                    PREDICTION, load_s=0.0, close_s=0.0, e2e_s=0.0, wave=AT_ONCE, last=AT_ONCE
+                ),
             )
             for batch in batches
         ),
@@ -107,6 +111,8 @@ def _prediction() -> Prediction:
 
 
 PREDICTION = _prediction()
+AT_ONCE = Wave(requests=1, passes=1, prefill_s=0.0, step_s=None, steps=0)
+"""Passes that take no time, so that a group takes what its load does."""
 
 
 def _node(

@@ -212,7 +212,7 @@ class VllmEngine:
         self.loaded = replace(
             self.loaded,
             architecture=read(bend(runs, Model(name=trial.model.name, top_k=wanted.top_k))),
-            args=self.loaded.args | {"hf_overrides": self._overrides(trial)},
+            args=self.loaded.args | {"hf_overrides": _overrides(trial, self._from(trial))},
         )
         return True
 
@@ -371,10 +371,6 @@ class VllmEngine:
             self._sources[trial.model] = known
         return known
 
-    def _overrides(self, trial: Trial) -> dict[str, Any]:
-        """vLLM's `hf_overrides`: what the model's own fields change, and what the sweep does."""
-        return arguments.merged(self._from(trial).overrides, overrides_of(trial.engine), KEY)
-
     def _explain(self, error: BaseException) -> TrialError:
         return explained(error, stage=self._stage, output=self._output, on_cpu=self._on_cpu)
 
@@ -400,7 +396,7 @@ class VllmEngine:
             "revision": source.revision,
             "load_format": "dummy" if model.weights == "dummy" else "auto",
             "skip_tokenizer_init": True,
-            "hf_overrides": self._overrides(trial),
+            "hf_overrides": _overrides(trial, source),
             "trust_remote_code": model.trust_remote_code,
             "dtype": model.dtype,
             "quantization": None if skeleton(model) else model.quantization,
@@ -489,6 +485,11 @@ def _waves(batch: int, args: Mapping[str, Any]) -> set[int]:
     if type(most) is not int or not 0 < most < batch:
         return {batch}
     return {most, batch % most or most}
+
+
+def _overrides(trial: Trial, source: _Source) -> dict[str, Any]:
+    """vLLM's `hf_overrides`: what the model's own fields change, and what the sweep does."""
+    return arguments.merged(source.overrides, overrides_of(trial.engine), KEY)
 
 
 def _structure(trial: Trial) -> Architecture | None:
