@@ -7,6 +7,7 @@ polars before it can do anything.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +18,7 @@ from orchestrator.needs import absent, notes, refuse
 from orchestrator.plan import Plan
 from orchestrator.sweep import Sweep, load
 from workers.contract.outcome import Rerun
-from workers.hardware.device import device
+from workers.hardware.device import UnknownDevice, device
 from workers.hardware.host import describe, device_class
 
 SideBySide = Literal["check", "always", "never"]
@@ -75,9 +76,10 @@ def planned_here(request: Request) -> tuple[Plan, list[str]]:
             engines would run.
         UnknownDevice: the profile names no device class.
     """
-    own = local_profile()
-    _, planned = prepare(request, request.profile or own)
-    here = request.profile in (None, own) and chosen(request.address) is None
+    _, planned = prepare(request, request.profile or local_profile())
+    if not planned.absent:
+        return planned.first(request.limit), []
+    here = request.profile in (None, _own_class()) and chosen(request.address) is None
     if here:
         refuse(planned.absent)
     return planned.first(request.limit), notes(planned.absent, here=here)
@@ -90,3 +92,12 @@ def local_profile() -> str:
         UnknownDevice: its GPU is not in the catalogue.
     """
     return device_class(describe())
+
+
+@cache
+def _own_class() -> str | None:
+    """The same; null for a GPU that is not in the catalogue."""
+    try:
+        return local_profile()
+    except UnknownDevice:
+        return None

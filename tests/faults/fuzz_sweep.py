@@ -208,7 +208,7 @@ class Target:
     """Runs inputs; everything that they may write lies in one folder."""
 
     def __init__(self, folder: Path, patience_s: float = PATIENCE_S) -> None:
-        from orchestrator import sweep
+        from orchestrator import request, sweep
         from orchestrator.store import Dataset
 
         self._patience_s = patience_s
@@ -221,6 +221,7 @@ class Target:
         self.slowest = 0.0
         self.statuses: Counter[int] = Counter()
         self.messages: Counter[str] = Counter()
+        request._own_class()  # opens the driver's library, once
         self.run(TRAPS[2].encode(), check=False)  # whatever is imported late is imported now
 
     def run(self, data: bytes, *, check: bool = True) -> int:

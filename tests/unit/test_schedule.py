@@ -112,7 +112,12 @@ def _prediction() -> Prediction:
 
 PREDICTION = _prediction()
 AT_ONCE = Wave(requests=1, passes=1, prefill_s=0.0, step_s=None, steps=0)
-"""Passes that take no time, so that a group takes what its load does."""
+"""Passes that take no time."""
+
+
+def _taking(load_s: float) -> Prediction:
+    """A prediction in which a load takes so long and nothing else takes any time."""
+    return replace(PREDICTION, load_s=load_s, close_s=0.0, e2e_s=0.0, wave=AT_ONCE, last=AT_ONCE)
 
 
 def _node(
