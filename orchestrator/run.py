@@ -39,7 +39,7 @@ from orchestrator.progress import Reason, Tracker
 from orchestrator.request import Request, local_profile, prepare
 from orchestrator.sheets import shelf
 from orchestrator.signals import deaf, interruptible
-from orchestrator.store import RESUME, Dataset, Guard, StoreError, settled, unvouched
+from orchestrator.store import RESUME, Dataset, Guard, StoreError, settled
 from orchestrator.streams import diverted
 from orchestrator.sweep import Sweep
 from workers import caches, recorder
@@ -573,7 +573,7 @@ class _Run:
         """What there is to say of the models and machines behind earlier records."""
         if self._request.fresh:
             return
-        yield unvouched(self._records(), self._plan.named_ids())
+        yield vouching.models(self._records(), self._plan.named_ids())
         hosts = {host.device_digest: host.device_facts for host in self._cluster.hosts.values()}
         guards = {(one, hosts.get(one.device_digest)) for one in self._guards()}
         yield from vouching.machines(self._records(), self._settled.keys(), guards)

@@ -28,7 +28,7 @@ import json
 import os
 import secrets
 import socket
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -63,7 +63,6 @@ _REQUIRED: Mapping[str, tuple[str, ...]] = {
     **KEYS,
     "records": (*KEYS["records"], "schema_version", "sweep", "outcome"),
 }
-_NAMED_RUNS = 3
 """Runs that are named in one line; of more the first."""
 _WRITE = pa.ipc.IpcWriteOptions(compression="zstd", use_threads=False)
 _WRITE_SMALL = pa.ipc.IpcWriteOptions(use_threads=False)
@@ -457,30 +456,6 @@ def settled(
     witnesses = [trial for trial, outcome in newest.items() if outcome == "oom"]
     valid = ~skipped | pl.col("skipped_by").is_null() | pl.col("skipped_by").is_in(witnesses)
     return _newest(fitting.filter(valid), rerun)
-
-
-def unvouched(records: pl.DataFrame, named: Collection[str]) -> str | None:
-    """What of a dataset cannot be taken for results, since nothing says which model was there.
-
-    Version 0.1.0 identified trials by names alone (`Trial.named_id`).
-
-    Args:
-        records: at least the columns `RESUME`.
-        named: such identities of the trials that are asked for now.
-
-    Returns:
-        One line for the user; null where there are no such records.
-    """
-    old = records.filter(pl.col("model_digest").is_null(), pl.col("trial_id").is_in(list(named)))
-    if old.is_empty():
-        return None
-    found = sorted(set(old["run_id"]))
-    listed = ", ".join(found[:_NAMED_RUNS]) + (", …" if len(found) > _NAMED_RUNS else "")
-    return (
-        f"{len(old)} records of version 0.1.0 (run {listed}) do not say which model they measured "
-        "(model_digest is null): nobody can vouch for them, so their trials are measured anew; "
-        "the records stay beside the new ones"
-    )
 
 
 def _newest(records: pl.DataFrame, rerun: frozenset[Rerun]) -> dict[str, Outcome]:

@@ -38,11 +38,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def _records(trials: Sequence[Trial]) -> Iterator[dict[str, Any]]:
     """In the order of `trials`, which share an engine."""
-    tickets = tuple(Ticket(trial=one, trial_id=one.trial_id) for one in trials)
+    tickets = tuple(Ticket(trial=one, trial_id=one.named_id) for one in trials)
     job = Job(sweep="s", run_id="r", group_id="g", profile="cpu", tickets=tickets)
     ended = [one for one in runner.run(job) if isinstance(one, Finished)]
     rows = {one.trial_id: one.record.to_pylist()[0] for one in ended}
-    return (rows[one.trial_id] for one in trials)
+    return (rows[one.named_id] for one in trials)
 
 
 def _trial(folder: Path, args: dict[str, Any], **changes: Any) -> Trial:

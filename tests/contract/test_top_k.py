@@ -171,7 +171,7 @@ def test_a_layer_of_an_unknown_kind_is_refused_before_any_is_changed(
 
 
 def _run(model: Model, top_ks: Sequence[int], folder: Path, kind: str = "vllm") -> tuple[Any, ...]:
-    measure = Measure(warmup=1, repeats=1)
+    measure = Measure(warmup=1, repeats=1, extra_repeats=0)
     settings = EngineSettings(eager=True, kind=kind)  # type: ignore[arg-type]
     trials = [
         _trial(model, top_k, engine=settings, workload=workload, measure=measure)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,8 +22,10 @@ from workers.folders import Folder
 
 
 def test_folders_of_dead_drivers_go_and_those_of_living_ones_stay(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
+    tmp_path = Path(tempfile.mkdtemp(prefix="f"))  # short enough for Ray's sockets
+    request.addfinalizer(lambda: shutil.rmtree(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     living = cluster._Session.begin(())
     dead, fresh = (Path(tempfile.mkdtemp(prefix=cluster.SESSION)) for _ in range(2))

@@ -14,7 +14,8 @@ import pytest
 from analysis import load
 from analysis.figures.registry import find
 from orchestrator.request import Request, prepare
-from orchestrator.store import Guard, settled, unvouched
+from orchestrator.store import Guard, settled
+from orchestrator.vouching import models
 from workers.contract.record import RECORDS
 
 DATASET = Path(__file__).parent / "hparam"
@@ -70,8 +71,8 @@ def test_resuming_over_it_says_which_records_nobody_can_vouch_for(frame: pl.Data
     done = settled(frame, guard=guard)
     now = {one.trial_id for group in plan.groups for one in group.trials}
     assert len(now) == 64 and not now & set(done)
-    line = unvouched(frame, plan.named_ids())
+    line = models(frame, plan.named_ids())
     assert line is not None and "\n" not in line
     assert line.startswith("64 records of version 0.1.0 (run ") and "measured anew" in line
-    assert unvouched(frame.with_columns(model_digest=pl.lit("d")), plan.named_ids()) is None
-    assert unvouched(frame, now) is None
+    assert models(frame.with_columns(model_digest=pl.lit("d")), plan.named_ids()) is None
+    assert models(frame, now) is None

@@ -19,6 +19,7 @@ import yaml
 
 from workers.hardware import cpu, peaks
 from workers.hardware.caches import cache_bytes
+from workers.hardware.cpu import _reachable
 from workers.hardware.device import (
     COMPUTE,
     CPU,
@@ -565,3 +566,10 @@ def test_the_caches_of_this_machine_are_known_or_zero() -> None:
     one = cache_bytes([min(os.sched_getaffinity(0))])
     assert one <= cache_bytes()
     assert cache_bytes([10**6]) == 0
+
+
+def test_a_type_that_a_cpu_has_no_instructions_for_is_multiplied_in_fp32() -> None:
+    slow = {"bf16": 0.0013, "fp32": 0.106, "int8": 0.004}
+    assert _reachable(slow) == {"bf16": 0.106, "fp32": 0.106, "int8": 0.106}
+    fast = {"bf16": 2.5, "fp32": 0.3, "fp16": 0.2}
+    assert _reachable(fast) == {"bf16": 2.5, "fp32": 0.3, "fp16": 0.3}
