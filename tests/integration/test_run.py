@@ -131,6 +131,7 @@ def test_ctrl_c_keeps_what_finished_and_leaves_nothing(tmp_path: Path, presses: 
     assert records(tmp_path / "tiny")["trial_id"].n_unique() == 4
 
 
+@pytest.mark.slow
 def test_killed_ranks_leave_no_shared_memory(tmp_path: Path) -> None:
     """Tensor-parallel ranks are processes with shared memory of their own."""
     before = footprint()
@@ -140,8 +141,9 @@ def test_killed_ranks_leave_no_shared_memory(tmp_path: Path) -> None:
     )
     driver = start(sweep_file(tmp_path, base=base), "--out", tmp_path, "--plain")
     try:
-        shared = Path("/dev/shm")
-        until(lambda: any(one.name.startswith("vllm_dist_") for one in shared.iterdir()))
+        if "avx512f" in Path("/proc/cpuinfo").read_text():  # other builds exchange by sockets
+            shared = Path("/dev/shm")
+            until(lambda: any(one.name.startswith("vllm_dist_") for one in shared.iterdir()))
         until(lambda: _logged(tmp_path, "init engine"))
         driver.send_signal(signal.SIGINT)
         _, err = driver.communicate(timeout=60)
