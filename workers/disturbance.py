@@ -20,9 +20,9 @@ from dataclasses import dataclass, replace
 from workers.contract.measurement import Pass, PassKind
 from workers.contract.reading import GpuReading, Reading, total
 
-WAITED, LEAST_WAITED_S = 0.10, 0.002
+WAITED, LEAST_WAITED_S = 0.18, 0.002
 """Share of a pass that the engine's threads waited for a core behind others, and the least."""
-OTHERS, LEAST_OTHERS_S = 0.10, 0.05
+OTHERS, LEAST_OTHERS_S = 0.12, 0.05
 """Share of the machine's cores that others had (of engines on CPUs), and the least: five of the
 ticks in which the system counts it."""
 COARSE_S = 0.02
@@ -36,7 +36,7 @@ SLOWER, LEAST_SLOWER_S = 1.5, 0.02
 """Time of a pass over the median of its trial's, and the least difference."""
 FEWEST = 4
 """Passes of a kind from which on they are held against each other."""
-SLOW_READ, SLOW_READ_OF_PEAK = 0.80, 0.50
+SLOW_READ, SLOW_READ_OF_PEAK = 0.55, 0.40
 """Memory bandwidth of the short load of fixed work around a trial, over the best that the same
 load reached on this engine, and over the calibrated peak of the device."""
 HOLDING_DOWN = frozenset(
@@ -66,8 +66,9 @@ class _Sign:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reads:
-    """Memory bandwidth of the loads of fixed work around a trial, the lower one (see
-    `workers.hardware.reference`); null where there is nothing to hold it against."""
+    """Memory bandwidth of the loads of fixed work around a trial, the higher one (see
+    `workers.hardware.reference`): a burst beside one of them need not have met a pass. Null where
+    there is nothing to hold it against."""
 
     of_best: float | None = None
     """Over the best that the same load reached on this engine."""

@@ -322,7 +322,7 @@ class _Run:
             return Reads()
         peak = self.calibrated.get("calibrated_bandwidth_gb_s") if self.whole_machine else None
         return Reads(
-            of_best=min(told) / self.fastest_read, of_peak=min(told) / peak if peak else None
+            of_best=max(told) / self.fastest_read, of_peak=max(told) / peak if peak else None
         )
 
     def _lacks_sheet(self, engine: Engine, trial: _Trial) -> bool:

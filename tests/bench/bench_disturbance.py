@@ -333,7 +333,7 @@ def _kind(
     for record, passes in zip(records, judged, strict=True):
         share = None
         if record.read_gb_s is not None and best_gb_s:
-            share = min(record.read_gb_s) / best_gb_s
+            share = max(record.read_gb_s) / best_gb_s
         verdicts.append(disturbance.of_record(passes, Reads(of_best=share)))
         counted = [one for one in passes if one.counted]
         truly.append(any(beside(one, kind) >= TOUCHED for one in counted))

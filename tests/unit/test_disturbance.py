@@ -116,8 +116,8 @@ def test_where_nothing_can_be_read_nothing_is_said() -> None:
 def test_memory_read_slowly_around_a_record_is_a_sign_of_its_own() -> None:
     passes = repeats.settled(Measure(repeats=2), [_pass(), _pass()])
     assert disturbance.of_record(passes, Reads(of_best=0.95, of_peak=0.8)).disturbed is False
-    slow = disturbance.of_record(passes, Reads(of_best=0.6, of_peak=0.5))
-    assert slow.disturbed and slow.reason == "around it memory was read at 60% of its engine's best"
+    slow = disturbance.of_record(passes, Reads(of_best=0.5, of_peak=0.5))
+    assert slow.disturbed and slow.reason == "around it memory was read at 50% of its engine's best"
     always = disturbance.of_record(passes, Reads(of_best=1.0, of_peak=0.3))
     assert always.reason == "around it memory was read at 30% of the calibrated peak"
 

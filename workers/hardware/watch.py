@@ -3,9 +3,10 @@
 `workers.hardware.contention` says what the kernel counts; this is how often it is asked. A pass
 can be as short as some milliseconds, so a look must cost microseconds: the files of the engine's
 threads stay open from pass to pass and are read again from their beginning (of very many threads
-some are opened each time: descriptors are few), and only the threads that compute are asked for
-their involuntary switches. Which threads there are is looked up again before each pass, which
-processes only when the caller says so.
+some are opened each time: descriptors are few), and only the threads that computed in the last pass
+are asked. Where these do not account for what the processes computed, all are asked the next time.
+Which threads there are is looked up again before each pass, which processes only when the caller
+says so.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ _LEAST_SHARE = 0.1
 """Share of a pass that a thread wants a core for, from which on it computes."""
 
 
+_KNOWN_SHARE = 0.9
+"""Of what the processes computed; the threads that are asked must have done as much."""
 _MOST_KEPT = 256
 """Files that stay open; a process is often allowed 1,024, most of them for its engine."""
 
@@ -83,6 +86,8 @@ class _Look:
     threads: dict[tuple[int, int], tuple[float, float]]
     """Time on a core and time ready to run, by process and thread."""
     switches: dict[tuple[int, int], int]
+    own_cpu_s: float | None
+    """Time on a core of all processes of the engine since they began."""
     cores: dict[int, Cores]
     pressure_s: float | None
     throttled_s: float | None
@@ -103,6 +108,8 @@ class Watch:
     _pids: list[int] = field(default_factory=list)
     _threads: dict[tuple[int, int], _Thread] = field(default_factory=dict)
     _before: _Look | None = None
+    _ask_all: bool = True
+    """Which threads compute is not known."""
     _stat: _File = field(default_factory=lambda: _File("/proc/stat", keep=True))
     _pressure: _File = field(default_factory=lambda: _File("/proc/pressure/cpu", keep=True))
 
@@ -161,6 +168,8 @@ class Watch:
         threads: dict[tuple[int, int], tuple[float, float]] = {}
         switches: dict[tuple[int, int], int] = {}
         for key, thread in self._threads.items():
+            if not (self._ask_all or thread.computes):
+                continue
             run, wait = contention.run_and_wait_s(thread.schedstat.text())
             if run is None or wait is None:  # it has ended
                 continue
@@ -175,6 +184,7 @@ class Watch:
             at=now,
             threads=threads,
             switches=switches,
+            own_cpu_s=_processor_s(self._pids),
             cores=contention.core_times(self._stat.text()),
             pressure_s=contention.waited_for_cores_s(self._pressure.text()),
             throttled_s=cgroup.throttled_s(),
@@ -195,7 +205,9 @@ class Watch:
             if thread.computes:
                 computing += 1
                 cores |= _affinity(thread.tid)
-        own = sum(run for run, _ in ran.values()) if ran else None
+        known = sum(run for run, _ in ran.values())
+        own = _difference(before.own_cpu_s, after.own_cpu_s)
+        self._ask_all = own is None or known < _KNOWN_SHARE * own
         here = _grown(before, after, cores)
         everywhere = _grown(before, after, after.cores.keys())
         both = before.switches.keys() & after.switches.keys()
@@ -231,6 +243,15 @@ def _tids(pid: int) -> list[int]:
             return [int(one.name) for one in entries]
     except OSError:  # it has ended
         return []
+
+
+def _processor_s(pids: Collection[int]) -> float | None:
+    """Time on a core of these processes; null where one has ended."""
+    try:
+        # Linux numbers the clock of a process so (clock_getcpuclockid).
+        return sum(time.clock_gettime((~pid << 3) | 2) for pid in pids)
+    except OSError:
+        return None
 
 
 def _affinity(tid: int) -> set[int]:
