@@ -83,7 +83,8 @@ def test_it_becomes_the_cpu_of_this_machine(
     assert kept == found or (not found.quiet and kept.runs > found.runs)
     if found.quiet:  # otherwise it had a look at the machine, and measured again if that was quiet
         assert time.monotonic() - start < 0.5
-    assert device(CPU).bf16_tflops == kept.tflops["bf16"]
+    # Without instructions for BF16 a kernel multiplies in FP32.
+    assert device(CPU).bf16_tflops == max(kept.tflops["bf16"], kept.tflops["fp32"])
     assert device(CPU).bandwidth_gb_s == kept.bandwidth_gb_s
 
 
