@@ -79,7 +79,7 @@ def planned_here(request: Request) -> tuple[Plan, list[str]]:
     _, planned = prepare(request, request.profile or local_profile())
     if not planned.absent:
         return planned.first(request.limit), []
-    here = request.profile in (None, _own_class()) and chosen(request.address) is None
+    here = request.profile in (None, own_class()) and chosen(request.address) is None
     if here:
         refuse(planned.absent)
     return planned.first(request.limit), notes(planned.absent, here=here)
@@ -95,8 +95,8 @@ def local_profile() -> str:
 
 
 @cache
-def _own_class() -> str | None:
-    """The same; null for a GPU that is not in the catalogue."""
+def own_class() -> str | None:
+    """The class of this machine, asked once; null for a GPU that is not in the catalogue."""
     try:
         return local_profile()
     except UnknownDevice:

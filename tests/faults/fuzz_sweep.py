@@ -221,7 +221,7 @@ class Target:
         self.slowest = 0.0
         self.statuses: Counter[int] = Counter()
         self.messages: Counter[str] = Counter()
-        request._own_class()  # opens the driver's library, once
+        request.own_class()  # opens the driver's library, once
         self.run(TRAPS[2].encode(), check=False)  # whatever is imported late is imported now
 
     def run(self, data: bytes, *, check: bool = True) -> int:

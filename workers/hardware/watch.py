@@ -30,8 +30,6 @@ _LONGEST = 65536
 """Bytes of a file that are read; cores come first in `/proc/stat`."""
 _LEAST_SHARE = 0.1
 """Share of a pass that a thread wants a core for, from which on it computes."""
-
-
 _KNOWN_SHARE = 0.9
 """Of what the processes computed; the threads that are asked must have done as much."""
 _MOST_KEPT = 256
