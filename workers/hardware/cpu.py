@@ -60,7 +60,8 @@ def _reachable(tflops: Mapping[str, float]) -> dict[str, float]:
     """Rates by data type that a kernel can reach: at least that of FP32.
 
     On a CPU without instructions for a narrower type torch multiplies it one number at a time (BF16
-    at less than a seventieth of FP32 on an EPYC 7003), while an engine unpacks it and multiplies in FP32.
+    at under a seventieth of FP32 on an EPYC 7003), while an engine unpacks it and multiplies it in
+    FP32.
     """
     return {dtype: max(rate, tflops.get("fp32", 0.0)) for dtype, rate in tflops.items()}
 
