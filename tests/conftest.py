@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import own
 from tests.run import PINNED, TALLY
 
 os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -49,6 +50,9 @@ def pytest_configure(config: pytest.Config) -> None:
     if os.environ.get(PINNED) and worker.startswith("gw"):
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+    if worker:
+        folder = own.claim()
+        config.add_cleanup(lambda: own.give_up(folder))
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

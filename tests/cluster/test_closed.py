@@ -20,7 +20,11 @@ import pytest
 
 from orchestrator.cluster import Cluster
 
-pytestmark = [pytest.mark.cluster, pytest.mark.timeout(280)]
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.timeout(280),
+    pytest.mark.xdist_group("closed"),
+]
 
 LOOK = """
 import sys

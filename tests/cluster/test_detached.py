@@ -14,6 +14,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,12 @@ import yaml
 
 from tests.integration.harness import until
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(280)]
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.slow,
+    pytest.mark.timeout(280),
+    pytest.mark.xdist_group("detached"),
+]
 
 ROOT = Path(__file__).resolve().parents[2]
 RAY = Path(sys.executable).with_name("ray")
@@ -136,7 +142,7 @@ def _checkout(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     folder = tmp_path_factory.mktemp("d")
-    session = Path(f"/tmp/moe-detached-{secrets.token_hex(3)}")  # sockets need short paths
+    session = Path(tempfile.gettempdir(), f"d{secrets.token_hex(3)}")  # sockets need short paths
     gcs, dashboard, client, agent = _free_ports(4)
     environment = {name: value for name, value in os.environ.items() if name[:4] != "RAY_"}
     environment |= {

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from tests import own
 from tests.integration.harness import TINY, orchestrate, start, sweep_file, until
 from workers.actor import HOME
 from workers.folders import FRESH_S, Folder
@@ -25,11 +27,10 @@ def node(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Path]]:
     """Address of a cluster of one node, and its place for temporary files."""
     from ray.cluster_utils import Cluster
 
-    temporary = Path(f"/tmp/n{secrets.token_hex(3)}")  # sockets need short paths
-    temporary.mkdir()
+    temporary = Path(tempfile.mkdtemp(prefix="n"))  # short: sockets lie in it
     with monkeypatch.context() as there:
         there.setenv("TMPDIR", str(temporary))
-        there.setenv("RAY_TMPDIR", "/tmp")
+        there.setenv("RAY_TMPDIR", str(own.temporary()))
         arguments = {"num_cpus": 2, "num_gpus": 0, "object_store_memory": 80 * 2**20}
         fake = Cluster(initialize_head=True, head_node_args=arguments)
     try:
@@ -40,7 +41,12 @@ def node(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Path]]:
 
 
 def _hosts() -> list[psutil.Process]:
-    return [one for one in psutil.process_iter(["name"]) if "EngineHost" in one.info["name"]]
+    found = []
+    for process in own.processes():
+        with suppress(psutil.NoSuchProcess):
+            if "EngineHost" in process.name():
+                found.append(process)
+    return found
 
 
 def test_a_killed_drivers_files_go_with_the_next_run_and_a_living_hosts_stay(

@@ -17,6 +17,8 @@ import polars as pl
 import psutil
 import yaml
 
+from tests import own
+
 TINY: dict[str, Any] = {
     "name": "tiny",
     "base": {
@@ -100,27 +102,19 @@ def until(what: Callable[[], Any], timeout: float = 120) -> Any:
 
 def footprint() -> set[str]:
     """What a run could leave: processes of engines and Ray, shared memory, sessions."""
+    words = ("ray::", "raylet", "gcs_server", "EngineHost", "VLLM", "multiprocessing", "nursery")
     processes = set()
-    for one in psutil.process_iter(["pid", "name", "cmdline"]):
-        line = " ".join(one.info["cmdline"] or ())
-        words = (
-            "ray::",
-            "raylet",
-            "gcs_server",
-            "EngineHost",
-            "VLLM",
-            "multiprocessing",
-            "nursery",
-        )
-        if any(word in line or word in (one.info["name"] or "") for word in words):
-            processes.add(f"{one.info['pid']} {line[:80]}")
-    shared = {str(path) for path in Path("/dev/shm").iterdir()}
+    for process in own.processes():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            line = " ".join(process.cmdline())
+            if any(word in line or word in process.name() for word in words):
+                processes.add(f"{process.pid} {line[:80]}")
     temporary = {
         str(path)
         for pattern in ("moe-*", "pymp-*", "vllm_dist_*", "ray/session_*")
-        for path in Path("/tmp").glob(pattern)
+        for path in own.temporary().glob(pattern)
     }
-    return processes | shared | temporary
+    return processes | own.shared_memory() | temporary
 
 
 def hosts_of(driver: int) -> list[psutil.Process]:

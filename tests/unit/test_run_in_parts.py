@@ -39,12 +39,12 @@ def test_every_combination_of_marks_is_in_one_part_or_is_left_out_on_purpose() -
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        ([], 3),
-        (["tests/unit", "-k", "m", "-x"], 3),
+        ([], 4),
+        (["tests/unit", "-k", "m", "-x"], 4),
         (["-m", "slow"], 1),
         (["-mslow"], 1),
         (["--markexpr=slow"], 1),
-        (["--maxfail=1"], 3),
+        (["--maxfail=1"], 4),
     ],
 )
 def test_marks_of_the_users_own_make_one_part(arguments: list[str], parts: int) -> None:
@@ -77,14 +77,15 @@ SUITE = {
     "unit/test_small.py": "def test_small(): pass\ndef test_other(): pass\n",
     "contract/test_engine.py": "def test_engine(): pass\n",
     "cluster/test_ray.py": "def test_ray(): pass\n",
+    "contract/test_ranks.py": "import pytest\n@pytest.mark.alone\ndef test_ranks(): pass\n",
     "gpu/test_gpu.py": "def test_gpu(): assert False\n",
 }
 
 
 @pytest.fixture
 def suite(tmp_path: Path) -> Path:
-    """A checkout with this project's settings and mechanism, and four tests."""
-    for name in ("pyproject.toml", "tests/conftest.py", "tests/run.py"):
+    """A checkout with this project's settings and mechanism, and five tests."""
+    for name in ("pyproject.toml", "tests/conftest.py", "tests/run.py", "tests/own.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text((ROOT / name).read_text())
     for name, text in SUITE.items():
@@ -115,12 +116,13 @@ def test_folders_give_marks_and_one_failure_is_the_whole_runs(suite: Path) -> No
     (suite / "tests/cluster/test_ray.py").write_text("def test_ray(): assert False\n")
     status, lines = ran(suite)
     assert status == 1
-    assert [line.partition(" in ")[0] for line in lines[-4:-1]] == [
+    assert [line.partition(" in ")[0] for line in lines[-5:-1]] == [
         "small tests, two processes: 2 passed",
         "engines, two processes with a core each: 1 passed",
-        "whole machine, one process: 1 failed",
+        "Ray, three processes: 1 failed",
+        "whole machine, one process: 1 passed",
     ]
-    assert " 1 failed, 3 passed in " in lines[-1]
+    assert " 1 failed, 4 passed in " in lines[-1]
 
 
 def test_after_wrong_usage_no_further_part_is_run(
@@ -128,7 +130,7 @@ def test_after_wrong_usage_no_further_part_is_run(
 ) -> None:
     monkeypatch.setattr(run, "_run", lambda part, arguments: (4, Counter[str]()))
     assert run.main([]) == 4
-    assert "2 more parts were not run" in capsys.readouterr().out
+    assert "3 more parts were not run" in capsys.readouterr().out
 
 
 def test_a_small_test_may_not_be_marked_otherwise(suite: Path) -> None:
