@@ -61,7 +61,7 @@ PARTS: tuple[Part, ...] = (
     Part(
         name="Ray, three processes",
         arguments=(
-            *("-n3", "--dist=loadgroup", *_BIG_ONLY, "-m"),
+            *("-n3", "--dist=loadfile", *_BIG_ONLY, "-m"),
             f"cluster and not alone and {_USUAL}",
         ),
     ),

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from workers.contract.measurement import Pass, PassKind
 from workers.contract.reading import GpuReading, Reading, total
 
-WAITED, LEAST_WAITED_S = 0.18, 0.002
+WAITED, LEAST_WAITED_S = 0.18, 0.003
 """Share of a pass that the engine's threads waited for a core behind others, and the least."""
 OTHERS, LEAST_OTHERS_S = 0.12, 0.05
 """Share of the machine's cores that others had (of engines on CPUs), and the least: five of the

@@ -13,16 +13,21 @@ from dataclasses import replace
 
 from workers.contract.measure import Measure
 from workers.contract.measurement import Pass, PassKind
-from workers.disturbance import Verdict, of_passes
+from workers.disturbance import Verdict, of_passes, of_record
 from workers.metrics import interval
+
+CHEAP_S = 0.5
+"""Passes beyond `measure.repeats` that together take less than this are always made up for, where
+`measure.extra_repeats` does not say how many: those of milliseconds are disturbed most easily, right
+after an engine and Ray have started, and another costs nothing."""
 
 
 def enough(measure: Measure, passes: Sequence[Pass]) -> bool:
     """The stop rule of `Measure`, counting passes that were not disturbed.
 
-    `measure.repeats` are always made. While fewer than that were quiet, up to
-    `measure.most_extra` more are, and only as long as the next is expected to end within
-    `measure.timeout_s`.
+    `measure.repeats` are always made. While fewer than that were quiet, or all together were
+    disturbed, up to `measure.most_extra` more are, or as many as take `CHEAP_S`, and only as long
+    as the next is expected to end within `measure.timeout_s`.
     """
     verdicts = of_passes(passes)
     timed = _quiet(passes, verdicts, "timed")
@@ -37,7 +42,9 @@ def enough(measure: Measure, passes: Sequence[Pass]) -> bool:
     if disturbed and not _time_for_more(measure, passes, made):
         return True
     if quiet < measure.repeats and disturbed:
-        return made >= measure.repeats + measure.most_extra
+        return made >= measure.repeats + measure.most_extra and not _cheap(measure, passes, made)
+    if _cheap(measure, passes, made) and of_record(settled(measure, passes)).disturbed:
+        return False
     if measure.ci_width is None or len(timed) >= measure.most_repeats:
         return True
     if made >= measure.most_repeats + measure.most_extra:
@@ -82,6 +89,14 @@ def _counting(
     ]
     lacking = max(0, measure.repeats - len(quiet))
     return quiet + [passes[at] for _, at in sorted(rest)[:lacking]]
+
+
+def _cheap(measure: Measure, passes: Sequence[Pass], made: int) -> bool:
+    """Whether the passes beyond `measure.repeats` took next to no time."""
+    if measure.extra_repeats is not None:
+        return False
+    busy = sum(one.e2e_s for one in passes if one.kind != "warmup")
+    return busy * (made + 1 - measure.repeats) / made < CHEAP_S
 
 
 def _time_for_more(measure: Measure, passes: Sequence[Pass], made: int) -> bool:

@@ -23,7 +23,6 @@ from orchestrator.cluster import Cluster
 pytestmark = [
     pytest.mark.cluster,
     pytest.mark.timeout(280),
-    pytest.mark.xdist_group("closed"),
 ]
 
 LOOK = """

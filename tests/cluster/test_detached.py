@@ -31,7 +31,6 @@ pytestmark = [
     pytest.mark.cluster,
     pytest.mark.slow,
     pytest.mark.timeout(280),
-    pytest.mark.xdist_group("detached"),
 ]
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Iterator
@@ -32,12 +33,19 @@ def node(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Path]]:
         there.setenv("TMPDIR", str(temporary))
         there.setenv("RAY_TMPDIR", str(own.temporary()))
         arguments = {"num_cpus": 2, "num_gpus": 0, "object_store_memory": 80 * 2**20}
+        arguments["dashboard_port"] = _free_port()  # it does without where another has Ray's own
         fake = Cluster(initialize_head=True, head_node_args=arguments)
     try:
         yield fake.address, temporary
     finally:
         fake.shutdown()
         shutil.rmtree(temporary)
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port: int = server.getsockname()[1]
+        return port
 
 
 def _hosts() -> list[psutil.Process]:

@@ -45,7 +45,6 @@ pytestmark = [
     pytest.mark.engine,
     pytest.mark.cluster,
     pytest.mark.timeout(280),
-    pytest.mark.xdist_group("pool"),
 ]
 
 
@@ -147,6 +146,7 @@ class _Driver:
     def run(self) -> None:
         while not self.schedule.finished:
             self.step()
+        self.pool.close_all()
 
 
 def test_devices_are_tried_with_what_runs_elsewhere(cluster: Cluster, tmp_path: Path) -> None:

@@ -36,6 +36,12 @@ TINY: dict[str, Any] = {
 }
 
 
+def base(**sections: object) -> dict[str, object]:
+    """The base of `TINY` with sections replaced."""
+    whole: dict[str, object] = TINY["base"] | sections
+    return whole
+
+
 def sweep_file(folder: Path, **changes: Any) -> Path:
     """A sweep file of `TINY` with sections replaced."""
     path = folder / "tiny.yaml"

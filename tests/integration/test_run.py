@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 from pathlib import Path
 
 import polars as pl
@@ -13,16 +12,13 @@ import pyarrow.dataset
 import pytest
 
 from tests.integration.harness import (
-    engine_of,
+    base,
     footprint,
     gone,
-    hosts_of,
     orchestrate,
     records,
-    start,
     summary,
     sweep_file,
-    until,
 )
 from workers import caches
 from workers.contract.record import RECORDS
@@ -77,8 +73,8 @@ def test_a_sweep_ends_every_point_in_one_record_and_leaves_nothing(tmp_path: Pat
 
     samples = pl.scan_ipc(tmp_path / "tiny" / "samples").collect()
     assert set(samples["trial_id"]) == set(ok["trial_id"])
-    # A warm-up, two pairs, and up to two more where something disturbed those.
-    assert set(samples.group_by("trial_id").len()["len"]) <= {5, 7, 9}
+    # A warm-up, two pairs, and more where something disturbed those.
+    assert set(samples.group_by("trial_id").len()["len"]) <= {5 + 2 * more for more in range(30)}
     counted = samples.filter(pl.col("counted") & (pl.col("kind") == "timed"))
     assert sorted(counted.group_by("trial_id").len()["len"]) == sorted(ok["repeats"])
     told = ("wall_s", "run_delay_s", "own_cpu_s", "others_cpu_s", "steal_s", "check_s")
@@ -101,102 +97,6 @@ def test_a_sweep_ends_every_point_in_one_record_and_leaves_nothing(tmp_path: Pat
     assert records(tmp_path / "tiny").height == 16
 
 
-@pytest.mark.parametrize("presses", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_ctrl_c_keeps_what_finished_and_leaves_nothing(tmp_path: Path, presses: int) -> None:
-    before = footprint()
-    path = sweep_file(tmp_path, grid={"model.top_k": [1, 2], "model.num_experts": [4, 8]})
-    driver = start(path, "--out", tmp_path, "--plain")
-    try:
-        folder = tmp_path / "tiny" / "records"
-        until(
-            lambda: (
-                any(one.name.startswith("2") or "-" in one.name for one in folder.iterdir())
-                and records(tmp_path / "tiny").height >= 1
-                if folder.is_dir()
-                else False
-            )
-        )
-        for _ in range(presses):
-            driver.send_signal(signal.SIGINT)
-        out, err = driver.communicate(timeout=60)
-    finally:
-        driver.kill()
-    assert driver.returncode == 130, err
-    assert "Traceback" not in err
-    assert "goes on where this one stopped" in out
-    assert not gone(before)
-    kept = records(tmp_path / "tiny")
-    assert 1 <= kept.height < 4
-    done = orchestrate(path, "--out", tmp_path, "--json")
-    assert summary(done)["resumed"] == kept.height
-    assert records(tmp_path / "tiny")["trial_id"].n_unique() == 4
-
-
-@pytest.mark.slow
-def test_killed_ranks_leave_no_shared_memory(tmp_path: Path) -> None:
-    """Tensor-parallel ranks are processes with shared memory of their own."""
-    before = footprint()
-    base = _base(
-        layout={"tensor": 2},
-        workload={"batch_size": 1, "input_tokens": 16, "output_tokens": 8000},
-    )
-    driver = start(sweep_file(tmp_path, base=base), "--out", tmp_path, "--plain")
-    try:
-        if "avx512f" in Path("/proc/cpuinfo").read_text():  # other builds exchange by sockets
-            shared = Path("/dev/shm")
-            until(lambda: any(one.name.startswith("vllm_dist_") for one in shared.iterdir()))
-        until(lambda: _logged(tmp_path, "init engine"))
-        driver.send_signal(signal.SIGINT)
-        _, err = driver.communicate(timeout=60)
-    finally:
-        driver.kill()
-    assert driver.returncode == 130, err
-    assert not gone(before)
-
-
-def _logged(folder: Path, words: str) -> bool:
-    logs = (folder / "tiny" / "logs").rglob("*.log")
-    return any(words in one.read_text() for one in logs if one.name != "driver.log")
-
-
-@pytest.mark.parametrize("whose", [pytest.param("host", marks=pytest.mark.slow), "engine"])
-def test_a_killed_engine_ends_its_trial_and_no_other(tmp_path: Path, whose: str) -> None:
-    path = sweep_file(
-        tmp_path,
-        base=_base(workload={"batch_size": 2, "input_tokens": 16, "output_tokens": 1500}),
-        grid={"model.num_experts": [8, 4]},
-    )
-    before = footprint()
-    driver = start(path, "--out", tmp_path, "--json")
-    try:
-        log = tmp_path / "tiny" / "logs"
-        until(
-            lambda: any(
-                "init engine" in one.read_text()
-                for one in log.rglob("*.log")
-                if one.name != "driver.log"
-            )
-        )
-        (host,) = hosts_of(driver.pid)
-        (host if whose == "host" else engine_of(host)).kill()
-        out, err = driver.communicate(timeout=200)
-    finally:
-        driver.kill()
-    assert driver.returncode == 1, err
-    answer = json.loads(out)
-    assert answer["outcomes"] == {"crashed": 1, "ok": 1}
-    (why,) = answer["reasons"]
-    assert (why["outcome"], why["trials"]) == ("crashed", 1) and "died" in why["text"]
-    assert (tmp_path / "tiny" / why["log"]).is_file()
-    crashed = records(tmp_path / "tiny").filter(pl.col("outcome") == "crashed")
-    assert "died" in crashed["outcome_reason"][0]
-    assert ("SIGKILL" in crashed["outcome_reason"][0]) == (whose == "engine")
-    (events,) = log.glob("*/events.jsonl")
-    opened = events.read_text().count('"open ')
-    assert opened == (2 if whose == "host" else 1)  # a host outlives its engine
-    assert not gone(before)
-
-
 def test_a_trial_that_says_nothing_is_timed_out(tmp_path: Path) -> None:
     """And an engine needs no home folder that can be written."""
     spare = tmp_path / f"moe-cache-{os.getuid()}"
@@ -206,7 +106,7 @@ def test_a_trial_that_says_nothing_is_timed_out(tmp_path: Path) -> None:
         shutil.copy(calibration, spare / "moe-sweep")
     path = sweep_file(
         tmp_path,
-        base=_base(
+        base=base(
             workload={"batch_size": 1, "input_tokens": 16, "output_tokens": 8},
             measure={"repeats": 2, "timeout_s": 0.001},
         ),
@@ -223,12 +123,6 @@ def test_a_trial_that_says_nothing_is_timed_out(tmp_path: Path) -> None:
     frame = records(tmp_path / "tiny")
     assert frame["outcome"].to_list() == ["timeout"]
     assert "measure.timeout_s" in frame["outcome_reason"][0]
-
-
-def _base(**sections: object) -> dict[str, object]:
-    from tests.integration.harness import TINY
-
-    return TINY["base"] | sections  # type: ignore[no-any-return]
 
 
 def test_a_sweep_for_hardware_that_nobody_has_is_predicted_and_resumed(tmp_path: Path) -> None:

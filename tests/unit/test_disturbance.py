@@ -87,7 +87,7 @@ def test_a_tick_marks_no_short_pass_and_many_of_them_add_up() -> None:
         others_cpu_s=0.01, elsewhere_cpu_s=0.0, steal_s=0.01,
     )  # fmt: skip
     assert disturbance.of_reading(tick).disturbed is False
-    taken = replace(tick, run_delay_s=0.003, own_cpu_s=0.006)
+    taken = replace(tick, run_delay_s=0.0035, own_cpu_s=0.006)
     assert disturbance.of_reading(taken).disturbed is True
     # Four ranks on two cores: 2 ms behind one another, while the cores were not full.
     ranks = replace(tick, computing_threads=4, run_delay_s=0.004, own_cpu_s=0.007, others_cpu_s=0.0)
@@ -238,6 +238,45 @@ def test_a_disturbed_pass_of_one_token_is_made_up_for_too() -> None:
     judged = Measurement(passes=repeats.settled(measure, made))
     assert [one.e2e_s for one in judged.of("one_token")] == [0.2, 0.2]
     assert len(judged.of("timed")) == 3, "they were quiet, so none is thrown away"
+
+
+@pytest.mark.parametrize(
+    ("measure", "noisy", "timed"),
+    [
+        (Measure(repeats=3), "XXXXXXXXX", 12),  # 36 ms a pair: 12 more take less than 0.5 s
+        (Measure(repeats=3), "X" * 40, 16),
+        (Measure(repeats=3, extra_repeats=3), "X" * 40, 6),
+        (Measure(repeats=3), "", 3),
+    ],
+)
+def test_short_passes_are_made_up_for_while_that_costs_nothing(
+    measure: Measure, noisy: str, timed: int
+) -> None:
+    readings: list[Reading | None] = [_scaled(BUSY, 0.03) for _ in noisy]
+    made: list[Pass] = []
+    left = iter(readings + [_scaled(QUIET, 0.03)] * 20)
+    while not repeats.enough(measure, made):
+        made.append(_pass(_scaled(QUIET, 0.006), "one_token", e2e_s=0.006))
+        made.append(_pass(next(left), e2e_s=0.03))
+    assert sum(one.kind == "timed" for one in made) == timed
+    quiet = disturbance.of_record(repeats.settled(measure, made)).disturbed is False
+    assert quiet is (timed - len(noisy) >= measure.repeats)
+
+
+def test_short_passes_that_are_disturbed_together_are_diluted() -> None:
+    """Each waited for less than a time slice; of all of them it was a quarter of the time."""
+    measure = Measure(repeats=3)
+    hurried = replace(_scaled(QUIET, 0.008), own_cpu_s=0.012, run_delay_s=0.002, others_cpu_s=0.01)
+    made: list[Pass] = []
+    while not repeats.enough(measure, made):
+        reading = hurried if len(made) < 6 else _scaled(QUIET, 0.008)
+        made += [
+            _pass(_scaled(QUIET, 0.006), "one_token", e2e_s=0.006),
+            _pass(reading, e2e_s=0.008),
+        ]
+    assert not any(one.disturbed for one in disturbance.of_passes(made))
+    assert sum(one.kind == "timed" for one in made) > measure.repeats
+    assert disturbance.of_record(repeats.settled(measure, made)).disturbed is False
 
 
 def test_raw_values_are_columns_of_samples() -> None:

@@ -28,7 +28,8 @@ class Measure:
     """Upper bound on timed passes; null is `repeats`, or three times that with `ci_width`.
     Disturbed ones that are made up for come on top."""
     extra_repeats: int | None = None
-    """Most timed passes that make up for disturbed ones; null is as many as `repeats`, 0 none."""
+    """Most timed passes that make up for disturbed ones; null is as many as `repeats`, and of
+    short passes as many as take half a second; 0 none."""
     ci_width: float | None = None
     """Wanted width of the median's confidence interval, relative to the median."""
     timeout_s: float = 1800.0
