@@ -1,6 +1,6 @@
 # make sweep   run sweeps/hparam.yaml; another with SWEEP=sweeps/x.yaml, options in ARGS='--dry-run'
 # make test    the default test suite in its parts (tests/run.py); ARGS goes to pytest
-# make test-fast   the small tests alone: no engine, no Ray
+# make test-fast   the small tests but for the lengthy ones: no engine, no Ray
 # make check   formatting, lint, types
 # make small-models   the small real models that sweeps/*.yaml name, in models/
 # make env     only the environment, in .venv; EXTRA=cpu or cuda, PYTHON=…, TORCH_INDEX=… (.ci/env)
@@ -39,7 +39,7 @@ test: env
 
 test-fast: env
 	$(BIN)/python -m pytest -n 2 --dist worksteal \
-		-m 'not engine and not cluster and not slow and not gpu' $(ARGS)
+		-m 'not engine and not cluster and not lengthy and not slow and not gpu' $(ARGS)
 
 check: env
 	$(BIN)/ruff format --check

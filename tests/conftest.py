@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests import own
 from tests.run import PINNED, TALLY
@@ -40,6 +41,9 @@ MARKS = {
 """Marks of every test in a folder."""
 SMALL = ("unit", "golden")
 """Folders without engines and without Ray."""
+
+settings.register_profile("suite", deadline=None)  # a busy machine is no fault of what is tested
+settings.load_profile("suite")
 
 _tally = os.environ.pop(TALLY, None)
 """A pytest that a test starts counts for itself."""

@@ -17,9 +17,9 @@ from workers.disturbance import Verdict, of_passes, of_record
 from workers.metrics import interval
 
 CHEAP_S = 0.5
-"""Passes beyond `measure.repeats` that together take less than this are always made up for, where
-`measure.extra_repeats` does not say how many: those of milliseconds are disturbed most easily, right
-after an engine and Ray have started, and another costs nothing."""
+"""Passes beyond `measure.repeats` that together take less than this are always made, where
+`measure.extra_repeats` does not say how many: those of milliseconds are disturbed most easily,
+right after an engine and Ray have started, and another costs nothing."""
 
 
 def enough(measure: Measure, passes: Sequence[Pass]) -> bool:

@@ -107,6 +107,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.lengthy
 def test_semaphores_go_with_a_group_that_is_killed(tmp_path: Path) -> None:
     (tmp_path / "group.py").write_text(GROUP)
     done = subprocess.run(
@@ -139,6 +140,7 @@ subprocess.run([sys.executable, "-c", sys.argv[1]])
 """
 
 
+@pytest.mark.lengthy
 def test_a_host_and_its_engine_end_when_their_node_was_killed() -> None:
     node = subprocess.Popen(
         [sys.executable, "-c", NODE, HOST],
@@ -189,6 +191,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.lengthy
 def test_a_fork_server_that_was_killed_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "server.py").write_text(SERVER)
     done = subprocess.run(

@@ -31,6 +31,8 @@ from orchestrator import store
 from orchestrator.store import Dataset, StoreError
 from workers.contract.record import RECORDS, SAMPLES, rows
 
+pytestmark = pytest.mark.lengthy
+
 ROOT = Path(__file__).resolve().parents[2]
 
 NURSERY = '''

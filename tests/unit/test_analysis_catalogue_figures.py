@@ -162,6 +162,7 @@ def test_the_power_sentence_follows_the_options() -> None:
     assert "KV cache of 1,024 tokens" in eight_bit
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("figure", FROM_CATALOGUE, ids=lambda one: one.name)
 def test_every_one_says_that_it_is_not_measured(figure: CatalogueFigure) -> None:
     frame = figure.frame(Options())
@@ -171,6 +172,7 @@ def test_every_one_says_that_it_is_not_measured(figure: CatalogueFigure) -> None
     assert figure.pivots(frame)
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("figure", FROM_CATALOGUE, ids=lambda one: one.name)
 def test_files_hold_the_frame_the_names_and_the_sentence(
     figure: CatalogueFigure, tmp_path: Path
@@ -190,6 +192,7 @@ def test_files_hold_the_frame_the_names_and_the_sentence(
     assert figure.title in (tmp_path / "x.html").read_text()
 
 
+@pytest.mark.lengthy
 def test_one_model_and_no_device_with_a_known_power_is_still_a_picture(tmp_path: Path) -> None:
     figure, frame = drawn("bandwidth-power", models=("olmoe-1b-7b",), devices=("m3-max",))
     write(figure, frame, tmp_path / "x.svg")

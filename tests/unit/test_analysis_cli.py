@@ -47,6 +47,7 @@ def test_figures_are_listed_with_the_papers() -> None:
     assert lines[0].endswith("(MoE-Inference-Bench, Figure 7)")
 
 
+@pytest.mark.lengthy
 def test_figure_writes_files_and_prints_the_insight(dataset: str, tmp_path: Path) -> None:
     svg, table = tmp_path / "x.svg", tmp_path / "x.CSV"
     result = run("figure", "fig9", dataset, "-o", str(svg), "-o", str(table))
@@ -56,6 +57,7 @@ def test_figure_writes_files_and_prints_the_insight(dataset: str, tmp_path: Path
     assert table.read_text().count("\n") == 19
 
 
+@pytest.mark.lengthy
 def test_figure_in_a_process_of_its_own(dataset: str, tmp_path: Path) -> None:
     picture = tmp_path / "x.png"
     command = [sys.executable, "-m", "analysis", "figure", "fig7", dataset, "-o", str(picture)]
@@ -78,6 +80,7 @@ def test_help_needs_nothing_but_click() -> None:
     assert done.stdout.strip() == "set()"
 
 
+@pytest.mark.lengthy
 def test_altair_is_imported_only_to_draw(tmp_path: Path) -> None:
     code = (
         "import sys; from click.testing import CliRunner; from analysis.__main__ import main\n"

@@ -69,6 +69,7 @@ def test_the_table_of_records_marks_and_counts_them(dataset: Path) -> None:
     assert [row["disturbed"] for row in rows].count(True) == 2
 
 
+@pytest.mark.lengthy
 def test_a_figure_rings_them_counts_them_and_says_so(dataset: Path, tmp_path: Path) -> None:
     figure = find("fig9")
     assert isinstance(figure, RecordsFigure)
@@ -87,6 +88,7 @@ def test_a_figure_rings_them_counts_them_and_says_so(dataset: Path, tmp_path: Pa
     assert "2 of 18 records disturbed" in (tmp_path / "x.svg").read_text()
 
 
+@pytest.mark.lengthy
 def test_figures_with_lines_of_variants_and_bars_mark_them_too(tmp_path: Path) -> None:
     plain = record("plain", **NOISY)
     pruned = record("pruned", prune_kind="inter", prune_ratio=0.25, num_experts=6, disturbed=False)
@@ -107,6 +109,7 @@ def test_figures_with_lines_of_variants_and_bars_mark_them_too(tmp_path: Path) -
     assert "1 of 1 record disturbed" in json.dumps(_chart("fig3", bars))
 
 
+@pytest.mark.lengthy
 def test_where_none_was_disturbed_or_nobody_knows_nothing_is_said(tmp_path: Path) -> None:
     """Quiet records, and those of version 0.1.0, which have no such column."""
     write(tmp_path / "old", grid())

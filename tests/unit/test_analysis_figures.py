@@ -50,6 +50,7 @@ def spec_of(figure: RecordsFigure, records: pl.LazyFrame) -> dict[str, Any]:
     return spec
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize(
     ("alias", "name", "x", "panel", "line"),
     [
@@ -118,6 +119,7 @@ def test_what_cannot_be_drawn_is_refused(tmp_path: Path) -> None:
         of_records("fig7").prepare(load(tmp_path))
 
 
+@pytest.mark.lengthy
 def test_holes_stand_in_rows_of_their_own_below_zero(records: pl.LazyFrame) -> None:
     spec = spec_of(of_records("fig9"), records)
     drawn = points_of(spec)
@@ -142,6 +144,7 @@ def test_a_line_breaks_where_a_point_is_missing(tmp_path: Path) -> None:
     assert [one["mark"] for one in points_of(spec)] == [None, "?", None]
 
 
+@pytest.mark.lengthy
 def test_predictions_are_labelled(tmp_path: Path) -> None:
     write(tmp_path, grid(measured=False, engine="roofline"))
     spec = spec_of(of_records("fig7"), load(tmp_path))
@@ -165,6 +168,7 @@ def test_csv_holds_what_is_drawn(records: pl.LazyFrame, tmp_path: Path, name: st
     assert pl.read_csv(tmp_path / "x.csv", schema=frame.schema).equals(frame)
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("name", NAMES)
 def test_svg_shows_panels_marks_and_sentence(
     records: pl.LazyFrame, tmp_path: Path, name: str
@@ -184,6 +188,7 @@ def test_svg_shows_panels_marks_and_sentence(
     assert "93.8 % confidence intervals" in page
 
 
+@pytest.mark.lengthy
 def test_png_is_a_picture_of_double_density(records: pl.LazyFrame, tmp_path: Path) -> None:
     figure = of_records("fig9")
     write_figure(figure, figure.prepare(records), tmp_path / "x.png")
@@ -195,6 +200,7 @@ def test_png_is_a_picture_of_double_density(records: pl.LazyFrame, tmp_path: Pat
     assert len(data) > 30_000
 
 
+@pytest.mark.lengthy
 def test_html_stands_alone_and_cannot_be_broken_out_of(
     records: pl.LazyFrame, tmp_path: Path
 ) -> None:
@@ -233,6 +239,7 @@ def test_a_file_that_cannot_be_written_leaves_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hparam", "x.csv"]
 
 
+@pytest.mark.lengthy
 def test_all_out_of_memory_is_still_a_picture(tmp_path: Path) -> None:
     points = [failure(str(k), "oom", top_k=k) for k in (1, 2, 4)]
     write(tmp_path, points)

@@ -107,6 +107,7 @@ def test_holes_and_infeasible_points_are_counted(tmp_path: Path) -> None:
     assert inter.rows[-1][-1] == "out of memory"
 
 
+@pytest.mark.lengthy
 def test_models_have_panels_of_their_own(tmp_path: Path) -> None:
     frame = prepared(tmp_path, [*points(), *points("other-moe")])
     titles = [pivot.title for pivot in figure().pivots(frame)]

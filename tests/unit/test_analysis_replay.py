@@ -38,6 +38,8 @@ from workers.hardware.facts import dumps
 from workers.moe.sheets import FOLDER
 from workers.secrecy import HIDDEN, hide
 
+pytestmark = pytest.mark.lengthy
+
 ROOT = Path(__file__).resolve().parents[2]
 
 SCALED = """\

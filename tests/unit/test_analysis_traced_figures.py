@@ -406,6 +406,7 @@ def test_want_of_a_sheet_is_told_where_no_share_is_left(tmp_path: Path) -> None:
         drawn("s-mbu-batch", tmp_path)
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("name", [*TRACED, "sparsity-traced", "s-mbu-batch"])
 def test_files_hold_the_frame_the_conditions_and_the_sentence(dataset: Path, name: str) -> None:
     figure, frame = drawn(name, dataset)
@@ -421,6 +422,7 @@ def test_files_hold_the_frame_the_conditions_and_the_sentence(dataset: Path, nam
     assert (dataset / "x.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.lengthy
 def test_predictions_are_labelled(tmp_path: Path) -> None:
     write(tmp_path, [record("a", measured=False, engine="roofline")])
     write(tmp_path, probed("a", routed("uniform")), table="activations")

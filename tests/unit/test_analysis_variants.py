@@ -92,6 +92,7 @@ def test_what_is_said_of_drafts_follows_from_the_records(drafts: pl.LazyFrame) -
     assert "From input 32 to 128: +300 % with target alone and +266 % with small, medians" in said
 
 
+@pytest.mark.lengthy
 def test_the_target_alone_is_drawn_at_every_number_of_draft_tokens(drafts: pl.LazyFrame) -> None:
     figure = _figure("speculative")
     frame = figure.prepare(drafts)
@@ -172,6 +173,7 @@ def test_other_conditions_are_not_mixed_in(drafts: pl.LazyFrame) -> None:
         _figure("fig12").prepare(mixed)
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("name", ["speculative", "speculative-length"])
 def test_pictures_are_written(drafts: pl.LazyFrame, name: str, tmp_path: Path) -> None:
     figure = _figure(name)

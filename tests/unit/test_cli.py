@@ -115,6 +115,7 @@ def test_the_summary_counts_disturbed_records(capsys: pytest.CaptureFixture[str]
     assert "disturbed" not in capsys.readouterr().out
 
 
+@pytest.mark.lengthy
 def test_so_it_does_in_a_process_of_its_own(tmp_path: Path) -> None:
     path = tmp_path / "s.yaml"
     path.write_text(BAD["wrong type"][0])
@@ -170,6 +171,7 @@ def test_dry_run_tells_who_will_find_no_activation_sheet(tmp_path: Path) -> None
     assert "notes" not in json.loads(_asked(path, "--dry-run", "--json").stdout)
 
 
+@pytest.mark.lengthy
 @pytest.mark.parametrize("arguments", [["--help"], ["{sweep}", "--dry-run"]])
 def test_neither_help_nor_dry_run_loads_an_engine_or_ray(
     arguments: list[str], tmp_path: Path
@@ -190,6 +192,7 @@ def test_neither_help_nor_dry_run_loads_an_engine_or_ray(
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.lengthy
 def test_results_that_a_job_would_lose_are_refused(tmp_path: Path) -> None:
     """Ray removes its copy of a job's working directory; no dataset is begun in one."""
     out = tmp_path / "working_dir_files" / "_ray_pkg_1" / "results"

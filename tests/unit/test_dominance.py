@@ -310,6 +310,7 @@ def _pair(draw: st.DrawFn) -> tuple[Planned, Planned]:
     return one, other
 
 
+@pytest.mark.lengthy
 @settings(max_examples=100, deadline=None)
 @given(_pair())
 def test_what_is_above_needs_no_less_by_the_analytic_model(pair: tuple[Planned, Planned]) -> None:
@@ -330,6 +331,7 @@ def test_what_is_above_needs_no_less_by_the_analytic_model(pair: tuple[Planned, 
         assert b.oom is not None
 
 
+@pytest.mark.lengthy
 @settings(max_examples=100, deadline=None)
 @given(_pair())
 def test_what_a_witness_skips_would_not_have_fitted(pair: tuple[Planned, Planned]) -> None:
@@ -344,6 +346,7 @@ def test_what_a_witness_skips_would_not_have_fitted(pair: tuple[Planned, Planned
         assert high.prediction.weights_gib >= low.prediction.weights_gib
 
 
+@pytest.mark.lengthy
 @settings(max_examples=100, deadline=None)
 @given(st.lists(_pair(), min_size=2, max_size=4))
 def test_the_order_is_transitive_and_equal_only_where_places_are(
@@ -359,6 +362,7 @@ def test_the_order_is_transitive_and_equal_only_where_places_are(
                     assert a.above(c)
 
 
+@pytest.mark.lengthy
 @settings(max_examples=100, deadline=None)
 @given(st.lists(_pair(), min_size=1, max_size=4), st.randoms())
 def test_witnesses_do_not_depend_on_the_order_in_which_they_came(
@@ -426,6 +430,7 @@ def test_figures_draw_a_skipped_trial_as_out_of_memory(tmp_path: Path) -> None:
     figure.chart(prepared)
 
 
+@pytest.mark.lengthy
 def test_a_real_run_would_have_skipped_most_of_its_failures_and_no_result() -> None:
     frame = load(GOLDEN).collect().filter(pl.col("outcome").is_in(["ok", "oom"]))
     groups = group(frame.iter_rows(named=True))

@@ -142,6 +142,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "s.yaml"
 
 
+@pytest.mark.lengthy
 @FEW
 @given(document=documents())
 def test_documents_of_the_right_words(path: Path, document: dict[str, Any]) -> None:
@@ -238,6 +239,7 @@ def test_constraints(text: str) -> None:
 # The command line's own door, as `tests/faults/fuzz_sweep.py` opens it a hundred thousand times.
 
 
+@pytest.mark.lengthy
 def test_changed_sweeps_end_in_a_plan_or_in_one_line(tmp_path: Path) -> None:
     watch()
     target = Target(tmp_path)
@@ -248,6 +250,7 @@ def test_changed_sweeps_end_in_a_plan_or_in_one_line(tmp_path: Path) -> None:
     assert len(target.messages) > 50
 
 
+@pytest.mark.lengthy
 def test_the_fuzzer_would_notice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A traceback, a file outside the folder, a message of two lines, an input that is slow."""
     from orchestrator import request

@@ -314,6 +314,7 @@ def test_a_mistake_from_the_command_line_says_so(lay: Lay) -> None:
     )
 
 
+@pytest.mark.lengthy
 def test_a_hundred_thousand_points_are_laid_out_while_the_user_waits(lay: Lay) -> None:
     ten = list(range(1, 11))
     keys = ("model.ffn_dim", "model.num_experts", "workload.seed", "layout.tensor", "layout.data")

@@ -531,6 +531,7 @@ print(peaks.calibrate(host).bandwidth_gb_s)
 """
 
 
+@pytest.mark.lengthy
 def test_of_two_lanes_one_measures_and_the_other_takes_its_result(tmp_path: Path) -> None:
     host = _here()
     text = _calibration(host, measured_at=time.time() + 60).dumps()

@@ -121,6 +121,7 @@ def ask(endpoint: str, cache: Path, *asked: tuple[str, str | None, str]) -> list
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.lengthy
 def test_the_hub_is_asked_once_and_for_a_while(endpoint: str, tmp_path: Path) -> None:
     config, whole, kept, gated, none, revision, slow = ask(
         endpoint,

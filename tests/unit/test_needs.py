@@ -120,6 +120,7 @@ def test_the_small_models_of_every_sweep_can_be_made(path: Path) -> None:
     assert {one for one in SMALL for told in found if f" {one} " in told.reason} == named
 
 
+@pytest.mark.lengthy
 @pytest.mark.skipif(local_profile() != "cpu", reason="the small models are the CPU profile's")
 @pytest.mark.parametrize("arguments", [["--dry-run"], ["--json"]])
 def test_the_command_line_ends_with_status_2_before_anything_starts(arguments: list[str]) -> None:
@@ -133,6 +134,7 @@ def test_the_command_line_ends_with_status_2_before_anything_starts(arguments: l
     assert not Path("results").exists()
 
 
+@pytest.mark.lengthy
 def test_a_dry_run_plans_what_a_first_run_would_do() -> None:
     path = str(ROOT / "sweeps" / "hparam.yaml")
     done = _orchestrator(path, "--dry-run", "--profile", "cpu", "--limit", "8")

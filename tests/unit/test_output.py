@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.lengthy
+
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = "-m analysis models"
 PLAN = f"-m orchestrator {ROOT}/sweeps/hparam.yaml --dry-run --profile h100"

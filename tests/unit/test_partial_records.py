@@ -35,6 +35,8 @@ from analysis.replay_tables import replay_facts, replay_table, sentences
 from analysis.tables import reasons, records_table
 from tests.unit.scenes import SCENES, Scene
 
+pytestmark = pytest.mark.lengthy
+
 DRAWN = {figure.name: figure for figure in FIGURES if isinstance(figure, RecordsFigure)}
 OUTCOMES = ("oom", "skipped", "unsupported", "timeout", "crashed", "infeasible")
 IDENTITY = ("outcome", "run_id", "trial_id", "schema_version")

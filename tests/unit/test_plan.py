@@ -125,6 +125,7 @@ _TRIALS = st.builds(
 )
 
 
+@pytest.mark.lengthy
 @given(st.lists(_TRIALS, max_size=6))
 def test_identities_made_of_shared_parts_are_those_of_the_whole(trials: list[Trial]) -> None:
     fast = Fingerprints()

@@ -164,6 +164,7 @@ def _orchestrated(tmp_path: Path, *args: str) -> subprocess.CompletedProcess[str
     )
 
 
+@pytest.mark.lengthy
 def test_the_plan_tells_infeasible_points_with_their_arithmetic(tmp_path: Path) -> None:
     done = _orchestrated(tmp_path, "--dry-run", "--json")
     assert done.returncode == 0, done.stderr
@@ -240,6 +241,7 @@ def test_two_that_come_together_make_one(source: Path) -> None:
     assert left == {found[0].name, f"{found[0].name}.lock"}
 
 
+@pytest.mark.lengthy
 def test_what_a_killed_process_left_is_cleared(source: Path) -> None:
     name = cache.key(source, Prune())
     rest = cache.folder() / f".{name}.12345678.partial"
@@ -257,6 +259,7 @@ def test_what_cannot_be_pruned_says_so_and_leaves_nothing(source: Path) -> None:
     assert [path.suffix for path in cache.folder().iterdir()] == [".lock"]
 
 
+@pytest.mark.lengthy
 def test_records_hold_what_is_left(tmp_path: Path) -> None:
     """The whole grid of the paper, predicted: every group through the runner."""
     args = ("base.engine.kind=roofline",)

@@ -112,6 +112,7 @@ def ran(folder: Path, *arguments: str) -> tuple[int, list[str]]:
     return done.returncode, done.stdout.splitlines()
 
 
+@pytest.mark.lengthy
 def test_folders_give_marks_and_one_failure_is_the_whole_runs(suite: Path) -> None:
     (suite / "tests/cluster/test_ray.py").write_text("def test_ray(): assert False\n")
     status, lines = ran(suite)
@@ -133,6 +134,7 @@ def test_after_wrong_usage_no_further_part_is_run(
     assert "3 more parts were not run" in capsys.readouterr().out
 
 
+@pytest.mark.lengthy
 def test_a_small_test_may_not_be_marked_otherwise(suite: Path) -> None:
     text = "import pytest\n@pytest.mark.engine\ndef test_small(): pass\n"
     (suite / "tests/unit/test_small.py").write_text(text)
@@ -140,6 +142,7 @@ def test_a_small_test_may_not_be_marked_otherwise(suite: Path) -> None:
     assert status not in (0, 1, NO_TESTS)
 
 
+@pytest.mark.lengthy
 def test_a_test_that_loads_an_engine_without_its_mark_fails(suite: Path) -> None:
     (suite / "vllm.py").write_text("")
     (suite / "tests/unit/test_small.py").write_text("def test_small():\n    import vllm\n")

@@ -624,6 +624,7 @@ class _World:
         return [lane.node_id] if lane.node_id else [name for name, _ in lane.parts]
 
 
+@pytest.mark.lengthy
 @settings(max_examples=150, deadline=None)
 @given(_clusters(), st.randoms(use_true_random=False), st.booleans(), st.booleans())
 def test_any_history_ends_every_trial_once_and_never_oversubscribes(

@@ -166,6 +166,7 @@ def test_many_commits_are_merged_on_the_way(
     assert len(list(dataset.records.iterdir())) == 1
 
 
+@pytest.mark.lengthy
 def test_a_row_is_rewritten_a_few_times_however_many_follow(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -73,6 +73,7 @@ def plan(folder: Path, *configs: Mapping[str, Any], **changes: Any) -> Plan:
     return prepare(Request(sweep=folder / "s.yaml"), "h100")[1]
 
 
+@pytest.mark.lengthy
 def test_any_field_may_be_junk(tmp_path: Path) -> None:
     found = [
         one
