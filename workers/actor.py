@@ -102,7 +102,9 @@ class EngineHost:
             over_nodes: the engine places ranks through Ray, so it runs in this process.
 
         Yields:
-            Its messages, then `Released`, or `Died` if the engine's process ended too soon.
+            Its messages, then `Released`, or `Died` if the engine's process ended too soon. A
+            `Released` that is not clean may come before all tickets have ended: no other engine
+            is built on devices that the last one has left in use.
         """
         _wait_for_gpus(devices)
         if over_nodes or job.tickets[0].trial.engine.kind not in PRELOAD:
@@ -111,18 +113,26 @@ class EngineHost:
             yield from runner.run(job)
             yield _released([*self._survivors(), *_held_here()])
             return
-        died: EngineDied | None = None
-        with _scratch(self._root(job)) as folder:
+        problems: list[str] = []
+
+        def in_a_fork(job: Job) -> Iterator[Message]:
+            if problems:
+                raise _Unfit
             try:
-                yield from self._forks.run(replace(job, scratch=str(folder)), devices)
-            except EngineDied as error:
-                died = error
-        problems = [*self._survivors(), *_wait_for_gpus(devices)]
-        if died is None:
-            yield _released(problems)
-        else:
+                with _scratch(self._root(job)) as folder:
+                    yield from self._forks.run(replace(job, scratch=str(folder)), devices)
+            finally:
+                problems.extend((*self._survivors(), *_wait_for_gpus(devices)))
+
+        try:
+            yield from runner.run(job, in_a_fork)
+        except EngineDied as died:
             detail = "; ".join(problems)
             yield Died(error=died.error, trial_id=died.trial_id, clean=not problems, detail=detail)
+        except _Unfit:
+            yield _released(problems)
+        else:
+            yield _released(problems)
 
     def _root(self, job: Job) -> str | None:
         """Where a group's folder is made."""
@@ -254,6 +264,10 @@ def _end_with_the_node(raylet: int) -> None:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+class _Unfit(Exception):
+    """Something of an engine is still there: the next one would be measured beside it."""
 
 
 def _released(problems: Sequence[str]) -> Released:

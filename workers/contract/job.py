@@ -59,3 +59,7 @@ class Job:
     """Activation sheets that may fit trials which ask for one (`workers.moe.sheets.to_rows`)."""
     scratch: str | None = None
     """Folder for temporary files on the host; null is the host's own."""
+    fastest_read_gb_s: float = 0.0
+    """Best that reference loads of the group's earlier engines read, 10⁹ bytes per second."""
+    last_failure: str | None = None
+    """Why the group's last engine could not be built; null if it was."""

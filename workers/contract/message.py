@@ -64,7 +64,8 @@ class Released:
     """The group's engine is gone."""
 
     clean: bool
-    """Device memory is back to its baseline and no process is left."""
+    """Device memory is back to its baseline and no process is left. If not, trials of the group
+    may be left, which run elsewhere."""
     detail: str = ""
     """What was found, where it is not clean."""
 
