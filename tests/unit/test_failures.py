@@ -20,6 +20,21 @@ CUDA_OOM = (
     "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.11 GiB of "
     "which 1.20 GiB is free."
 )
+CUDA_LAZY = (
+    "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other "
+    "API call, so the stacktrace below might be incorrect."
+)
+NCCL_OOM = (
+    "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:94, unhandled cuda error "
+    "(run with NCCL_DEBUG=INFO for details), NCCL version 2.27.5\n"
+    "ncclUnhandledCudaError: Call to CUDA function failed.\n"
+    "Last error:\nCuda failure 2 'out of memory'"
+)
+NCCL_UNTOLD = "NCCL error: unhandled cuda error (run with NCCL_DEBUG=INFO for details)"
+NCCL_WARNING = (
+    "node:123:456 [0] include/alloc.h:228 NCCL WARN Cuda failure {} '{}'\n"
+    "node:123:456 [0] NCCL INFO transport/p2p.cc:262 -> 1\n"
+)
 NO_ROOM_TO_MAP = (
     "unable to mmap 746995752 bytes from file <model.safetensors>: Cannot allocate memory (12)"
 )
@@ -37,6 +52,26 @@ def _named(name: str, base: type[Exception] = RuntimeError) -> type[Exception]:
         (RuntimeError(CPU_OOM), True, "load", "device", 7516192768),
         (RuntimeError(CPU_OOM), False, "load", "host", 7516192768),
         (_named("torch.OutOfMemoryError")(CUDA_OOM), False, "load", "device", int(2.5 * 2**30)),
+        (_named("torch.AcceleratorError")(CUDA_LAZY), False, "load", "device", None),
+        (RuntimeError("CUDA driver error: out of memory"), False, "load", "device", None),
+        (RuntimeError("CUDA_ERROR_OUT_OF_MEMORY"), False, "load", "device", None),
+        (
+            RuntimeError(
+                "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+            ),
+            False,
+            "load",
+            "device",
+            None,
+        ),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), False, "load", "device", None),
+        (
+            _named("torch.distributed.DistBackendError")(NCCL_OOM),
+            False,
+            "load",
+            "device",
+            None,
+        ),
         (MemoryError(), True, "load", "device", None),
         (RuntimeError("std::bad_alloc"), True, "load", "device", None),
         (OSError(12, "Cannot allocate memory"), True, "load", "device", None),
@@ -81,6 +116,50 @@ def test_memory(error: Exception, cpu: bool, stage: str, scope: str, size: int |
     found = explain(error, stage="load", device_is_cpu=cpu)
     assert isinstance(found, OutOfMemory)
     assert (found.stage, found.scope, found.requested_bytes) == (stage, scope, size)
+
+
+@pytest.mark.parametrize(
+    ("number", "what", "kind"),
+    [(2, "out of memory", OutOfMemory), (700, "an illegal memory access", Crashed)],
+)
+def test_what_nccl_does_not_tell_stands_in_the_log(
+    number: int, what: str, kind: type[TrialError]
+) -> None:
+    log = NCCL_WARNING.format(number, what)
+    found = explain(RuntimeError(NCCL_UNTOLD), stage="load", log=log, device_is_cpu=False)
+    assert type(found) is kind
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"),
+        # A kernel that is too large for any device of the kind.
+        RuntimeError("out of resource: shared memory, Required: 262144, Hardware limit: 232448"),
+        # Others hold the memory: another time it would fit.
+        ValueError(
+            "Free memory on device cuda:0 (12.3/79.11 GiB) on startup is less than desired GPU "
+            "memory utilization (0.92, 72.78 GiB). Decrease GPU memory utilization or reduce GPU "
+            "memory used by other processes."
+        ),
+    ],
+)
+def test_what_only_sounds_like_it_is_a_crash(error: Exception) -> None:
+    found = explain(error, stage="load", device_is_cpu=False)
+    assert type(found) is Crashed and str(error)[:60] in str(found)
+
+
+def test_a_rank_on_another_node_brings_its_traceback_as_text() -> None:
+    told = (
+        "\x1b[36mray::RayWorkerProc.initialize_worker()\x1b[39m (pid=7, ip=10.0.0.2)\n"
+        '  File "/vllm/v1/worker/gpu_worker.py", line 610, in load_model\n'
+        '  File "/torch/utils/_device.py", line 104, in __torch_function__\n'
+        f"torch.OutOfMemoryError: {CUDA_OOM}"
+    )
+    error = _named("ray.exceptions.RayTaskError(OutOfMemoryError)")(told)
+    found = explain(error, stage="run", device_is_cpu=False)
+    assert isinstance(found, OutOfMemory)
+    assert (found.stage, found.requested_bytes) == ("load", int(2.5 * 2**30))
 
 
 @pytest.mark.parametrize(
