@@ -3,9 +3,9 @@
 It asks Ray for no devices: the driver reserves them for a lane and names them with each
 group, so a host serves lanes of any size on its node and imports an engine once. Engines run
 in forks of a process that has the imports done (`workers.forks`). A message is streamed for
-every stage and a record for every trial. What an engine prints goes to a file per group (on
-other nodes, to Ray's log of this process): the driver's table stays clean, and the cause of a
-death can be read after it.
+every stage and a record for every trial. What an engine and its ranks print goes to a file per
+group: the driver's table stays clean, and a cause that only a rank has told, or a process that
+died, can be read there. Where the driver cannot see the file, it is sent the end of it.
 
 Ray puts each worker in a process group of its own and kills the group with it, so engines
 never outlive their host. `max_restarts` is 0: whether a retry can mend a death is the
@@ -34,7 +34,7 @@ from workers.contract.engine import EngineKind
 from workers.contract.job import Job
 from workers.contract.message import Died, Message, Released
 from workers.folders import Folder, within
-from workers.forks import EXIT_S, PRELOAD, EngineDied, Forks, family, log_to, members
+from workers.forks import EXIT_S, PRELOAD, EngineDied, Forks, family, log_to, members, tail
 from workers.hardware.host import Host, describe, gpu_memory_used
 from workers.packing import Packing, compare
 
@@ -74,11 +74,17 @@ class EngineHost:
             print(moved)
         self._forks = Forks(kinds, nursery)
         self._folder: str | None = None
+        place = self._home.path if self._home is not None else Path(tempfile.gettempdir())
+        self._log = place / f"engine-{os.getpid()}.log"
         threading.Thread(target=_end_with_the_node, args=(os.getppid(),), daemon=True).start()
 
     def pid(self) -> int:
         """Process id, for tests that kill it."""
         return os.getpid()
+
+    def log(self) -> tuple[str, str]:
+        """Node id, and the file there that has the output of a job without a file."""
+        return ray.get_runtime_context().get_node_id(), str(self._log)
 
     def prepare(self) -> None:
         """Imports the engines ahead of the first group, which then starts with its load.
@@ -106,10 +112,18 @@ class EngineHost:
             `Released` that is not clean may come before all tickets have ended: no other engine
             is built on devices that the last one has left in use.
         """
+        sent = job.log is None
+        job = self._logged(job)
+        for message in self._run(job, devices, over_nodes):
+            if sent and isinstance(message, Released | Died):
+                message = replace(message, log=tail(job.log))
+            yield message
+
+    def _run(self, job: Job, devices: str | None, over_nodes: bool) -> Iterator[Message]:
         _wait_for_gpus(devices)
         if over_nodes or job.tickets[0].trial.engine.kind not in PRELOAD:
-            if job.log is not None:
-                log_to(job.log)
+            assert job.log is not None
+            log_to(job.log)
             yield from runner.run(job)
             yield _released([*self._survivors(), *_held_here()])
             return
@@ -134,6 +148,13 @@ class EngineHost:
         else:
             yield _released(problems)
 
+    def _logged(self, job: Job) -> Job:
+        """`job` with a file for its output: its own, or this host's, emptied."""
+        if job.log is not None:
+            return job
+        self._log.write_bytes(b"")
+        return replace(job, log=str(self._log))
+
     def _root(self, job: Job) -> str | None:
         """Where a group's folder is made."""
         return job.scratch or (str(self._home.path) if self._home is not None else None)
@@ -145,7 +166,8 @@ class EngineHost:
     def rehearse(self, job: Job, devices: str | None, patience_s: float) -> None:
         """Builds an engine that waits to be asked for passes; see `workers.packing`."""
         self._folder = str(within(self._root(job), "group"))
-        self._forks.rehearse(replace(job, scratch=self._folder), devices, patience_s)
+        job = replace(self._logged(job), scratch=self._folder)
+        self._forks.rehearse(job, devices, patience_s)
 
     def passes(self, patience_s: float) -> list[float]:
         """Times of its passes, in seconds."""
@@ -243,6 +265,12 @@ def _group_left(pid: int | None) -> list[str]:
 def describe_node() -> Host:
     """The machine that Ray runs this on."""
     return describe()
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def read_log(path: str) -> str:
+    """The end of a log on the node that Ray runs this on."""
+    return tail(path)
 
 
 @ray.remote(num_cpus=0, max_retries=0)

@@ -362,12 +362,13 @@ def _cause(job: Job, devices: str | None, stage: str, code: int | None, kills: i
 
 
 def tail(log: str | None) -> str:
-    """The end of a log; empty where there is none."""
+    """The end of a log, in whole lines; empty where there is none."""
     if log is None:
         return ""
     try:
         with Path(log).open("rb") as file:
-            file.seek(max(0, file.seek(0, 2) - LOG_TAIL))
+            if file.seek(max(0, file.seek(0, 2) - LOG_TAIL)):
+                file.readline()  # half of a secret would not be known for one
             return file.read().decode(errors="replace")
     except OSError:
         return ""

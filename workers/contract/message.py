@@ -68,6 +68,8 @@ class Released:
     may be left, which run elsewhere."""
     detail: str = ""
     """What was found, where it is not clean."""
+    log: str | None = None
+    """The end of what the group printed; null where the driver has the file."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,6 +83,8 @@ class Died:
     clean: bool
     """As in `Released`."""
     detail: str = ""
+    log: str | None = None
+    """As in `Released`."""
 
 
 Message = Progress | Finished | Released | Died
