@@ -29,7 +29,7 @@ from workers.contract.errors import Crashed, OutOfMemory, TrialError
 from workers.contract.job import Job, Ticket
 from workers.contract.message import Died, Finished, Message, Progress, Released, Stage
 from workers.failures import from_log
-from workers.forks import PRELOAD, oom_stage, silent, tail
+from workers.forks import PRELOAD, of_last_engine, oom_stage, silent, tail
 from workers.hardware.device import CPU, device
 from workers.memory import shared_segments
 from workers.packing import Packing
@@ -542,7 +542,7 @@ class Pool:
         if untold or getattr(error, "preempted", False) or _node_gone(process.lane.node_id):
             return self._lost(process, Crashed(f"the node was lost: {_short(error)}"), retry=True)
         told = from_log(
-            self._last_words(process),
+            of_last_engine(self._last_words(process)),
             stage=oom_stage(process.stage),
             device_is_cpu=self._cpu_only(),
         )

@@ -14,9 +14,10 @@ from workers.contract.workload import Workload
 from workers.engines.base import Site
 from workers.engines.roofline_engine import RooflineEngine
 
-ILLEGAL, ABORT, UNBUILDABLE = 1009, 1013, 1019
-"""Prompt lengths: of a pass that breaks the process, of one whose engine ends the process while it
-is built, and from which on no engine can be built."""
+ABORT, ILLEGAL, EXHAUSTED, UNBUILDABLE = 1009, 1013, 1019, 1021
+"""Prompt lengths: of one whose engine ends the process while it is built, of a pass that breaks the
+process, of one whose engine prints that memory ran out, and from which on no engine can be
+built."""
 
 
 class Poisonous(RooflineEngine):
@@ -30,6 +31,9 @@ class Poisonous(RooflineEngine):
         longest = max(one.input_tokens for one in workloads)
         if longest >= UNBUILDABLE:
             raise Crashed(f"invalid device function at 0x{id(self):x} in process {os.getpid()}")
+        if longest == EXHAUSTED:
+            print("Traceback (most recent call last):\ntorch.OutOfMemoryError: CUDA out of memory.")
+            raise Crashed("which somebody has handled")
         if longest == ABORT:
             os.kill(os.getpid(), signal.SIGABRT)
         super().__init__(trial, workloads, site)

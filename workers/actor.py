@@ -28,13 +28,24 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from workers import caches, memory, runner
 from workers.contract.engine import EngineKind
 from workers.contract.job import Job
 from workers.contract.message import Died, Message, Released
 from workers.folders import Folder, within
-from workers.forks import EXIT_S, PRELOAD, EngineDied, Forks, family, log_to, members, tail
+from workers.forks import (
+    BEGINS,
+    EXIT_S,
+    PRELOAD,
+    EngineDied,
+    Forks,
+    family,
+    log_to,
+    members,
+    tail,
+)
 from workers.hardware.host import Host, describe, gpu_memory_used
 from workers.packing import Packing, compare
 
@@ -121,32 +132,40 @@ class EngineHost:
 
     def _run(self, job: Job, devices: str | None, over_nodes: bool) -> Iterator[Message]:
         _wait_for_gpus(devices)
-        if over_nodes or job.tickets[0].trial.engine.kind not in PRELOAD:
-            assert job.log is not None
+        here = over_nodes or job.tickets[0].trial.engine.kind not in PRELOAD
+        if here and job.log is not None:
             log_to(job.log)
-            yield from runner.run(job)
-            yield _released([*self._survivors(), *_held_here()])
-            return
         problems: list[str] = []
 
-        def in_a_fork(job: Job) -> Iterator[Message]:
+        def engine(job: Job) -> Iterator[Message]:
             if problems:
                 raise _Unfit
             try:
-                with _scratch(self._root(job)) as folder:
-                    yield from self._forks.run(replace(job, scratch=str(folder)), devices)
+                yield from self._here(job) if here else self._in_a_fork(job, devices)
             finally:
-                problems.extend((*self._survivors(), *_wait_for_gpus(devices)))
+                problems.extend((*self._survivors(), *_held_here()))
+                problems.extend(_wait_over_nodes() if over_nodes else _wait_for_gpus(devices))
 
+        died: EngineDied | None = None
         try:
-            yield from runner.run(job, in_a_fork)
-        except EngineDied as died:
-            detail = "; ".join(problems)
-            yield Died(error=died.error, trial_id=died.trial_id, clean=not problems, detail=detail)
-        except _Unfit:
+            with suppress(_Unfit):
+                yield from runner.run(job, engine)
+        except EngineDied as error:
+            died = error
+        if died is None:
             yield _released(problems)
         else:
-            yield _released(problems)
+            detail = "; ".join(problems)
+            yield Died(error=died.error, trial_id=died.trial_id, clean=not problems, detail=detail)
+
+    def _here(self, job: Job) -> Iterator[Message]:
+        """Measures on one engine in this process."""
+        print(BEGINS, flush=True)
+        return runner.one_engine(job)
+
+    def _in_a_fork(self, job: Job, devices: str | None) -> Iterator[Message]:
+        with _scratch(self._root(job)) as folder:
+            yield from self._forks.run(replace(job, scratch=str(folder)), devices)
 
     def _logged(self, job: Job) -> Job:
         """`job` with a file for its output: its own, or this host's, emptied."""
@@ -332,6 +351,36 @@ def _wait_for_gpus(devices: str | None) -> list[str]:
     for text in found:
         print(f"after {GPU_WAIT_S:.0f} s {text}")
     return found
+
+
+@ray.remote(num_cpus=0, num_gpus=1, max_retries=0)
+def free_device() -> list[str]:
+    """Waits for memory of the GPU on which Ray runs this, and says what stays."""
+    granted = ray.get_runtime_context().get_accelerator_ids()["GPU"]
+    return _wait_for_gpus(",".join(granted) or None)
+
+
+def _wait_over_nodes() -> list[str]:
+    """What stays of an engine over several nodes.
+
+    Its ranks are actors, each on a bundle of the placement group of this process: where one has
+    died, and no sooner, `free_device` gets the same GPU.
+    """
+    group = ray.util.get_current_placement_group()
+    assert group is not None, "a layout over several nodes has one"
+    asked = [
+        free_device.options(
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                placement_group=group, placement_group_bundle_index=bundle
+            )
+        ).remote()
+        for bundle in range(group.bundle_count)
+    ]
+    try:
+        return [problem for found in ray.get(asked, timeout=2 * GPU_WAIT_S) for problem in found]
+    except ray.exceptions.RayError as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        return [f"the GPUs of the last engine could not be looked at: {reason[:200]}"]
 
 
 def _held_here() -> list[str]:

@@ -46,6 +46,8 @@ PRELOAD: dict[EngineKind, str] = {"vllm": "workers.engines.preload_vllm"}
 device, leaves nothing behind, and needs no process of its own."""
 EXIT_S = 20.0
 """Wait for a fork that has said its last to end, seconds."""
+BEGINS = "--- an engine begins"
+"""Line of a log: what stands before it was printed by others."""
 LOG_TAIL = 256 * 1024
 """Bytes at the end of a log in which a cause is looked for."""
 
@@ -296,6 +298,7 @@ def _settle(job: Job, devices: str | None) -> None:
     threading.Thread(target=_end_with_host, daemon=True).start()
     if job.log is not None:
         log_to(job.log)
+        print(BEGINS, flush=True)
     if devices is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices
     if job.scratch is not None:
@@ -353,7 +356,7 @@ def _cause(job: Job, devices: str | None, stage: str, code: int | None, kills: i
     return of_death(
         "the engine's process",
         code,
-        tail(job.log),
+        of_last_engine(tail(job.log)),
         stage=oom_stage(stage),
         kernel_killed=memory.kernel_kills() > kills,
         limited=any(ticket.trial.engine.memory_limit_gib for ticket in job.tickets),
@@ -372,6 +375,11 @@ def tail(log: str | None) -> str:
             return file.read().decode(errors="replace")
     except OSError:
         return ""
+
+
+def of_last_engine(log: str) -> str:
+    """What the last engine of a group has printed."""
+    return log.rpartition(f"{BEGINS}\n")[2]
 
 
 def _nothing() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.poisonous import ABORT, ILLEGAL, UNBUILDABLE
+from tests.poisonous import ABORT, EXHAUSTED, ILLEGAL, UNBUILDABLE
 from workers import runner
 from workers.contract.engine import EngineSettings
 from workers.contract.job import Job, Ticket
@@ -79,3 +79,9 @@ def test_builds_that_fail_twice_alike_end_the_others_too(forks: Forks, tmp_path:
     ended, engines = _ended(forks, tmp_path, *range(UNBUILDABLE, UNBUILDABLE + 4))
     assert all(reason.startswith("invalid device function") for reason in ended.values())
     assert (len(ended), engines) == (4, 2)
+
+
+def test_what_an_earlier_engine_printed_is_no_cause(forks: Forks, tmp_path: Path) -> None:
+    ended, engines = _ended(forks, tmp_path, EXHAUSTED, ABORT)
+    assert ended[ABORT] == "the engine's process died: SIGABRT"
+    assert engines == 2
