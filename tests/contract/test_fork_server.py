@@ -80,9 +80,10 @@ def test_a_device_that_is_open_is_seen() -> None:
 @pytest.mark.slow
 def test_ranks_may_be_new_processes(forks: Forks, tmp_path: Path) -> None:
     trial = replace(TRIAL, layout=Layout(tensor=2), measure=Measure(repeats=1))
-    messages = list(forks.run(_job(tmp_path, trial), None))
+    job = replace(_job(tmp_path, trial), scratch=None)  # sockets need short paths
+    messages = list(forks.run(job, None))
     (ended,) = [one for one in messages if isinstance(one, Finished)]
-    assert ended.outcome == "ok", (tmp_path / "log").read_text()[-4000:]
+    assert ended.outcome == "ok", ended.record.column("outcome_reason")[0].as_py()
     assert forks.survivors() == 0
 
 
