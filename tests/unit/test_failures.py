@@ -6,10 +6,14 @@ their source, the others were seen.
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 
 from workers.contract.errors import Crashed, OutOfMemory, TimedOut, TrialError, Unsupported
 from workers.contract.outcome import OomStage
+from workers.engines.vllm_stepper import Output
 from workers.failures import explain, from_log
 
 CPU_OOM = (
@@ -284,3 +288,22 @@ def test_the_scratch_pad_of_the_cpu_kernels_is_memory_of_the_device() -> None:
     failure = explain(RuntimeError(text), stage="run", log="", device_is_cpu=True)
     assert isinstance(failure, OutOfMemory)
     assert (failure.stage, failure.scope) == ("run", "device")
+
+
+def test_both_streams_of_a_process_are_read(tmp_path: Path) -> None:
+    before = [os.dup(one) for one in (1, 2)]
+    try:
+        for descriptor, name in ((1, "out"), (2, "err")):
+            with (tmp_path / name).open("w") as file:
+                file.write("of an engine before, ")
+                file.flush()
+                os.dup2(file.fileno(), descriptor)
+        output = Output()
+        os.write(1, b"told by a rank,")
+        os.write(2, b"told by a library,")
+        told = output.since()
+    finally:
+        for descriptor, one in zip((1, 2), before, strict=True):
+            os.dup2(one, descriptor)
+            os.close(one)
+    assert sorted(told.split(",")) == ["", "told by a library", "told by a rank"]
