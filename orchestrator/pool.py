@@ -23,13 +23,13 @@ from orchestrator.cluster import Cluster
 from orchestrator.events import Check, Inspect, Lane, nodes_of
 from orchestrator.placement import Placement, on_node
 from orchestrator.plan import Group
-from workers.actor import EngineHost, check_packing, inspect_devices
+from workers.actor import EngineHost, check_packing, inspect_devices, read_log
 from workers.contract.engine import EngineKind
 from workers.contract.errors import Crashed, OutOfMemory, TrialError
 from workers.contract.job import Job, Ticket
 from workers.contract.message import Died, Finished, Message, Progress, Released, Stage
 from workers.failures import from_log
-from workers.forks import PRELOAD, oom_stage, silent, tail
+from workers.forks import PRELOAD, of_last_engine, oom_stage, silent, tail
 from workers.hardware.device import CPU, device
 from workers.memory import shared_segments
 from workers.packing import Packing
@@ -42,6 +42,8 @@ LEAVE_S = 5.0
 """Wait for idle hosts to remove their temporary files, seconds."""
 MEMORY_WAIT_S = 60.0
 """Time that a node short of memory is given before it counts as unfit, seconds."""
+LOG_S = 10.0
+"""Wait for a node to send what a dead host had printed, seconds."""
 CHECK_POLL_S = 0.1
 """Wait between two looks at the checks of nodes, seconds."""
 HOST_GRACE_S = 150.0
@@ -102,6 +104,8 @@ class _Host:
             kinds, nursery, lodger
         )
         self.pid: Any = self.actor.pid.remote()
+        self.log: Any = self.actor.log.remote()
+        """Node and file of what it prints where the driver sees no file."""
         self.ready: Any = self.actor.prepare.remote()
 
 
@@ -116,7 +120,6 @@ class _Process:
         """The host can serve another lane."""
         self.stream: Any = None
         self.shared: set[Path] = set()
-        self.log: str | None = None
         self.job: Job | None = None
         self.stage: Stage = "load"
         self.trial_id: str | None = None
@@ -296,7 +299,7 @@ class Pool:
         if self._predicted_for(group, process.lane):
             job = replace(job, slowness=slowness)
         job = replace(job, sheets=sheets)
-        process.job, process.log = job, job.log
+        process.job = job
         process.stage, process.trial_id = "load", None
         process.heard_at = time.monotonic()
         process.stream = process.host.actor.run.options(num_returns="streaming").remote(
@@ -311,7 +314,8 @@ class Pool:
         return {one.device_class for one in self._cluster.nodes if one.node_id in held} == {name}
 
     def job(self, group: Group, attempts: dict[str, int], *, local: bool) -> Job:
-        """What a host is told of a group. Logs lie in the dataset where it can see it."""
+        """What a host is told of a group. Logs lie in the dataset where it can see it, else come
+        there when the group has ended."""
         attempt = max(attempts.values())
         name = f"{group.group_id}.log" if attempt == 1 else f"{group.group_id}-{attempt}.log"
         run_id = self._names["run_id"]
@@ -330,7 +334,7 @@ class Pool:
                 for one in group.trials
             ),
             log=str(self._logs / run_id / name) if local else None,
-            log_name=f"{self._logs.name}/{run_id}/{name}" if local else None,
+            log_name=f"{self._logs.name}/{run_id}/{name}",
             scratch=str(self._cluster.session) if local and self._cluster.session else None,
         )
 
@@ -480,11 +484,37 @@ class Pool:
             return self._died(process, error)
         stage, trial_id = process.stage, process.trial_id
         process.hear(message)
+        if isinstance(message, Died | Released):
+            self._keep_log(process, message.log)
         if isinstance(message, Died):
             return Lost(error=message.error, trial_id=trial_id, lives=message.clean)
         if isinstance(message, Progress) and stage == "load" != message.stage:
             self._note_shared(process)  # the engine is built
         return message
+
+    def _last_words(self, process: _Process) -> str:
+        """The end of what the group of a dead host printed."""
+        if process.job is None or process.job.log is not None:
+            return tail(process.job.log if process.job else None)
+        if (told := _at_once(process.host.log)) is None:
+            return ""
+        node_id, path = told
+        try:
+            reading = read_log.options(scheduling_strategy=on_node(node_id)).remote(path)
+            found: str = ray.get(reading, timeout=LOG_S)
+        except ray.exceptions.RayError:  # the node is gone too
+            return ""
+        self._keep_log(process, found)
+        return found
+
+    def _keep_log(self, process: _Process, text: str | None) -> None:
+        """Puts what a node sent of a group's log into the dataset."""
+        if not text or process.job is None or process.job.log_name is None:
+            return
+        path = self._logs.parent / process.job.log_name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8", errors="replace") as file:
+            file.write(text)
 
     def _note_shared(self, process: _Process) -> None:
         """Remembers the shared memory of a lane on this machine, for when it is killed."""
@@ -495,6 +525,7 @@ class Pool:
             process.shared |= shared_segments(pid)
 
     def _overdue(self, process: _Process) -> Lost:
+        self._last_words(process)
         return self._lost(process, silent(process.stage, process.silent_s()))
 
     def _died(self, process: _Process, error: ray.exceptions.RayError) -> Lost:
@@ -511,7 +542,9 @@ class Pool:
         if untold or getattr(error, "preempted", False) or _node_gone(process.lane.node_id):
             return self._lost(process, Crashed(f"the node was lost: {_short(error)}"), retry=True)
         told = from_log(
-            tail(process.log), stage=oom_stage(process.stage), device_is_cpu=self._cpu_only()
+            of_last_engine(self._last_words(process)),
+            stage=oom_stage(process.stage),
+            device_is_cpu=self._cpu_only(),
         )
         return self._lost(process, told or Crashed(f"the engine's process died: {_short(error)}"))
 

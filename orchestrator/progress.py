@@ -172,6 +172,7 @@ class Tracker:
         lane.since = lane.counted = self._clock()
         state = self._groups[group.group_id]
         state.started = state.building = True
+        state.done = False  # it may come back from devices that were not fit
         self._changed.add(group.group_id)
 
     def heard(self, lane_id: int, message: Message) -> None:

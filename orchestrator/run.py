@@ -21,7 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
@@ -489,6 +489,8 @@ class _Run:
         """Terminal records of trials whose host can no longer write them."""
         local = blame.node_id == self._cluster.driver_node
         job = self._pool.job(blame.group, blame.attempts, local=local)
+        if job.log_name is None or not (self._dataset.folder / job.log_name).is_file():
+            job = replace(job, log_name=None)  # it went with its node
         hosts = self._cluster.hosts
         host = hosts[blame.node_id] if blame.node_id else next(iter(hosts.values()))
         columns = recorder.where(host)
@@ -498,7 +500,7 @@ class _Run:
     def _skip(self, group: Group, witness: str) -> None:
         """Terminal records of trials that a witness makes pointless."""
         attempts = {one.trial_id: 1 for one in group.trials}
-        job = self._pool.job(group, attempts, local=False)
+        job = replace(self._pool.job(group, attempts, local=False), log_name=None)
         columns = self._host_columns(group)
         records = [recorder.skipped(job, ticket, witness, **columns) for ticket in job.tickets]
         self._end(group.group_id, "skipped", records)
@@ -517,7 +519,7 @@ class _Run:
         error = TimedOut(f"{given_up.reason}, and no such node came within {wait}")
         self._say(str(error))
         attempts = {name: max(1, number) for name, number in given_up.attempts.items()}
-        job = self._pool.job(given_up.group, attempts, local=False)
+        job = replace(self._pool.job(given_up.group, attempts, local=False), log_name=None)
         records = [recorder.failed(job, ticket, error) for ticket in job.tickets]
         self._end(given_up.group.group_id, "timeout", records)
 

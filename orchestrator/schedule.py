@@ -290,8 +290,13 @@ class Schedule:
             case GroupEnded(lane_id=lane_id, clean=clean, devices=devices):
                 if lane_id not in self._running:
                     return []
-                assert not self._running[lane_id].left, "a group ended before its trials"
-                running = self._stop(lane_id, done=True)
+                left = self._running[lane_id].left
+                assert not clean or not left, "a group ended before its trials"
+                running = self._stop(lane_id, done=not left)
+                for trial_id in left:
+                    self.attempts[trial_id] -= 1  # it had not begun
+                if rest := running.group.only(left):
+                    self._enqueue(running.number, rest)
                 return self._leave_behind(lane_id, running, clean, devices) + self._fill()
             case LaneLost(lane_id=lane_id, trial_id=trial_id, retry=retry, lives=lives):
                 if lane_id not in self._running:

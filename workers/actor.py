@@ -3,9 +3,9 @@
 It asks Ray for no devices: the driver reserves them for a lane and names them with each
 group, so a host serves lanes of any size on its node and imports an engine once. Engines run
 in forks of a process that has the imports done (`workers.forks`). A message is streamed for
-every stage and a record for every trial. What an engine prints goes to a file per group (on
-other nodes, to Ray's log of this process): the driver's table stays clean, and the cause of a
-death can be read after it.
+every stage and a record for every trial. What an engine and its ranks print goes to a file per
+group: the driver's table stays clean, and a cause that only a rank has told, or a process that
+died, can be read there. Where the driver cannot see the file, it is sent the end of it.
 
 Ray puts each worker in a process group of its own and kills the group with it, so engines
 never outlive their host. `max_restarts` is 0: whether a retry can mend a death is the
@@ -28,13 +28,24 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from workers import caches, memory, runner
 from workers.contract.engine import EngineKind
 from workers.contract.job import Job
 from workers.contract.message import Died, Message, Released
 from workers.folders import Folder, within
-from workers.forks import EXIT_S, PRELOAD, EngineDied, Forks, family, log_to, members
+from workers.forks import (
+    BEGINS,
+    EXIT_S,
+    PRELOAD,
+    EngineDied,
+    Forks,
+    family,
+    log_to,
+    members,
+    tail,
+)
 from workers.hardware.host import Host, describe, gpu_memory_used
 from workers.packing import Packing, compare
 
@@ -74,11 +85,17 @@ class EngineHost:
             print(moved)
         self._forks = Forks(kinds, nursery)
         self._folder: str | None = None
+        place = self._home.path if self._home is not None else Path(tempfile.gettempdir())
+        self._log = place / f"engine-{os.getpid()}.log"
         threading.Thread(target=_end_with_the_node, args=(os.getppid(),), daemon=True).start()
 
     def pid(self) -> int:
         """Process id, for tests that kill it."""
         return os.getpid()
+
+    def log(self) -> tuple[str, str]:
+        """Node id, and the file there that has the output of a job without a file."""
+        return ray.get_runtime_context().get_node_id(), str(self._log)
 
     def prepare(self) -> None:
         """Imports the engines ahead of the first group, which then starts with its load.
@@ -102,27 +119,60 @@ class EngineHost:
             over_nodes: the engine places ranks through Ray, so it runs in this process.
 
         Yields:
-            Its messages, then `Released`, or `Died` if the engine's process ended too soon.
+            Its messages, then `Released`, or `Died` if the engine's process ended too soon. A
+            `Released` that is not clean may come before all tickets have ended: no other engine
+            is built on devices that the last one has left in use.
         """
+        sent = job.log is None
+        job = self._logged(job)
+        for message in self._run(job, devices, over_nodes):
+            if sent and isinstance(message, Released | Died):
+                message = replace(message, log=tail(job.log))
+            yield message
+
+    def _run(self, job: Job, devices: str | None, over_nodes: bool) -> Iterator[Message]:
         _wait_for_gpus(devices)
-        if over_nodes or job.tickets[0].trial.engine.kind not in PRELOAD:
-            if job.log is not None:
-                log_to(job.log)
-            yield from runner.run(job)
-            yield _released([*self._survivors(), *_held_here()])
-            return
-        died: EngineDied | None = None
-        with _scratch(self._root(job)) as folder:
+        here = over_nodes or job.tickets[0].trial.engine.kind not in PRELOAD
+        if here and job.log is not None:
+            log_to(job.log)
+        problems: list[str] = []
+
+        def engine(job: Job) -> Iterator[Message]:
+            if problems:
+                raise _Unfit
             try:
-                yield from self._forks.run(replace(job, scratch=str(folder)), devices)
-            except EngineDied as error:
-                died = error
-        problems = [*self._survivors(), *_wait_for_gpus(devices)]
+                yield from self._here(job) if here else self._in_a_fork(job, devices)
+            finally:
+                problems.extend((*self._survivors(), *_held_here()))
+                problems.extend(_wait_over_nodes() if over_nodes else _wait_for_gpus(devices))
+
+        died: EngineDied | None = None
+        try:
+            with suppress(_Unfit):
+                yield from runner.run(job, engine)
+        except EngineDied as error:
+            died = error
         if died is None:
             yield _released(problems)
         else:
             detail = "; ".join(problems)
             yield Died(error=died.error, trial_id=died.trial_id, clean=not problems, detail=detail)
+
+    def _here(self, job: Job) -> Iterator[Message]:
+        """Measures on one engine in this process."""
+        print(BEGINS, flush=True)
+        return runner.one_engine(job)
+
+    def _in_a_fork(self, job: Job, devices: str | None) -> Iterator[Message]:
+        with _scratch(self._root(job)) as folder:
+            yield from self._forks.run(replace(job, scratch=str(folder)), devices)
+
+    def _logged(self, job: Job) -> Job:
+        """`job` with a file for its output: its own, or this host's, emptied."""
+        if job.log is not None:
+            return job
+        self._log.write_bytes(b"")
+        return replace(job, log=str(self._log))
 
     def _root(self, job: Job) -> str | None:
         """Where a group's folder is made."""
@@ -135,7 +185,8 @@ class EngineHost:
     def rehearse(self, job: Job, devices: str | None, patience_s: float) -> None:
         """Builds an engine that waits to be asked for passes; see `workers.packing`."""
         self._folder = str(within(self._root(job), "group"))
-        self._forks.rehearse(replace(job, scratch=self._folder), devices, patience_s)
+        job = replace(self._logged(job), scratch=self._folder)
+        self._forks.rehearse(job, devices, patience_s)
 
     def passes(self, patience_s: float) -> list[float]:
         """Times of its passes, in seconds."""
@@ -236,6 +287,12 @@ def describe_node() -> Host:
 
 
 @ray.remote(num_cpus=0, max_retries=0)
+def read_log(path: str) -> str:
+    """The end of a log on the node that Ray runs this on."""
+    return tail(path)
+
+
+@ray.remote(num_cpus=0, max_retries=0)
 def granted_devices() -> str | None:
     """The GPUs that Ray gives to whoever asks where this runs; null without one."""
     return os.environ.get("CUDA_VISIBLE_DEVICES") or None
@@ -254,6 +311,10 @@ def _end_with_the_node(raylet: int) -> None:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+class _Unfit(Exception):
+    """Something of an engine is still there: the next one would be measured beside it."""
 
 
 def _released(problems: Sequence[str]) -> Released:
@@ -290,6 +351,36 @@ def _wait_for_gpus(devices: str | None) -> list[str]:
     for text in found:
         print(f"after {GPU_WAIT_S:.0f} s {text}")
     return found
+
+
+@ray.remote(num_cpus=0, num_gpus=1, max_retries=0)
+def free_device() -> list[str]:
+    """Waits for memory of the GPU on which Ray runs this, and says what stays."""
+    granted = ray.get_runtime_context().get_accelerator_ids()["GPU"]
+    return _wait_for_gpus(",".join(granted) or None)
+
+
+def _wait_over_nodes() -> list[str]:
+    """What stays of an engine over several nodes.
+
+    Its ranks are actors, each on a bundle of the placement group of this process: where one has
+    died, and no sooner, `free_device` gets the same GPU.
+    """
+    group = ray.util.get_current_placement_group()
+    assert group is not None, "a layout over several nodes has one"
+    asked = [
+        free_device.options(
+            scheduling_strategy=PlacementGroupSchedulingStrategy(
+                placement_group=group, placement_group_bundle_index=bundle
+            )
+        ).remote()
+        for bundle in range(group.bundle_count)
+    ]
+    try:
+        return [problem for found in ray.get(asked, timeout=2 * GPU_WAIT_S) for problem in found]
+    except ray.exceptions.RayError as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        return [f"the GPUs of the last engine could not be looked at: {reason[:200]}"]
 
 
 def _held_here() -> list[str]:

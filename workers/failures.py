@@ -4,8 +4,11 @@ The exception itself decides wherever it can: its type, then the fixed words of 
 that raised it, and the functions on its traceback tell the stage. An engine that runs in
 processes of its own sends home only a wrapper ('see root cause above'), and a process
 killed by an allocation sends nothing; then the last traceback in its log decides. The
-texts are those of vLLM 0.32 and torch 2.13; `tests/unit/test_failures.py` holds one real
-example of each.
+texts are those of vLLM 0.32, torch 2.13, Triton 3.7 and NCCL 2.27; `tests/unit/test_failures.py`
+holds one example of each.
+
+Memory of a GPU that other programs hold ('Free memory on device ... is less than desired') is
+no result of a trial: another time it would fit. It stays a crash, in the engine's words.
 
 Nothing here imports an engine: the driver reads the logs of hosts that died.
 """
@@ -55,6 +58,12 @@ class _Words:
 _OUT_OF_MEMORY = (
     _Words(re.compile(r"CUDA out of memory|HIP out of memory"), None, "device"),
     _Words(re.compile(r"torch\.(cuda\.)?OutOfMemoryError"), None, "device"),
+    # Not of torch's allocator: the driver, the libraries, Triton's launcher, NCCL's own buffers.
+    _Words(re.compile(r"\b(?:CUDA|HIP)(?: driver)? error: out of memory"), None, "device"),
+    _Words(re.compile(r"\b(?:CUDA|HIP)_ERROR_OUT_OF_MEMORY"), None, "device"),
+    _Words(re.compile(r"\bCU[A-Z]+_(?:STATUS_)?ALLOC_FAILED"), None, "device"),
+    _Words(re.compile(r"Triton Error \[(?:CUDA|HIP)\]: out of memory"), None, "device"),
+    _Words(re.compile(r"Cuda failure (?:\d+ )?'out of memory'"), None, "device"),
     _Words(re.compile(r"Failed to load model - not enough GPU memory"), "load", "device"),
     _Words(re.compile(r"No available memory for the cache blocks"), "kv_cache", "device"),
     _Words(re.compile(r"To serve at least one request with the model's max"), "kv_cache", "device"),
@@ -68,6 +77,7 @@ _OUT_OF_MEMORY = (
 _WRAPPERS = re.compile(
     r"Engine core initialization failed|WorkerProc initialization failed"
     r"|EngineDeadError|EngineCore encountered an issue|See root cause above"
+    r"|NCCL error: unhandled cuda error"  # which one, NCCL prints
 )
 _REFUSALS = re.compile(
     r"not (yet )?supported|unsupported|does not support|not implemented|is not available on"
@@ -103,11 +113,12 @@ def explain(
         if isinstance(one, TrialError):
             return one
         text = f"{_type_name(one)}: {one}"
-        if _WRAPPERS.search(text):
-            continue
-        full = _memory(text, _frames(one), stage, device_is_cpu)
+        # Ray puts the traceback of the other process into the text.
+        full = _memory(text, [*_frames(one), *_FRAME.findall(text)], stage, device_is_cpu)
         if full is not None:
             return full
+        if _WRAPPERS.search(text):
+            continue
         if _CONTRADICTIONS.search(text):
             return Infeasible(_short(text))
         if _refused(one, text, stage):

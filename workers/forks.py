@@ -3,9 +3,9 @@
 Importing an engine takes a core for six seconds, and an engine that has run leaves threads,
 allocator arenas and, after an abort, nothing at all. So a host imports once, into a process
 that does nothing else, touches no device and sleeps until it is asked (multiprocessing's fork
-server). Every group gets a fork of it: ready in milliseconds, as clean as the first, and when
-it ends the operating system takes everything back. The next group's process is there while
-this one measures, and costs it nothing.
+server). Every engine gets a fork of it: ready in milliseconds, as clean as the first, and when
+it ends the operating system takes everything back, a CUDA context that an illegal access has
+broken too. The next engine's process is there while this one measures, and costs it nothing.
 
 Devices are named to a fork when it is made, so one server serves groups of any layout. An
 engine that Ray places over several nodes has to run in a process of Ray's own, not here.
@@ -22,6 +22,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -45,6 +46,8 @@ PRELOAD: dict[EngineKind, str] = {"vllm": "workers.engines.preload_vllm"}
 device, leaves nothing behind, and needs no process of its own."""
 EXIT_S = 20.0
 """Wait for a fork that has said its last to end, seconds."""
+BEGINS = "--- an engine begins"
+"""Line of a log: what stands before it was printed by others."""
 LOG_TAIL = 256 * 1024
 """Bytes at the end of a log in which a cause is looked for."""
 
@@ -93,14 +96,15 @@ class Forks:
         self._own = family()
 
     def run(self, job: Job, devices: str | None) -> Iterator[Message]:
-        """Measures a group in a fork; see `workers.runner.run`. The fork is gone at the end.
+        """Measures on one engine in a fork; see `workers.runner.one_engine`. The fork is gone at
+        the end, and so are the engine's ranks.
 
         Args:
-            job: the group.
+            job: the tickets.
             devices: what `CUDA_VISIBLE_DEVICES` says; null where there is no GPU.
 
         Raises:
-            EngineDied: before every trial had ended, or because it was silent for too long
+            EngineDied: before the engine was done, or because it was silent for too long
                 (`workers.patience`).
         """
         fork, receiver = self._fork(_measure, job, devices)
@@ -109,6 +113,7 @@ class Forks:
         trial_id = None
         left = {ticket.trial_id for ticket in job.tickets}
         error: TrialError | None = None
+        ended = False
         try:
             while True:
                 wait_s = patience_s(job, stage, trial_id)
@@ -116,8 +121,11 @@ class Forks:
                     error = silent(stage, wait_s)
                     break
                 try:
-                    message: Message = receiver.recv()
+                    message: Message | None = receiver.recv()
                 except (EOFError, OSError):  # killed, perhaps in the middle of a message
+                    break
+                if message is None:
+                    ended = True
                     break
                 if isinstance(message, Progress):
                     if stage == "load":  # it is built: what it shares is there
@@ -132,10 +140,16 @@ class Forks:
         finally:
             receiver.close()
             self.end(fork)
-        if left and error is None:
-            error = _cause(job, devices, stage, fork.exitcode, kills)
-        if error is not None:
+        if ended:
+            return
+        error = error or _cause(job, devices, stage, fork.exitcode, kills)
+        if stage == "load" and isinstance(error, Crashed):
+            rest = tuple(one for one in job.tickets if one.trial_id in left)
+            yield from runner.unbuilt(replace(job, tickets=rest), error)
+        elif stage == "load" or trial_id is not None:
             raise EngineDied(error, trial_id)
+        else:
+            print(f"an engine ended between two trials: {error}", flush=True)
 
     def rehearse(self, job: Job, devices: str | None, wait_s: float) -> None:
         """Builds an engine in a fork that waits to be asked for passes; see
@@ -229,19 +243,21 @@ class EngineDied(Exception):
 
 
 def _measure(sender: Connection, job: Job, devices: str | None) -> None:
-    """What the fork of a group does."""
+    """What the fork of an engine does: it says all messages, and then null."""
     _settle(job, devices)
-    left = len(job.tickets)
-    alone = job.tickets[0].trial.layout.devices == 1
-    for message in runner.run(job):
+
+    def tell(message: Message | None) -> None:
         try:
             sender.send(message)
         except ConnectionError:  # nobody hears it any more
             _end_with_host()
-        left -= isinstance(message, Finished)
-        closing = isinstance(message, Progress) and message.stage == "close"
-        if closing and not left and alone:
+
+    alone = job.tickets[0].trial.layout.devices == 1
+    for message in runner.one_engine(job):
+        tell(message)
+        if isinstance(message, Progress) and message.stage == "close" and alone:
             break  # there is nothing to take down that does not go with the process
+    tell(None)
     sender.close()
     _leave()
 
@@ -282,6 +298,7 @@ def _settle(job: Job, devices: str | None) -> None:
     threading.Thread(target=_end_with_host, daemon=True).start()
     if job.log is not None:
         log_to(job.log)
+        print(BEGINS, flush=True)
     if devices is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices
     if job.scratch is not None:
@@ -339,7 +356,7 @@ def _cause(job: Job, devices: str | None, stage: str, code: int | None, kills: i
     return of_death(
         "the engine's process",
         code,
-        tail(job.log),
+        of_last_engine(tail(job.log)),
         stage=oom_stage(stage),
         kernel_killed=memory.kernel_kills() > kills,
         limited=any(ticket.trial.engine.memory_limit_gib for ticket in job.tickets),
@@ -348,15 +365,21 @@ def _cause(job: Job, devices: str | None, stage: str, code: int | None, kills: i
 
 
 def tail(log: str | None) -> str:
-    """The end of a log; empty where there is none."""
+    """The end of a log, in whole lines; empty where there is none."""
     if log is None:
         return ""
     try:
         with Path(log).open("rb") as file:
-            file.seek(max(0, file.seek(0, 2) - LOG_TAIL))
+            if file.seek(max(0, file.seek(0, 2) - LOG_TAIL)):
+                file.readline()  # half of a secret would not be known for one
             return file.read().decode(errors="replace")
     except OSError:
         return ""
+
+
+def of_last_engine(log: str) -> str:
+    """What the last engine of a group has printed."""
+    return log.rpartition(f"{BEGINS}\n")[2]
 
 
 def _nothing() -> None:

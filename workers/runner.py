@@ -29,9 +29,11 @@ one of its own, since their buffers were still there. A shape that this engine h
 another top-k is warm but for its MoE kernels, so its warm-up ends after a few tokens.
 
 A failure ends the trial in which it happened and no other: the engine is given up, and a
-new one is built for those that remain. Memory that runs out while an engine is built ends
-them all, because all share the weights and none has a smaller top-k; any other failure to
-build ends those of its top-k.
+new one is built for those that remain, in a process of its own where a device could remember
+what went wrong (`workers.forks`): after an illegal access every call of a CUDA process fails.
+Memory that runs out while an engine is built ends all of the group, because all share the weights
+and none has a smaller top-k; a refusal ends those of its top-k. A crash ends the first of them;
+only if the next engine crashes with the same words it ends the others too.
 """
 
 from __future__ import annotations
@@ -39,10 +41,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 import time
-from collections.abc import Generator, Iterator, Sequence, Set
+from collections.abc import Callable, Generator, Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -51,8 +54,17 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from workers import disturbance, memory, recorder, repeats, reuse, usage
-from workers.contract.errors import Infeasible, OutOfMemory, TimedOut, TrialError, Unsupported
+from workers.contract.errors import (
+    Crashed,
+    Infeasible,
+    OutOfMemory,
+    TimedOut,
+    TrialError,
+    Unsupported,
+)
 from workers.contract.job import Job, Ticket
 from workers.contract.measurement import Measurement, Memory, Pass, PassKind
 from workers.contract.message import Finished, Message, Progress, Stage
@@ -82,13 +94,60 @@ from workers.texts import text_ids
 
 BLOCK_S = 600.0
 """Predicted time of workloads that take turns with one another, seconds."""
+_TOLD = (
+    "outcome_reason",
+    "reference_bandwidth_gb_s_before",
+    "reference_bandwidth_gb_s_after",
+)
+"""Columns of a record that the next engine of its group is told of."""
 REWARM_TOKENS = 4
 """Tokens of a warm-up where all but top-k is warm: a prompt pass and three decode passes."""
 
 
-def run(job: Job) -> Iterator[Message]:
-    """Measures every ticket of `job`; each ends in exactly one `Finished`."""
+def one_engine(job: Job) -> Iterator[Message]:
+    """Measures tickets of `job` until one engine is done; each of them ends in one `Finished`."""
     yield from _Run(job, describe()).messages()
+
+
+def run(job: Job, engine: Callable[[Job], Iterator[Message]] = one_engine) -> Iterator[Message]:
+    """Measures every ticket of `job`; each ends in exactly one `Finished`.
+
+    Args:
+        job: the tickets. What one engine found out, the next is told by a job of its own.
+        engine: does what `one_engine` does, perhaps in another process.
+    """
+    while job.tickets:
+        done: set[str] = set()
+        loading, failure = False, None
+        sheets = [job.sheets] if job.sheets is not None else []
+        fastest = job.fastest_read_gb_s
+        for message in engine(job):
+            if isinstance(message, Progress):
+                loading = message.stage == "load"
+            elif isinstance(message, Finished):
+                done.add(message.trial_id)
+                (told,) = message.record.select(_TOLD).to_pylist()
+                reason, *reads = told.values()
+                failure = reason if loading else None
+                fastest = max(fastest, *(read or 0.0 for read in reads))
+                sheets += [message.sheet] if message.sheet is not None else []
+            yield message
+        assert done, "an engine ended without ending any trial"
+        job = replace(
+            job,
+            tickets=tuple(one for one in job.tickets if one.trial_id not in done),
+            sheets=pa.concat_batches(sheets) if sheets else None,
+            fastest_read_gb_s=fastest,
+            last_failure=failure,
+        )
+
+
+def unbuilt(job: Job, error: TrialError) -> Iterator[Finished]:
+    """Ends what a failure to build an engine for `job` ends, where the process that was to build it
+    can tell nobody."""
+    run = _Run(job, describe())
+    for ticket in _ended_by(error, sorted(job.tickets, key=_turn), job.last_failure):
+        yield run._failed(ticket, error)
 
 
 class _Trial:
@@ -161,6 +220,7 @@ class _Run:
     """Activation sheets at hand; of those with one key the last stands."""
 
     def __post_init__(self) -> None:
+        self.fastest_read = self.job.fastest_read_gb_s
         if self.job.sheets is not None:
             self.sheets = from_rows(self.job.sheets)
 
@@ -172,14 +232,8 @@ class _Run:
             else:
                 waiting.append(ticket)
         waiting.sort(key=_turn)
-        while waiting:
-            done: set[str] = set()
-            for message in self._one_engine(waiting):
-                if isinstance(message, Finished):
-                    done.add(message.trial_id)
-                yield message
-            assert done, "an engine ended without ending any trial"
-            waiting = [ticket for ticket in waiting if ticket.trial_id not in done]
+        if waiting:
+            yield from self._one_engine(waiting)
 
     def _one_engine(self, tickets: Sequence[Ticket]) -> Iterator[Message]:
         """Builds an engine and measures on it until all are done, one fails, or it cannot
@@ -199,9 +253,8 @@ class _Run:
                 engine = kind(tickets[0].trial, [one.trial.workload for one in tickets], site)
                 self.columns["engine_load_s"] = time.perf_counter() - start
             except TrialError as error:
-                for ticket in tickets:
-                    if isinstance(error, OutOfMemory) or _top_k(ticket) == _top_k(tickets[0]):
-                        yield self._failed(ticket, error)
+                for ticket in _ended_by(error, tickets, self.job.last_failure):
+                    yield self._failed(ticket, error)
                 return
             warm: set[Workload] = set()
             try:
@@ -532,6 +585,28 @@ def _refused(ticket: Ticket) -> TrialError | None:
     except TrialError as error:
         return error
     return Unsupported(reason) if reason else None
+
+
+def _ended_by(
+    error: TrialError, tickets: Sequence[Ticket], last_failure: str | None
+) -> Sequence[Ticket]:
+    """Those of `tickets`, in their order, that end with an engine that could not be built.
+
+    Args:
+        error: why.
+        last_failure: the same of the engine before.
+    """
+    if isinstance(error, OutOfMemory):
+        return tickets
+    alike = [one for one in tickets if _top_k(one) == _top_k(tickets[0])]
+    if isinstance(error, Crashed) and _words(str(error)) != _words(last_failure or ""):
+        return alike[:1]
+    return alike
+
+
+def _words(reason: str) -> str:
+    """A reason without its numbers, which may be addresses or process ids."""
+    return re.sub(r"\b(0x)?[0-9a-f]*\d[0-9a-f]*\b", "#", reason)
 
 
 def _late(trial: _Trial) -> TimedOut:

@@ -33,6 +33,7 @@ from orchestrator.events import (
 )
 from orchestrator.plan import Group, Planned
 from orchestrator.schedule import Schedule
+from workers.actor import _wait_over_nodes
 from workers.contract.engine import EngineSettings
 from workers.contract.layout import Layout
 from workers.contract.measure import Measure
@@ -227,5 +228,8 @@ def test_a_layout_over_several_nodes_gets_a_placement_group(cluster: Cluster) ->
         ]
         assert list(table["bundles"].values()) == [{"GPU": 1.0, "CPU": 1.0}] * 4
         assert set(table["bundles_to_node_id"].values()) == set(nodes)
+        look = ray.remote(num_cpus=0)(_wait_over_nodes)
+        looking = look.options(scheduling_strategy=placement.within(captures=True)).remote()
+        assert ray.get(looking, timeout=60) == []  # each bundle's GPU was asked after
     finally:
         placement.release()

@@ -762,7 +762,7 @@ FAULTS = {
             what="SIGKILL of the engine's process while it is built",
             sweep=SHORT,
             inject=killed_engine_in_load,
-            expected=[Expected(outcome="crashed", reason="SIGKILL", most=2)],
+            expected=[Expected(outcome="crashed", reason="SIGKILL")],
             status=(1,),
         ),
         Fault(

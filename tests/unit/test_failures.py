@@ -6,10 +6,14 @@ their source, the others were seen.
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 
 from workers.contract.errors import Crashed, OutOfMemory, TimedOut, TrialError, Unsupported
 from workers.contract.outcome import OomStage
+from workers.engines.vllm_stepper import Output
 from workers.failures import explain, from_log
 
 CPU_OOM = (
@@ -19,6 +23,21 @@ CPU_OOM = (
 CUDA_OOM = (
     "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.11 GiB of "
     "which 1.20 GiB is free."
+)
+CUDA_LAZY = (
+    "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other "
+    "API call, so the stacktrace below might be incorrect."
+)
+NCCL_OOM = (
+    "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:94, unhandled cuda error "
+    "(run with NCCL_DEBUG=INFO for details), NCCL version 2.27.5\n"
+    "ncclUnhandledCudaError: Call to CUDA function failed.\n"
+    "Last error:\nCuda failure 2 'out of memory'"
+)
+NCCL_UNTOLD = "NCCL error: unhandled cuda error (run with NCCL_DEBUG=INFO for details)"
+NCCL_WARNING = (
+    "node:123:456 [0] include/alloc.h:228 NCCL WARN Cuda failure {} '{}'\n"
+    "node:123:456 [0] NCCL INFO transport/p2p.cc:262 -> 1\n"
 )
 NO_ROOM_TO_MAP = (
     "unable to mmap 746995752 bytes from file <model.safetensors>: Cannot allocate memory (12)"
@@ -37,6 +56,26 @@ def _named(name: str, base: type[Exception] = RuntimeError) -> type[Exception]:
         (RuntimeError(CPU_OOM), True, "load", "device", 7516192768),
         (RuntimeError(CPU_OOM), False, "load", "host", 7516192768),
         (_named("torch.OutOfMemoryError")(CUDA_OOM), False, "load", "device", int(2.5 * 2**30)),
+        (_named("torch.AcceleratorError")(CUDA_LAZY), False, "load", "device", None),
+        (RuntimeError("CUDA driver error: out of memory"), False, "load", "device", None),
+        (RuntimeError("CUDA_ERROR_OUT_OF_MEMORY"), False, "load", "device", None),
+        (
+            RuntimeError(
+                "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"
+            ),
+            False,
+            "load",
+            "device",
+            None,
+        ),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), False, "load", "device", None),
+        (
+            _named("torch.distributed.DistBackendError")(NCCL_OOM),
+            False,
+            "load",
+            "device",
+            None,
+        ),
         (MemoryError(), True, "load", "device", None),
         (RuntimeError("std::bad_alloc"), True, "load", "device", None),
         (OSError(12, "Cannot allocate memory"), True, "load", "device", None),
@@ -81,6 +120,50 @@ def test_memory(error: Exception, cpu: bool, stage: str, scope: str, size: int |
     found = explain(error, stage="load", device_is_cpu=cpu)
     assert isinstance(found, OutOfMemory)
     assert (found.stage, found.scope, found.requested_bytes) == (stage, scope, size)
+
+
+@pytest.mark.parametrize(
+    ("number", "what", "kind"),
+    [(2, "out of memory", OutOfMemory), (700, "an illegal memory access", Crashed)],
+)
+def test_what_nccl_does_not_tell_stands_in_the_log(
+    number: int, what: str, kind: type[TrialError]
+) -> None:
+    log = NCCL_WARNING.format(number, what)
+    found = explain(RuntimeError(NCCL_UNTOLD), stage="load", log=log, device_is_cpu=False)
+    assert type(found) is kind
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"),
+        # A kernel that is too large for any device of the kind.
+        RuntimeError("out of resource: shared memory, Required: 262144, Hardware limit: 232448"),
+        # Others hold the memory: another time it would fit.
+        ValueError(
+            "Free memory on device cuda:0 (12.3/79.11 GiB) on startup is less than desired GPU "
+            "memory utilization (0.92, 72.78 GiB). Decrease GPU memory utilization or reduce GPU "
+            "memory used by other processes."
+        ),
+    ],
+)
+def test_what_only_sounds_like_it_is_a_crash(error: Exception) -> None:
+    found = explain(error, stage="load", device_is_cpu=False)
+    assert type(found) is Crashed and str(error)[:60] in str(found)
+
+
+def test_a_rank_on_another_node_brings_its_traceback_as_text() -> None:
+    told = (
+        "\x1b[36mray::RayWorkerProc.initialize_worker()\x1b[39m (pid=7, ip=10.0.0.2)\n"
+        '  File "/vllm/v1/worker/gpu_worker.py", line 610, in load_model\n'
+        '  File "/torch/utils/_device.py", line 104, in __torch_function__\n'
+        f"torch.OutOfMemoryError: {CUDA_OOM}"
+    )
+    error = _named("ray.exceptions.RayTaskError(OutOfMemoryError)")(told)
+    found = explain(error, stage="run", device_is_cpu=False)
+    assert isinstance(found, OutOfMemory)
+    assert (found.stage, found.requested_bytes) == ("load", int(2.5 * 2**30))
 
 
 @pytest.mark.parametrize(
@@ -205,3 +288,22 @@ def test_the_scratch_pad_of_the_cpu_kernels_is_memory_of_the_device() -> None:
     failure = explain(RuntimeError(text), stage="run", log="", device_is_cpu=True)
     assert isinstance(failure, OutOfMemory)
     assert (failure.stage, failure.scope) == ("run", "device")
+
+
+def test_both_streams_of_a_process_are_read(tmp_path: Path) -> None:
+    before = [os.dup(one) for one in (1, 2)]
+    try:
+        for descriptor, name in ((1, "out"), (2, "err")):
+            with (tmp_path / name).open("w") as file:
+                file.write("of an engine before, ")
+                file.flush()
+                os.dup2(file.fileno(), descriptor)
+        output = Output()
+        os.write(1, b"told by a rank,")
+        os.write(2, b"told by a library,")
+        told = output.since()
+    finally:
+        for descriptor, one in zip((1, 2), before, strict=True):
+            os.dup2(one, descriptor)
+            os.close(one)
+    assert sorted(told.split(",")) == ["", "told by a library", "told by a rank"]

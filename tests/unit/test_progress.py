@@ -97,6 +97,17 @@ def _run(tracker: Tracker, clock: _Clock, group: Group, load_s: float, passes_s:
     tracker.heard(0, Released(clean=True))
 
 
+def test_a_group_that_comes_back_is_not_done() -> None:
+    tracker = _tracker(_Clock(), _group("a", trials=2))
+    tracker.opened(Lane(lane_id=0, node_id="n", devices=1))
+    tracker.assigned(0, _group("a", trials=2))
+    tracker.heard(0, _finished("ok"))
+    tracker.heard(0, Released(clean=False))
+    tracker.assigned(0, _group("a", trials=1))
+    (shown,) = tracker.snapshot().groups
+    assert (shown.state, shown.done) == ("running", 1)
+
+
 def test_eta_begins_with_the_prediction_and_follows_what_groups_really_took() -> None:
     clock = _Clock()
     groups = [_group(name, trials=500) for name in "abcdefgh"]

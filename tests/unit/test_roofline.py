@@ -111,6 +111,8 @@ def test_arguments_of_the_engine_that_change_the_cost_are_heeded() -> None:
     assert with_args(kv_cache_dtype="fp8").kv_cache_gib == pytest.approx(plain.kv_cache_gib / 2)
     assert with_args(max_num_batched_tokens=4096).prefill_passes == 4
     assert with_args(gpu_memory_utilization=0.5).limit_gib == pytest.approx(H100.memory_gib / 2)
+    beyond = _predict(workload=workload, engine=EngineSettings(memory_limit_gib=500.0))
+    assert beyond.limit_gib == H100.memory_gib, "no device has more than it has"
     starved = with_args(kv_cache_memory_bytes=1000)
     assert starved.oom is not None and starved.oom.stage == "kv_cache"
 

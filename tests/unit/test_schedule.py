@@ -156,6 +156,17 @@ def test_a_cpu_machine_runs_one_engine_at_a_time_and_keeps_its_process() -> None
     assert state.finished
 
 
+def test_what_is_left_of_a_group_on_devices_that_are_not_clean_runs_elsewhere() -> None:
+    state = Schedule.of([_group("a", trials=3)], [_node("n", 1), _node("m", 1)])
+    state.start()
+    state.on(TrialEnded(lane_id=0, trial_id="a0"))
+    first, *rest = state.on(GroupEnded(lane_id=0, clean=False))
+    assert first == Inspect(lane_id=0)
+    (again,) = [one for one in rest if isinstance(one, Assign)]
+    assert again.lane_id != 0
+    assert again.attempts == {"a1": 1, "a2": 1}, "they had not begun"
+
+
 def test_devices_that_are_left_dirty_are_inspected_before_anything_runs_there() -> None:
     state = Schedule.of([_group("a"), _group("b")], [_node("n", 2, cpu_only=True)])
     state.start()

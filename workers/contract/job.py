@@ -45,9 +45,10 @@ class Job:
     profile: str
     tickets: tuple[Ticket, ...]
     log: str | None = None
-    """File for the engine's output on the host; null leaves it to Ray's log of the process."""
+    """File for the output of the engine and its ranks on the host; null is one of the host's own,
+    of which the driver is sent the end."""
     log_name: str | None = None
-    """The same file as the record names it, relative to the dataset."""
+    """The file that the record names, relative to the dataset: the same, or what was sent."""
     side_by_side: bool | None = None
     """Other engines can run on the machine at the same time; null where nothing is measured."""
     side_by_side_ratio: float | None = None
@@ -59,3 +60,7 @@ class Job:
     """Activation sheets that may fit trials which ask for one (`workers.moe.sheets.to_rows`)."""
     scratch: str | None = None
     """Folder for temporary files on the host; null is the host's own."""
+    fastest_read_gb_s: float = 0.0
+    """Best that reference loads of the group's earlier engines read, 10⁹ bytes per second."""
+    last_failure: str | None = None
+    """Why the group's last engine could not be built; null if it was."""

@@ -64,9 +64,12 @@ class Released:
     """The group's engine is gone."""
 
     clean: bool
-    """Device memory is back to its baseline and no process is left."""
+    """Device memory is back to its baseline and no process is left. If not, trials of the group
+    may be left, which run elsewhere."""
     detail: str = ""
     """What was found, where it is not clean."""
+    log: str | None = None
+    """The end of what the group printed; null where the driver has the file."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,6 +83,8 @@ class Died:
     clean: bool
     """As in `Released`."""
     detail: str = ""
+    log: str | None = None
+    """As in `Released`."""
 
 
 Message = Progress | Finished | Released | Died

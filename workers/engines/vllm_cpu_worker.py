@@ -34,10 +34,9 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from workers import memory
 from workers.engines.reference_load import ReferenceLoad
+from workers.engines.vllm_limit import LIMIT_KEY
 from workers.engines.vllm_worker import distinct_bytes
 
-LIMIT_KEY = "memory_limit_bytes"
-"""Key of vLLM's `additional_config` that carries the limit of one rank."""
 REQUESTS_KEY = "kv_cache_requests"
 """Key there of the number of requests that the KV cache must hold at their longest, where how
 many bytes that takes is not known before the model is loaded."""

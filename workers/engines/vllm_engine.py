@@ -44,6 +44,7 @@ from workers.contract.workload import Workload
 from workers.engines import hub_files
 from workers.engines.base import Loaded, Site
 from workers.engines.pruned import pruned_folder
+from workers.engines.vllm_limit import LIMIT_KEY
 from workers.engines.vllm_replicas import Replicas
 from workers.engines.vllm_stepper import Batch, Done, Output, Stepper, clean, explained
 from workers.hardware import host
@@ -78,6 +79,18 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 """Set before vLLM is imported."""
+RANKS: dict[bool, tuple[str, ...]] = {
+    True: ("vllm.v1.worker.cpu_worker",),
+    False: (
+        "vllm.v1.executor.multiproc_executor",
+        "vllm.v1.worker.gpu_worker",
+        "vllm.v1.worker.gpu.model_runner",
+        "vllm.v1.worker.gpu_model_runner",
+        "vllm.distributed.device_communicators.cuda_communicator",
+    ),
+}
+"""On a CPU or not → modules of vLLM that a rank imports when it is built. They must open no device:
+a process that has used CUDA cannot fork one that does."""
 LEAST_TOKEN_BUDGET = 8192
 """Prompt tokens that vLLM's offline default takes into one pass on any GPU; on large ones it
 is twice that. A smaller budget is set only where no workload fills this one."""
@@ -123,6 +136,7 @@ class VllmEngine:
     @classmethod
     def prepare(cls) -> None:
         os.environ.update(ENVIRONMENT)
+        os.environ.setdefault("NCCL_DEBUG", "WARN")  # else it says that it failed, and not why
         root = Path(os.environ.get("VLLM_CACHE_ROOT") or caches.home() / "vllm").expanduser()
         # Its default is the place for temporary files, which goes with every engine.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(root / "inductor"))
@@ -134,13 +148,26 @@ class VllmEngine:
             from vllm.platforms import current_platform
 
             assert LLM, "an import that is not used would be taken for an accident"
-            if current_platform.is_cpu():
-                # Otherwise imported by the first engine, and counted in its load.
-                import_module("vllm.v1.worker.cpu_worker")
+            # Otherwise imported by each engine and each of its ranks, and counted in the load.
+            for module in RANKS[current_platform.is_cpu()]:
+                import_module(module)
         except Exception as error:
             kind = Unsupported if isinstance(error, ImportError) else Crashed
             cls._refused = kind(f"vLLM cannot be imported: {type(error).__name__}: {error}")
             raise cls._refused from error
+
+    @classmethod
+    def check_forkable(cls) -> None:
+        """Whether forks of this process can use CUDA.
+
+        Raises:
+            Crashed: this process has used it. Engines of its forks raise the same.
+        """
+        import torch
+
+        if torch.cuda.is_initialized():
+            cls._refused = Crashed("vLLM cannot be forked: its import has used CUDA")
+            raise cls._refused
 
     @classmethod
     def stands_for(cls, device: str) -> StandIn | None:
@@ -384,9 +411,8 @@ class VllmEngine:
         )
 
     def _limit_bytes(self) -> int:
-        if self._limit_gib is not None:
-            return int(self._limit_gib * 2**30)
-        return int(host.describe().memory_gib * 2**30)
+        there = host.describe().memory_gib
+        return int(min(self._limit_gib or there, there) * 2**30)
 
     def _arguments(self, trial: Trial, workloads: Sequence[Workload]) -> dict[str, Any]:
         model, layout, settings = trial.model, trial.layout, trial.engine
@@ -425,13 +451,10 @@ class VllmEngine:
             elif "kv_cache_memory_bytes" not in settings.args:
                 more["kv_cache_requests"] = args["max_num_seqs"]
             args["worker_cls"] = "workers.engines.vllm_cpu_worker.LimitedCPUWorker"
-            if self._limit_gib is not None:
-                more["memory_limit_bytes"] = int(self._limit_gib * 2**30)
         else:
             args |= cuda_economy(trial, workloads)
-            if self._limit_gib is not None:
-                share = self._limit_gib / host.describe().memory_gib
-                args["gpu_memory_utilization"] = min(1.0, share)
+        if self._limit_gib is not None:
+            more[LIMIT_KEY] = int(self._limit_gib * 2**30)
         if more:
             args["additional_config"] = more
         return arguments.joined(args, arguments.given(trial))

@@ -218,21 +218,22 @@ def clean() -> None:
 class Output:
     """What this process and those that it started have printed since an engine began to load.
 
-    A rank of its own process sends home a wrapper of its failure; the cause is printed.
+    A rank of its own process sends home a wrapper of its failure; the cause is printed, by vLLM on
+    standard output, by libraries on standard error.
     """
 
     def __init__(self) -> None:
-        path = Path(os.path.realpath("/proc/self/fd/2"))
-        self._path = path if path.is_file() else None
-        self._start = path.stat().st_size if self._path else 0
+        paths = {Path(os.path.realpath(f"/proc/self/fd/{descriptor}")) for descriptor in (1, 2)}
+        self._starts = {path: path.stat().st_size for path in paths if path.is_file()}
 
     def since(self) -> str:
         """The text; empty where output goes to no file."""
-        if self._path is None:
-            return ""
-        with self._path.open("rb") as file:
-            file.seek(self._start)
-            return file.read().decode(errors="replace")
+        found = []
+        for path, start in self._starts.items():
+            with path.open("rb") as file:
+                file.seek(start)
+                found.append(file.read().decode(errors="replace"))
+        return "".join(found)
 
 
 def explained(error: BaseException, *, stage: OomStage, output: Output, on_cpu: bool) -> TrialError:

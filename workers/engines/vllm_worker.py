@@ -19,12 +19,13 @@ from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
 from workers import memory
-from workers.engines import vllm_routing, vllm_unfused
+from workers.engines import vllm_limit, vllm_routing, vllm_unfused
 from workers.engines.reference_load import ReferenceLoad, on_cuda
 from workers.engines.vllm_probe import Account, Probe
 from workers.hardware.reference import Reference
 
 # vLLM imports this in every rank, before it builds a model there.
+vllm_limit.take_over()
 vllm_routing.take_over()
 vllm_unfused.take_over()
 

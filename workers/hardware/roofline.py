@@ -236,6 +236,8 @@ class Roofline:
         self._assumed = assumptions(device)
         self._layout = layout
         self._limit_gib = engine.memory_limit_gib or usable_gib(device, engine.args)
+        if device.name != CPU:  # CPU machines of a class differ in their memory
+            self._limit_gib = min(self._limit_gib, device.memory_gib)
         default = CPU_BLOCK if device.name == CPU else GPU_BLOCK
         self._block = _count(engine.args, "block_size") or default
         self._most = _count(engine.args, "max_num_seqs")
