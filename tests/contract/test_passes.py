@@ -6,6 +6,7 @@ what runs on CUDA, and pipeline stages both have calls in which none ends.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,6 +31,8 @@ pytestmark = [pytest.mark.engine, pytest.mark.alone, pytest.mark.timeout(240)]
 WORKLOAD = Workload(batch_size=3, input_tokens=24, output_tokens=8)
 BUDGET = 32
 """Most tokens of a pass: a batch's prompts take three."""
+TRACED = {"compilation_config": {"mode": 2, "backend": "eager"}}
+"""Without a traced model vLLM's CPU build has no stages."""
 ALIKE = [[7 * i + j for j in range(24)] for i in range(3)]
 ONE = Batch(prompts=[[5, 6, 7]], lengths=[5], temperature=0.0)
 UNEVEN = Batch(
@@ -38,12 +41,16 @@ UNEVEN = Batch(
 """Of two replicas one has prompts for three passes, the other for one."""
 
 
-def _engine(folder: Path, checkpoint: Path, layout: Layout, **args: object) -> VllmEngine:
+def _engine(
+    folder: Path, checkpoint: Path, layout: Layout, args: Mapping[str, object]
+) -> VllmEngine:
     trial = Trial(
         model=Model(name=str(checkpoint), dtype="float32"),
         workload=WORKLOAD,
         layout=layout,
-        engine=EngineSettings(eager=True, args={"max_num_batched_tokens": BUDGET, **args}),
+        engine=EngineSettings(
+            eager=args is not TRACED, args={"max_num_batched_tokens": BUDGET, **args}
+        ),
     )
     longest = Workload(batch_size=3, input_tokens=70, output_tokens=8)
     return VllmEngine(trial, [WORKLOAD, longest], Site(scratch=folder, device="cpu"))
@@ -66,7 +73,7 @@ class Alone:
 
 @pytest.fixture(scope="module")
 def alone(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Alone:
-    engine = _engine(tmp_path_factory.mktemp("alone"), checkpoint, Layout())
+    engine = _engine(tmp_path_factory.mktemp("alone"), checkpoint, Layout(), {})
     try:
         _check_stamps(engine)
         said = {"one": engine._send(ONE).tokens, "uneven": engine._send(UNEVEN).tokens}
@@ -91,7 +98,7 @@ def _check_stamps(engine: VllmEngine) -> None:
 def test_what_is_scheduled_ahead_has_as_many_stamps_as_passes(
     alone: Alone, checkpoint: Path, tmp_path: Path
 ) -> None:
-    engine = _engine(tmp_path, checkpoint, Layout(), **ARGS)
+    engine = _engine(tmp_path, checkpoint, Layout(), ARGS)
     try:
         assert isinstance(engine._vllm, Stepper)
         assert engine._vllm.engine.engine_core.engine_core.async_scheduling
@@ -105,14 +112,14 @@ def test_what_is_scheduled_ahead_has_as_many_stamps_as_passes(
     ("layout", "args"),
     [
         (Layout(data=2), ARGS),
-        pytest.param(Layout(data=2, pipeline=2), {}, marks=pytest.mark.slow),
+        pytest.param(Layout(data=2, pipeline=2), TRACED, marks=pytest.mark.slow),
     ],
     ids=["ahead", "of two stages"],
 )
 def test_replicas_with_unlike_numbers_of_passes_end(
-    layout: Layout, args: dict[str, str], alone: Alone, checkpoint: Path, tmp_path: Path
+    layout: Layout, args: Mapping[str, object], alone: Alone, checkpoint: Path, tmp_path: Path
 ) -> None:
-    replicas = _engine(tmp_path, checkpoint, layout, **args)
+    replicas = _engine(tmp_path, checkpoint, layout, args)
     try:
         assert isinstance(replicas._vllm, Replicas)
         assert replicas._send(ONE).tokens == alone.said["one"]
