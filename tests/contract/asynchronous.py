@@ -1,26 +1,36 @@
-"""A CPU engine that schedules as a GPU's does, one pass ahead of what it knows.
+"""CPU engines that schedule as a GPU's do, one pass ahead of what is known.
 
 vLLM's CPU platform turns asynchronous scheduling off; its queue of batches, its scheduler and the
-model runner's part of it run on any device. The configuration is still open when a worker of the
-engine's own process is made, before the scheduler.
+model runner's part of it run on any device. One engine after another in one process needs the
+platform to say so: vLLM mixes the rank's extension into the worker's class, once.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from vllm.config import VllmConfig
+from vllm.platforms.cpu import CpuPlatform
 
 from workers.engines.vllm_cpu_worker import LimitedCPUWorker
 
 
 class AsynchronousCPUWorker(LimitedCPUWorker):
-    """For engines of one device per replica."""
+    """For the one engine of a replica's process, which has one device: the configuration is still
+    open when its worker is made."""
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         vllm_config.scheduler_config.async_scheduling = True
         super().__init__(vllm_config, *args, **kwargs)
 
 
-ARGS = {"worker_cls": f"{__name__}.{AsynchronousCPUWorker.__name__}"}
-"""Arguments of an engine that has it."""
+def schedule_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has every engine of this process schedule so."""
+    check = CpuPlatform.check_and_update_config
+
+    def check_and_schedule_ahead(config: VllmConfig) -> None:
+        check(config)
+        config.scheduler_config.async_scheduling = True
+
+    monkeypatch.setattr(CpuPlatform, "check_and_update_config", check_and_schedule_ahead)

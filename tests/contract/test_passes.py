@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from tests.contract import tiny
-from tests.contract.asynchronous import ARGS
 from workers.contract.engine import EngineSettings
 from workers.contract.layout import Layout
 from workers.contract.model import Model
@@ -31,6 +30,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.alone, pytest.mark.timeout(240)]
 WORKLOAD = Workload(batch_size=3, input_tokens=24, output_tokens=8)
 BUDGET = 32
 """Most tokens of a pass: a batch's prompts take three."""
+AHEAD = {"worker_cls": "tests.contract.asynchronous.AsynchronousCPUWorker"}
 TRACED = {"compilation_config": {"mode": 2, "backend": "eager"}}
 """Without a traced model vLLM's CPU build has no stages."""
 ALIKE = [[7 * i + j for j in range(24)] for i in range(3)]
@@ -96,9 +96,12 @@ def _check_stamps(engine: VllmEngine) -> None:
 
 
 def test_what_is_scheduled_ahead_has_as_many_stamps_as_passes(
-    alone: Alone, checkpoint: Path, tmp_path: Path
+    alone: Alone, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = _engine(tmp_path, checkpoint, Layout(), ARGS)
+    from tests.contract.asynchronous import schedule_ahead
+
+    schedule_ahead(monkeypatch)
+    engine = _engine(tmp_path, checkpoint, Layout(), {})
     try:
         assert isinstance(engine._vllm, Stepper)
         assert engine._vllm.engine.engine_core.engine_core.async_scheduling
@@ -111,7 +114,7 @@ def test_what_is_scheduled_ahead_has_as_many_stamps_as_passes(
 @pytest.mark.parametrize(
     ("layout", "args"),
     [
-        (Layout(data=2), ARGS),
+        (Layout(data=2), AHEAD),
         pytest.param(Layout(data=2, pipeline=2), TRACED, marks=pytest.mark.slow),
     ],
     ids=["ahead", "of two stages"],
