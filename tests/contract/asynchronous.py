@@ -29,8 +29,10 @@ def schedule_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has every engine of this process schedule so."""
     check = CpuPlatform.check_and_update_config
 
-    def check_and_schedule_ahead(config: VllmConfig) -> None:
+    def check_and_schedule_ahead(cls: type[CpuPlatform], config: VllmConfig) -> None:
         check(config)
         config.scheduler_config.async_scheduling = True
 
-    monkeypatch.setattr(CpuPlatform, "check_and_update_config", check_and_schedule_ahead)
+    monkeypatch.setattr(
+        CpuPlatform, "check_and_update_config", classmethod(check_and_schedule_ahead)
+    )

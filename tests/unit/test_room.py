@@ -10,6 +10,9 @@ import pytest
 
 from workers.engines.vllm_room import requests_held
 
+BUDGET = 1024
+"""Tokens of a pass."""
+
 
 @dataclass
 class _Full:
@@ -29,8 +32,23 @@ class _Window(_Full):
     window: int = 32
 
     def max_memory_usage_bytes(self, config: Any) -> int:
-        tokens = min(config.model_config.max_model_len, self.window)
+        tokens = self.window - 1 + config.max_in_flight_tokens
+        tokens = min(config.model_config.max_model_len, tokens)
         return (-(-tokens // self.block_size) + 1) * self.page_size_bytes
+
+
+@dataclass
+class _Config:
+    """As vLLM's `VllmConfig`, with two batches in flight."""
+
+    model_config: Any
+    scheduler_config: Any
+    num_speculative_tokens: int
+    num_lookahead_tokens: int = 0
+
+    @property
+    def max_in_flight_tokens(self) -> int:
+        return 2 * int(self.scheduler_config.max_num_batched_tokens)
 
 
 def _cache(blocks: int, *specs: _Full, host: bool = False) -> Any:
@@ -41,10 +59,10 @@ def _cache(blocks: int, *specs: _Full, host: bool = False) -> Any:
 
 
 def _config(longest: int = 4096, drafted: int = 0) -> Any:
-    return SimpleNamespace(
+    return _Config(
         model_config=SimpleNamespace(max_model_len=longest),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=BUDGET),
         num_speculative_tokens=drafted,
-        num_lookahead_tokens=0,
     )
 
 
@@ -55,8 +73,10 @@ def _config(longest: int = 4096, drafted: int = 0) -> Any:
         (100, (_Full(),), 160, 9),  # a block is vLLM's own
         (101, (_Full(),), 161, 10),  # the last token is not stored
         (101, (_Full(),), 162, 9),
-        (101, (_Full(), _Window()), 1024, 1),  # 64 and 3 blocks
-        (101, (_Window(), _Window()), 1024, 16),
+        (401, (_Full(), _Window()), 1024, 4),  # 64 + 4 blocks each, and 128 in passes
+        (201, (_Full(), _Window()), 1024, 1),  # 64 + 65: no more is to spare
+        (401, (_Window(),), 1024, 68),
+        (401, (_Window(),), 17, 200),  # shorter than the window
         (5, (_Full(),), 1024, 0),
         (101, (), 1024, None),
     ],
