@@ -104,7 +104,7 @@ def figure(
 
     Figures of records need a DATASET; figures of the catalogues take --model and so on.
     """
-    from analysis import disturbed, drift
+    from analysis import marks
     from analysis.figures.registry import find
     from analysis.figures.write import check, write
 
@@ -115,9 +115,8 @@ def figure(
     for path in outputs:
         write(chosen, frame, path)
     click.echo(chosen.insight(frame))
-    for said in (disturbed.line(frame), *drift.lines(frame)):
-        if said:
-            click.echo(f"{said}.")
+    for said in marks.lines(frame):
+        click.echo(f"{said}.")
 
 
 @main.command()
@@ -138,7 +137,7 @@ def table(
     **asked: Any,
 ) -> None:
     """Show one row per trial, or with --figure what that figure draws."""
-    from analysis import disturbed, drift
+    from analysis import marks
     from analysis.figures.registry import find
     from analysis.insights import summary
     from analysis.tables import pivot_table, reasons, records_table, show
@@ -150,8 +149,8 @@ def table(
         )
         shown: list[Table | Text] = [pivot_table(pivot) for pivot in chosen.pivots(frame)]
         sentence = chosen.insight(frame)
-        for said in (disturbed.line(frame), *drift.lines(frame)):
-            sentence += f" {said}." if said else ""
+        for said in marks.lines(frame):
+            sentence += f" {said}."
     else:
         if not datasets:
             raise OptionError("a table of records: name a DATASET, or a --figure of the catalogues")

@@ -25,7 +25,7 @@ def line(frame: pl.DataFrame) -> str:
     if "disturbed" not in frame.columns:
         return ""
     found = frame.filter(pl.col("disturbed").fill_null(False))
-    number, whole = (_records(one) for one in (found, frame))
+    number, whole = (records(one) for one in (found, frame))
     if not number:
         return ""
     return (
@@ -39,6 +39,7 @@ def mark(row: Mapping[str, object]) -> str:
     return MARK if row.get("disturbed") else ""
 
 
-def _records(frame: pl.DataFrame) -> int:
+def records(frame: pl.DataFrame) -> int:
+    """How many a frame has, whose rows may show one several times."""
     keys = [name for name in ("run_id", "trial_id") if name in frame.columns]
     return frame.select(keys).n_unique() if keys else len(frame)

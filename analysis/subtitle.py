@@ -9,18 +9,17 @@ from fractions import Fraction
 
 import polars as pl
 
-from analysis import disturbed, drift
 from analysis.conditions import constant
+from analysis.marks import lines as marked
 
 
 def subtitle(frame: pl.DataFrame) -> list[str]:
     """Lines on the model, the machine and the workload; what no record tells is left out.
 
-    Needs the condition columns, `devices_label` and `memory_limit_gib`; counts what was disturbed
-    and tells of drift where there are those columns.
+    Needs the condition columns, `devices_label` and `memory_limit_gib`; counts what is marked and
+    tells of drift where there are those columns.
     """
-    lines = [_model(frame), _machine(frame), _workload(frame), disturbed.line(frame)]
-    lines += drift.lines(frame)
+    lines = [_model(frame), _machine(frame), _workload(frame), *marked(frame)]
     if constant(frame, "source") == "predicted":
         engine = _with(constant(frame, "engine"), " ({})")
         lines.insert(0, f"Predicted by a model{engine}, not measured")

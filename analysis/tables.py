@@ -10,10 +10,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from analysis import preempted
 from analysis.conditions import varying
-from analysis.disturbed import MARK, mark
+from analysis.disturbed import MARK
 from analysis.figures.figure import Pivot
 from analysis.insights import percent
+from analysis.marks import mark
 from analysis.subtitle import subtitle
 
 _MOST_REASONS = 8
@@ -85,6 +87,8 @@ def reasons(records: pl.DataFrame) -> list[Text]:
     if len(noisy):
         reason = _text(f": {'for instance ' if len(noisy) > 1 else ''}{why[0]}" if len(why) else "")
         lines.append(Text.assemble(f"{len(noisy)} × disturbed ({MARK})", reason))
+    if put_back := preempted.line(records):
+        lines.append(Text(put_back))
     lines += [
         Text.assemble(f"{row['trials']} × ", _outcome(row), ": ", _text(row["outcome_reason"]))
         for row in groups.head(_MOST_REASONS).iter_rows(named=True)

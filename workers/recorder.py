@@ -9,7 +9,7 @@ secret (`workers.secrecy`), whoever wrote the words in it.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -64,6 +64,7 @@ def ok(
             "measured": measured,
             "started_at": datetime.fromtimestamp(started, UTC),
             **_memory(measurement.memory),
+            "preemptions": _preemptions(measurement.of("timed")),
             **derived,
             **utilisations,
             **columns,
@@ -126,6 +127,7 @@ def samples(
                 "output_tokens": one.output_tokens,
                 "token_s": one.token_s,
                 "step_s": one.step_s,
+                "preempted": one.preempted,
                 **_drafted(one),
                 "counted": None if one.kind == "warmup" else one.counted,
                 "disturbed": one.disturbed,
@@ -330,6 +332,12 @@ def _cache_dtype(args: dict[str, Any]) -> str | None:
     """What a trial asks for by name; what follows from the model is known where it ran."""
     asked = args.get("kv_cache_dtype")
     return asked if isinstance(asked, str) and asked != "auto" else None
+
+
+def _preemptions(passes: Sequence[Pass]) -> int | None:
+    """Of all together; null where one of them does not tell."""
+    told = [one.preempted for one in passes if one.preempted is not None]
+    return sum(told) if told and len(told) == len(passes) else None
 
 
 def _drafted(one: Pass) -> dict[str, int]:

@@ -28,6 +28,10 @@ closed and built anew. What runs out of memory after others on one engine is tri
 one of its own, since their buffers were still there. A shape that this engine has run with
 another top-k is warm but for its MoE kernels, so its warm-up ends after a few tokens.
 
+A batch is what is in flight together, so one that the KV cache does not hold at once is `oom`,
+though engines would run it in parts. Where an engine without the larger shapes may have the little
+that lacks, it gets one.
+
 A failure ends the trial in which it happened and no other: the engine is given up, and a
 new one is built for those that remain, in a process of its own where a device could remember
 what went wrong (`workers.forks`): after an illegal access every call of a CUDA process fails.
@@ -261,6 +265,15 @@ class _Run:
                 self.columns["engine_version"] = engine.loaded.version
                 self.columns["threads"] = engine.loaded.threads
                 self.columns["moe_kernel"] = engine.loaded.moe_kernel
+                self.columns["engine_args"] = json.dumps(engine.loaded.args, sort_keys=True)
+                built, crowded = tickets[0], engine.loaded.too_large
+                for ticket in tickets:
+                    if (reason := crowded.get(ticket.trial.workload)) is not None:
+                        yield self._failed(ticket, reason)
+                out = crowded.keys() | engine.loaded.too_tight
+                tickets = [one for one in tickets if one.trial.workload not in out]
+                if not tickets:
+                    return
                 self.measured = hand is not None
                 if hand is None:
                     self.target = device(planned_for)
@@ -275,7 +288,7 @@ class _Run:
                 for _, alike in groupby(tickets, key=_top_k):
                     trials = [_Trial(one) for one in alike]
                     first = trials[0].ticket
-                    if first is not tickets[0] and not engine.become(first.trial):
+                    if _top_k(first) != _top_k(built) and not engine.become(first.trial):
                         break
                     args = json.dumps(engine.loaded.args, sort_keys=True)
                     self.columns["engine_args"] = args

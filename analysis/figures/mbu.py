@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING
 import polars as pl
 
 from analysis.conditions import constant, refuse_mixed, refuse_repeated
-from analysis.disturbed import mark
 from analysis.drift import CARRIED
 from analysis.errors import SelectionError
 from analysis.figures.figure import Pivot, RecordsFigure
 from analysis.insights import percent
 from analysis.keys import enumeration
+from analysis.marks import mark
 from analysis.traces import SHOWN, VARIED, series, under_title, with_optional
 
 if TYPE_CHECKING:
@@ -61,6 +61,7 @@ def prepare(records: pl.LazyFrame) -> pl.DataFrame:
         "devices_label",
         "memory_limit_gib",
         "disturbed",
+        "preemptions",
         *CARRIED,
         "trial_id",
     ]

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from analysis.conditions import CONDITIONS, refuse_mixed, refuse_repeated
-from analysis.disturbed import mark
 from analysis.drift import CARRIED
 from analysis.errors import SelectionError
 from analysis.figures.figure import Pivot, RecordsFigure
 from analysis.insights import MISSING, feasible, percent
+from analysis.marks import mark
 from analysis.subtitle import subtitle
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ _DRAWN = (
     "params_active",
     "memory_limit_gib",
     "disturbed",
+    "preemptions",
     *CARRIED,
     "devices_label",
     "trial_id",

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 import polars as pl
 
 from analysis.conditions import CONDITIONS, refuse_mixed, refuse_repeated
-from analysis.disturbed import mark
 from analysis.drift import CARRIED
 from analysis.errors import SelectionError
 from analysis.figures.figure import Pivot, RecordsFigure
 from analysis.insights import MISSING, feasible, percent
 from analysis.keys import Axes
+from analysis.marks import mark
 
 if TYPE_CHECKING:
     import altair as alt
@@ -41,6 +41,7 @@ _DRAWN = (
     "active_share",
     "memory_limit_gib",
     "disturbed",
+    "preemptions",
     *CARRIED,
     "devices_label",
     "relative_throughput",

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 import polars as pl
 
 from analysis.conditions import CONDITIONS, constant, refuse_mixed, refuse_repeated
-from analysis.disturbed import mark
 from analysis.drift import CARRIED
 from analysis.errors import SelectionError
 from analysis.figures.figure import Pivot, RecordsFigure
 from analysis.insights import MISSING, percent
 from analysis.keys import Key, enumeration
+from analysis.marks import mark
 from analysis.subtitle import subtitle
 
 if TYPE_CHECKING:
@@ -247,7 +247,14 @@ class Variants:
         return f"From {self.x.phrase.format(f'{low} to {high}')}: {enumeration(words)}{median}."
 
 
-_FOR_PEOPLE = ("devices_label", "memory_limit_gib", "disturbed", *CARRIED, "trial_id")
+_FOR_PEOPLE = (
+    "devices_label",
+    "memory_limit_gib",
+    "disturbed",
+    "preemptions",
+    *CARRIED,
+    "trial_id",
+)
 
 
 def _names(frame: pl.DataFrame) -> list[str]:

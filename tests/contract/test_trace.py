@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from tests.contract import tiny
 from tests.contract.tiny import EXPERTS, SHAPE
 from workers.contract.engine import EngineSettings
-from workers.contract.errors import Crashed, Unsupported
+from workers.contract.errors import Unsupported
 from workers.contract.layout import Layout
 from workers.contract.model import Model
 from workers.contract.trace import Trace
@@ -349,7 +349,7 @@ def test_a_layer_that_is_not_heard_ends_the_trace_and_not_the_engine(
 ) -> None:
     router = _routers(engine)[-1]
     monkeypatch.setattr(router, "set_capture_fn", lambda function: None)
-    with pytest.raises(Crashed, match=r"1 of \d MoE layers were not heard"):
+    with pytest.raises(Unsupported, match=r"1 of \d MoE layers were not heard"):
         engine.trace(MIXED, 2)
     monkeypatch.undo()
     assert all(one.capture_fn is None for one in _routers(engine))
@@ -523,6 +523,7 @@ def test_two_stages_are_put_together_by_their_layers() -> None:
         stamps=[[], []],
         tokens=[[1], [2, 3]],
         steps=[],
+        preempted=0,
         drafted=None,
     )
     trace = trace_of([late, None, early], done, top_k=2, lengths=[3, 6])
@@ -538,9 +539,9 @@ def test_two_stages_are_put_together_by_their_layers() -> None:
     np.testing.assert_array_equal(first[:, :2], early.steps[0].routes[1:])
     np.testing.assert_array_equal(second[5, 2:], late.steps[0].routes[0])
     assert (second[:5] == -1).all()
-    with pytest.raises(Crashed, match="passes"):
+    with pytest.raises(Unsupported, match="passes"):
         trace_of([late, replace(early, steps=())], done, top_k=2, lengths=None)
-    with pytest.raises(Crashed, match="silence"):
+    with pytest.raises(Unsupported, match="silence"):
         trace_of([late, replace(early, failure="silence")], done, top_k=2, lengths=None)
 
 

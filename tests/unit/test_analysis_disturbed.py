@@ -109,6 +109,23 @@ def test_figures_with_lines_of_variants_and_bars_mark_them_too(tmp_path: Path) -
     assert "1 of 1 record disturbed" in json.dumps(_chart("fig3", bars))
 
 
+def test_records_with_requests_put_back_are_marked_and_counted(tmp_path: Path) -> None:
+    line = "2 of 18 records with requests put back and computed anew for want of KV cache"
+    found = grid()
+    measured = [one for one in found if one["outcome"] == "ok"]
+    for number, one in enumerate(measured):
+        one["preemptions"] = {0: 3, 5: 1}.get(number, 0)
+    write(tmp_path / "hparam", found)
+    said = _run("table", tmp_path / "hparam")
+    assert said.count("ok†") == 2 and line in said
+    figure = find("fig9")
+    assert isinstance(figure, RecordsFigure)
+    frame = figure.prepare(load(tmp_path / "hparam"))
+    assert line in json.dumps(_chart("fig9", frame)["title"])
+    cells = [cell for pivot in figure.pivots(frame) for row in pivot.rows for cell in row]
+    assert sum("†" in cell for cell in cells) == 2
+
+
 @pytest.mark.lengthy
 def test_where_none_was_disturbed_or_nobody_knows_nothing_is_said(tmp_path: Path) -> None:
     """Quiet records, and those of version 0.1.0, which have no such column."""

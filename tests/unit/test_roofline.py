@@ -92,10 +92,10 @@ def test_what_does_not_fit_says_where() -> None:
     assert roomy.oom is None
 
 
-def test_a_gpu_runs_a_batch_in_rounds_where_its_cache_does_not_fit_whole() -> None:
+def test_a_cache_that_does_not_fit_whole_is_out_of_memory_on_a_gpu_too() -> None:
     workload = Workload(batch_size=64, input_tokens=4096, output_tokens=4096)
     one = _predict(workload=workload, layout=Layout(tensor=2))
-    assert one.oom is None and one.waves > 1
+    assert one.oom is not None and one.oom.stage == "kv_cache" and one.waves == 1
     assert one.memory_gib > one.limit_gib
     small = _predict(workload=replace(workload, batch_size=8), layout=Layout(tensor=2))
     assert small.waves == 1

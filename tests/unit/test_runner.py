@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -135,6 +135,54 @@ def test_memory_that_runs_out_behind_another_top_k_is_tried_again_alone(
     outcomes = {one.trial_id: one.outcome for one in run(job) if isinstance(one, Finished)}
     assert outcomes == {"k1": "ok", "k2": "ok", "k4": "ok", "k8": "oom"}
     assert _Hoarder.built == 4
+
+
+class _Cramped(RooflineEngine):
+    """Its cache holds seven requests; beside a larger batch it holds one less."""
+
+    built: ClassVar[list[set[int]]] = []
+
+    def __init__(self, trial: Trial, workloads: Sequence[Workload], site: Site) -> None:
+        super().__init__(trial, workloads, site)
+        sizes = {one.batch_size for one in workloads}
+        self.built.append(sizes)
+        room = 7 if max(sizes) <= 7 else 6
+        short = {one for one in workloads if one.batch_size > room}
+        tight = {one for one in short if one.batch_size < max(sizes) and one.batch_size == 7}
+        error = OutOfMemory("the KV cache holds 6", stage="kv_cache", scope="device")
+        self.loaded = replace(
+            self.loaded, too_large=dict.fromkeys(short - tight, error), too_tight=frozenset(tight)
+        )
+
+
+def test_a_batch_beyond_the_cache_is_oom_and_the_others_of_its_group_are_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("workers.runner.engine_class", lambda kind: _Cramped)
+    monkeypatch.setattr(_Cramped, "built", [])
+    tickets = tuple(
+        Ticket(
+            trial=Trial(
+                model=Model(name="mixtral-8x7b", weights="dummy", top_k=k),
+                layout=Layout(tensor=4),
+                workload=Workload(batch_size=b, input_tokens=8, output_tokens=4),
+                engine=EngineSettings(kind="roofline", eager=True),
+            ),
+            trial_id=f"k{k}b{b}",
+        )
+        for k, b in [(1, 7), (1, 32), (2, 16), (2, 4), (2, 1)]
+    )
+    job = Job(sweep="s", run_id="r", group_id="g", profile="h100", tickets=tickets)
+    records = {
+        one.trial_id: one.record.to_pylist()[0] for one in run(job) if isinstance(one, Finished)
+    }
+    outcomes = {trial: row["outcome"] for trial, row in records.items()}
+    assert outcomes == {"k1b7": "ok", "k1b32": "oom", "k2b16": "oom", "k2b4": "ok", "k2b1": "ok"}
+    assert _Cramped.built == [{1, 4, 7, 16, 32}, {7}]
+    told = records["k2b16"]
+    assert (told["oom_stage"], told["oom_scope"]) == ("kv_cache", "device")
+    assert told["engine_args"] and told["top_k"] == 2
+    assert records["k2b4"]["top_k"] == 2
 
 
 class _Real(RooflineEngine):

@@ -44,7 +44,10 @@ class Pass:
     token_s: tuple[tuple[float, ...], ...]
     """Per request, the stamp of each of its tokens."""
     step_s: tuple[float, ...]
-    """Stamp at the end of each engine step (one forward pass of the scheduler's batch)."""
+    """Stamp at the end of each forward pass of the scheduler's batch."""
+    preempted: int | None = None
+    """Times that a request was put back for want of KV cache, to be computed anew; null where the
+    engine does not tell."""
     drafted: Drafted | None = None
     """Null without speculative decoding."""
     reading: Reading | None = None

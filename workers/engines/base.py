@@ -9,13 +9,13 @@ comes out as an `EngineError`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from workers.contract.engine import EngineKind, StandIn
-from workers.contract.errors import Unsupported
+from workers.contract.errors import OutOfMemory, Unsupported
 from workers.contract.measurement import Memory, Pass, PassKind
 from workers.contract.trace import Trace
 from workers.contract.trial import Trial
@@ -39,6 +39,11 @@ class Loaded:
     """CPU threads per device; null on GPUs."""
     moe_kernel: str | None = None
     """Kernel of its MoE layers, by the engine's own name; null where it tells of none."""
+    too_large: Mapping[Workload, OutOfMemory] = field(default_factory=dict)
+    """Workloads that it was built for and whose batch its KV cache does not hold at once: no
+    engine would. It still generates them, with requests that wait or are computed anew."""
+    too_tight: frozenset[Workload] = frozenset()
+    """The same where an engine built without larger workloads may have the little that lacks."""
 
     @property
     def vocab_size(self) -> int:

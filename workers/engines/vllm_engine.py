@@ -33,7 +33,7 @@ from typing import Any, ClassVar
 from workers import caches
 from workers.contract import arguments
 from workers.contract.engine import DRAFT_MODEL, MODELLESS, UNFUSED, StandIn
-from workers.contract.errors import Crashed, Infeasible, TrialError, Unsupported
+from workers.contract.errors import Crashed, Infeasible, OutOfMemory, TrialError, Unsupported
 from workers.contract.layout import Layout
 from workers.contract.measurement import Memory, Pass, PassKind
 from workers.contract.model import Model
@@ -96,6 +96,11 @@ LEAST_TOKEN_BUDGET = 8192
 is twice that. A smaller budget is set only where no workload fills this one."""
 _FORMATS = (None, "auto", "safetensors", "pt", "dummy")
 """Load formats that read the files of a folder; of others the engine knows what they need."""
+_CACHE_ARGS = ("kv_cache_memory_bytes", "num_gpu_blocks_override")
+"""Arguments that set the size of the KV cache: a sweep that gives one asks for what comes of it."""
+SPARED = 1 / 8
+"""More than the share by which a KV cache grows when larger workloads leave the group: they take
+the memory of a larger pass, and of its graphs."""
 _GRAPH_ARGS = ("compilation_config", "cudagraph_capture_sizes", "max_cudagraph_capture_size")
 """Arguments that decide on captured sizes; vLLM refuses two of them together."""
 
@@ -265,6 +270,7 @@ class VllmEngine:
             input_tokens=len(prompts[0]),
             token_s=tuple(tuple(row) for row in done.stamps),
             step_s=tuple(done.steps),
+            preempted=done.preempted,
             drafted=done.drafted,
         )
 
@@ -388,7 +394,35 @@ class VllmEngine:
             architecture=runs,
             threads=min(self._vllm.rpc("report_threads")) if self._on_cpu else None,
             moe_kernel=", ".join(kernels) or None,
+            **self._crowded(trial, workloads),
         )
+
+    def _crowded(self, trial: Trial, workloads: Sequence[Workload]) -> dict[str, Any]:
+        """`too_large` and `too_tight` of what is loaded."""
+        lacking: dict[Workload, tuple[float, OutOfMemory]] = {}
+        if not trial.engine.args.keys() & set(_CACHE_ARGS):
+            for one in dict.fromkeys(workloads):
+                share = -(-one.batch_size // trial.layout.data)
+                asked = max(_waves(share, trial.engine.args))
+                held = self._running.holds(one.tokens_per_request)
+                if held is not None and held < asked:
+                    each = " of each replica" if trial.layout.data > 1 else ""
+                    reason = (
+                        f"the KV cache holds {held} of the {asked} requests{each} that are to be "
+                        f"in flight together, at {one.tokens_per_request} tokens each"
+                    )
+                    error = OutOfMemory(reason, stage="kv_cache", scope="device")
+                    lacking[one] = asked / max(held, 1), error
+        worst = max((ratio for ratio, _ in lacking.values()), default=1.0)
+        sure = {
+            one: told
+            for one, told in lacking.items()
+            if told[0] in (worst,) or told[0] > 1 + SPARED
+        }
+        return {
+            "too_large": {one: error for one, (_, error) in sure.items()},
+            "too_tight": frozenset(lacking.keys() - sure.keys()),
+        }
 
     def _from(self, trial: Trial) -> _Source:
         """Where the model comes from, looked up once: its files may be fetched on the way."""

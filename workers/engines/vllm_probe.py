@@ -35,6 +35,9 @@ On a GPU nothing of this has been run so far: the flags, the order of the V2 mod
 batch and the copy to the host were read in vLLM 0.32's sources, which both builds share.
 Kernels that route inside themselves, drafts and prompts cut over ranks are refused. Of several
 replicas each counts the tokens that it was sent, which its router sees before they are exchanged.
+Where that is otherwise it is refused: with experts spread over tensor-parallel ranks of several
+replicas each rank routes a part of the tokens (`use_sequence_parallel_moe`), and some quantised
+layers exchange tokens before they are routed (`do_naive_dispatch_combine`).
 """
 
 from __future__ import annotations
@@ -111,8 +114,8 @@ class Probe:
             key=lambda layer: layer.layer_id,
         )
         for layer in layers:
-            if not isinstance(layer.router, BaseRouter) or layer.is_monolithic:
-                return f"{layer.layer_name}: experts are chosen inside the kernel"
+            if reason := _unheard(layer):
+                return f"{layer.layer_name}: {reason}"
         tokens = config.scheduler_config.max_num_batched_tokens
         return cls(
             runner=runner,
@@ -235,6 +238,20 @@ def _refused(config: Any) -> str | None:
         return "drafts, whose rejected tokens choose experts too"
     if parallel.prefill_context_parallel_size > 1:
         return "prompts cut over ranks"
+    if parallel.use_ubatching:
+        return "passes cut into microbatches"
+    return None
+
+
+def _unheard(layer: MoERunner) -> str | None:
+    """Why the function of a layer's router would not be told of this replica's tokens, all of
+    them and no others."""
+    if not isinstance(layer.router, BaseRouter) or layer.is_monolithic:
+        return "experts are chosen inside the kernel"
+    if layer.moe_config.is_sequence_parallel:
+        return "tokens are cut over tensor-parallel ranks before their experts are chosen"
+    if layer.do_naive_dispatch_combine:
+        return "experts are chosen for the tokens of all replicas together"
     return None
 
 

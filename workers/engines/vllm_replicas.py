@@ -8,10 +8,10 @@ that is dead: the first failure is the engine's, and the others are killed.
 
 Replicas of a model with experts keep step: vLLM spreads the experts over tensor × data devices
 (whole ones with expert parallelism, slices of each without), so that every pass gathers the
-tokens of all replicas before the experts and sends the sums back. One without requests feeds a
-dummy token until the last has ended, which all find out by one small all-reduce per pass (gloo,
-over loopback), as vLLM's own offline replicas do. Dense models have nothing to exchange: their
-replicas are as many engines on devices of their own and do not know of each other.
+tokens of all replicas before the experts and sends the sums back. One that has nothing to run
+feeds a dummy token whenever another runs a pass, until the last has ended (`vllm_passes`). Dense
+models have nothing to exchange: their replicas are as many engines on devices of their own and do
+not know of each other.
 
 Requests are dealt in turn: number i goes to replica i modulo their number.
 """
@@ -122,6 +122,11 @@ class Replicas:
         asked = [(method, *args)] * self._size
         return [one for answer in self._ask("rpc", asked, "run") for one in answer]
 
+    def holds(self, tokens: int) -> int | None:
+        """Requests that each replica's KV cache holds at once; see `Stepper.holds`."""
+        held = self._ask("holds", [(tokens,)] * self._size, "kv_cache")
+        return min((one for one in held if one is not None), default=None)
+
     def send(self, batch: Batch, stage: OomStage) -> Done:
         """Sends each replica its share, at the same moment.
 
@@ -137,6 +142,7 @@ class Replicas:
             stamps=_gathered([one.stamps for one in shares]),
             tokens=_gathered([one.tokens for one in shares]),
             steps=[max(stamps) for stamps in steps],
+            preempted=sum(one.preempted for one in shares),
             drafted=Drafted(
                 steps=sum(one.steps for one in drafted),
                 proposed=sum(one.proposed for one in drafted),

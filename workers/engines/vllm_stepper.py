@@ -74,7 +74,9 @@ class Done:
     tokens: list[list[int]]
     """Ids of the generated tokens."""
     steps: list[float]
-    """Stamp at the end of each engine step."""
+    """Stamp at the end of each forward pass."""
+    preempted: int
+    """Times that a request was put back for want of KV cache, to be computed anew."""
     drafted: Drafted | None
     """Null without speculative decoding."""
 
@@ -92,11 +94,14 @@ class Stepper:
     def __init__(self, args: dict[str, Any]) -> None:
         from vllm import LLM
 
+        from workers.engines.vllm_passes import Passes
+
         Stepper.built = True
         self._ids = count()
         _spare_llvmlite()
         self.llm: Any = LLM(**args)
         self.engine: Any = self.llm.llm_engine
+        self._passes: Any = Passes(self.engine)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -108,6 +113,14 @@ class Stepper:
         """Answers of all ranks; see `vllm_worker.Report`."""
         answers: list[Any] = self.llm.collective_rpc(method, args=args)
         return answers
+
+    def holds(self, tokens: int) -> int | None:
+        """Requests of that many tokens each, output included, that the KV cache holds at once;
+        null where there is no end to them."""
+        from workers.engines.vllm_room import requests_held
+
+        scheduler = self.engine.engine_core.engine_core.scheduler
+        return requests_held(scheduler.kv_cache_config, self.engine.vllm_config, tokens)
 
     def send(self, batch: Batch, begin: Callable[[], Start] = now) -> Done:
         """Steps the engine from the first prompt to the last token of all.
@@ -140,6 +153,7 @@ class Stepper:
         stamps: list[list[float]] = [[] for _ in names]
         tokens: list[list[int]] = [[] for _ in names]
         steps: list[float] = []
+        preempted = 0
         ended: list[Any] = []
         if engine.vllm_config.cache_config.enable_prefix_caching:  # asked for by the sweep
             engine.reset_prefix_cache()
@@ -147,13 +161,12 @@ class Stepper:
         start = begin()
         for name, ids, length in zip(names, batch.prompts, batch.lengths, strict=True):
             engine.add_request(name, {"prompt_token_ids": ids}, sampling[length])
-        while engine.has_unfinished_requests():
-            idle = engine.should_execute_dummy_batch  # other replicas are not done yet
-            outputs = engine.step()
-            stamp = time.perf_counter() - start.clock_s
-            if not idle:
+        for call in self._passes.calls():
+            stamp = call.clock_s - start.clock_s
+            if call.ended:
                 steps.append(stamp)
-            for output in outputs:
+            preempted += call.preempted
+            for output in call.outputs:
                 new = output.outputs[0].token_ids
                 place = _place(output.request_id, places)
                 stamps[place].extend([stamp] * len(new))
@@ -169,6 +182,7 @@ class Stepper:
             stamps=stamps,
             tokens=tokens,
             steps=steps,
+            preempted=preempted,
             drafted=_drafted(ended) if engine.vllm_config.speculative_config else None,
         )
 
@@ -183,8 +197,8 @@ class Stepper:
         """`send` with every choice of experts counted.
 
         Raises:
-            Unsupported: they cannot be counted.
-            TrialError: a request ended early, or counting broke off.
+            Unsupported: they cannot be counted, or counting broke off.
+            TrialError: a request ended early.
         """
         try:
             answers = self.rpc("start_probe", experts, top_k, routes)
@@ -202,7 +216,7 @@ class Stepper:
         """Gives everything back; never raises."""
         with contextlib.suppress(Exception):
             self.engine.engine_core.shutdown()
-        self.llm = self.engine = None
+        self.llm = self.engine = self._passes = None
 
 
 def clean() -> None:
@@ -288,13 +302,14 @@ def trace_of(
     `lengths`: tokens of each request that have routes; null where none were asked for.
 
     Raises:
-        Crashed: a rank gave up counting, or two do not tell of the same passes.
+        Unsupported: a rank gave up counting, or two do not tell of the same passes. Every request
+            was served all the same.
     """
     told = sorted((one for one in accounts if one is not None), key=lambda one: one.layers)
     if failures := [one.failure for one in told if one.failure is not None]:
-        raise Crashed(f"the experts that ran could not be counted: {failures[0]}")
+        raise Unsupported(f"the experts that ran could not be counted: {failures[0]}")
     if not told or len({len(one.steps) for one in told}) != 1:
-        raise Crashed(f"ranks counted {[len(one.steps) for one in told]} passes")
+        raise Unsupported(f"ranks counted {[len(one.steps) for one in told]} passes")
     layers = tuple(layer for one in told for layer in one.layers)
     routes = [np.full((length, len(layers), top_k), -1, dtype=np.int16) for length in lengths or ()]
     steps = []

@@ -64,9 +64,9 @@ class Report:
         counted_as_loaded: int | None = getattr(self, "weights_bytes", None)
         if counted_as_loaded is None:
             models = [self.model_runner.get_model()]
-            drafter = getattr(getattr(self.model_runner, "drafter", None), "model", None)
-            if isinstance(drafter, torch.nn.Module):
-                models.append(drafter)
+            draft = self.model_runner.get_draft_model()
+            if isinstance(draft, torch.nn.Module):
+                models.append(draft)
             weights = [one for model in models for one in model.parameters()]
             counted_as_loaded = distinct_bytes(weights)
         return {

@@ -78,7 +78,7 @@ class Wave:
 class Prediction:
     """Time of one batch, and memory of the fullest device.
 
-    Requests beyond those that the engine has in flight (`max_num_seqs`, or what its cache holds)
+    Requests beyond those that a sweep lets run together (`max_num_seqs`, `kv_cache_memory_bytes`)
     wait. They are alike, so those in flight end together and the next take their places: a batch
     runs in waves, all of them full but the last.
     """
@@ -411,9 +411,8 @@ class Roofline:
     ) -> tuple[int, OutOfMemory | None]:
         """Requests that run together, and why none can where that is so.
 
-        A CPU engine is given room for the whole batch or fails, unless the room is asked for. On a
-        GPU vLLM takes what is left for the cache: requests that do not fit wait, and only a cache
-        too small for one request of the model's length is an error.
+        The cache has room for the whole batch, which is what is in flight together, or the trial is
+        out of memory; unless a sweep asks for a cache of some size, which then bounds it.
         """
         limit = self._limit_gib * GIB
         asked = self._args.get("kv_cache_memory_bytes")
@@ -432,10 +431,7 @@ class Roofline:
             batch = min(batch, max(1, int(room // one)))
         if fixed + ceil(batch * one) <= limit:
             return batch, None
-        if self._device.name == CPU:
-            needed = fixed + ceil(batch * one)
-            return batch, _short("kv_cache", "the whole batch", needed, limit)
-        return max(1, int((limit - fixed) // one)), None
+        return batch, _short("kv_cache", "the whole batch", fixed + ceil(batch * one), limit)
 
 
 @lru_cache(maxsize=65536)
