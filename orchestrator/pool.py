@@ -223,7 +223,12 @@ class Pool:
         def ask() -> list[Any]:
             return [
                 inspect_devices.options(scheduling_strategy=on_node(node_id)).remote(
-                    pid, process.placement.devices, process.host.actor, job, wait_s
+                    pid,
+                    process.placement.devices,
+                    self._cluster.occupied.get(node_id, {}),
+                    process.host.actor,
+                    job,
+                    wait_s,
                 )
                 for node_id in nodes_of(process.lane)
             ]
@@ -300,7 +305,10 @@ class Pool:
         process.stage, process.trial_id = "load", None
         process.heard_at = time.monotonic()
         process.stream = process.host.actor.run.options(num_returns="streaming").remote(
-            job, process.placement.devices, process.lane.node_id is None
+            job,
+            process.placement.devices,
+            process.lane.node_id is None,
+            self._cluster.occupied.get(process.lane.node_id or "", {}),
         )
 
     def _predicted_for(self, group: Group, lane: Lane) -> bool:

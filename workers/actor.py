@@ -21,7 +21,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -35,11 +35,10 @@ from workers.contract.job import Job
 from workers.contract.message import Died, Message, Released
 from workers.folders import Folder, within
 from workers.forks import EXIT_S, PRELOAD, EngineDied, Forks, family, log_to, members
-from workers.hardware.host import Host, describe, gpu_memory_used
+from workers.hardware.host import Host, describe
+from workers.hardware.occupancy import CLEAN_BYTES, Occupancy, leftovers, occupancies
 from workers.packing import Packing, compare
 
-CLEAN_BYTES = 256 * 2**20
-"""Memory in use on a GPU that still counts as none."""
 WATCH_S = 1.0
 """Time between two looks at whether the node lives, seconds."""
 NODE_GRACE_S = 30.0
@@ -48,6 +47,8 @@ HOME = "moe-host-"
 """How folders of hosts begin, on nodes of clusters that were there before the driver."""
 SOCKET = len("/g-12345678/e-12345678/00000000-0000-0000-0000-000000000000")
 """Length of the longest path of a socket in them: vLLM's between ranks, in an engine's folder."""
+EMPTY: Mapping[str, Occupancy] = {}
+"""Of a node whose GPUs were all free."""
 GPU_WAIT_S = 60.0
 """Wait for memory of an earlier process to leave a GPU, seconds."""
 
@@ -93,18 +94,25 @@ class EngineHost:
             self._home.end()
             self._home = None
 
-    def run(self, job: Job, devices: str | None, over_nodes: bool) -> Iterator[Message]:
+    def run(
+        self,
+        job: Job,
+        devices: str | None,
+        over_nodes: bool,
+        before: Mapping[str, Occupancy] = EMPTY,
+    ) -> Iterator[Message]:
         """Measures a group; see `workers.runner.run`.
 
         Args:
             job: the group.
             devices: GPUs that Ray granted to the lane, as `CUDA_VISIBLE_DEVICES` lists them.
             over_nodes: the engine places ranks through Ray, so it runs in this process.
+            before: what was in use on GPUs of this node before the first group.
 
         Yields:
             Its messages, then `Released`, or `Died` if the engine's process ended too soon.
         """
-        _wait_for_gpus(devices)
+        self._wait_for_gpus(devices, before)
         if over_nodes or job.tickets[0].trial.engine.kind not in PRELOAD:
             if job.log is not None:
                 log_to(job.log)
@@ -117,7 +125,7 @@ class EngineHost:
                 yield from self._forks.run(replace(job, scratch=str(folder)), devices)
             except EngineDied as error:
                 died = error
-        problems = [*self._survivors(), *_wait_for_gpus(devices)]
+        problems = [*self._survivors(), *self._wait_for_gpus(devices, before)]
         if died is None:
             yield _released(problems)
         else:
@@ -127,6 +135,9 @@ class EngineHost:
     def _root(self, job: Job) -> str | None:
         """Where a group's folder is made."""
         return job.scratch or (str(self._home.path) if self._home is not None else None)
+
+    def _wait_for_gpus(self, devices: str | None, before: Mapping[str, Occupancy]) -> list[str]:
+        return _wait_for_gpus(devices, before, {os.getpid(), *family()})
 
     def _survivors(self) -> list[str]:
         survivors = self._forks.survivors()
@@ -187,13 +198,19 @@ def check_packing(
 
 @ray.remote(num_cpus=0, max_retries=0)
 def inspect_devices(
-    pid: int | None, devices: str | None, host: Any, job: Job | None, patience_s: float
+    pid: int | None,
+    devices: str | None,
+    before: Mapping[str, Occupancy],
+    host: Any,
+    job: Job | None,
+    patience_s: float,
 ) -> list[str]:
     """Looks at what the last host of some devices left behind, on its node.
 
     Args:
         pid: of that host, which has been killed; null if it never said.
         devices: its GPUs.
+        before: what was in use on GPUs of this node before the first group.
         host: another one, to try the job with.
         job: its first trial has run elsewhere; null where the devices are not in doubt.
         patience_s: longest silence of an engine that is waited for, seconds.
@@ -201,7 +218,7 @@ def inspect_devices(
     Returns:
         What speaks against using the devices.
     """
-    found = [*_group_left(pid), *_wait_for_gpus(devices)]
+    found = [*_group_left(pid), *_wait_for_gpus(devices, before, members(pid) if pid else ())]
     if found or job is None:
         return found
     trial_id = job.tickets[0].trial_id
@@ -230,15 +247,24 @@ def _group_left(pid: int | None) -> list[str]:
 
 
 @ray.remote(num_cpus=0, max_retries=0)
-def describe_node() -> Host:
-    """The machine that Ray runs this on."""
-    return describe()
+def describe_node() -> tuple[Host, dict[str, Occupancy]]:
+    """The machine that Ray runs this on, and what is in use on its GPUs."""
+    return describe(), occupancies()
 
 
 @ray.remote(num_cpus=0, max_retries=0)
 def granted_devices() -> str | None:
-    """The GPUs that Ray gives to whoever asks where this runs; null without one."""
-    return os.environ.get("CUDA_VISIBLE_DEVICES") or None
+    """The GPUs that Ray gives to whoever asks where this runs, as `CUDA_VISIBLE_DEVICES` lists
+    them; null without one.
+
+    Ray is asked, not the environment: where its nodes are told not to set that variable
+    (`RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES`), it names every GPU of the node or none. Ray's
+    answer has no order of its own.
+    """
+    granted = ray.get_runtime_context().get_accelerator_ids()["GPU"]
+    return (
+        ",".join(sorted(granted, key=lambda name: (not name.isdecimal(), len(name), name))) or None
+    )
 
 
 def _end_with_the_node(raylet: int) -> None:
@@ -271,22 +297,23 @@ def _scratch(root: str | None) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _wait_for_gpus(devices: str | None) -> list[str]:
-    """Waits until no memory is in use on the GPUs, and says where some stays.
+def _wait_for_gpus(
+    devices: str | None, before: Mapping[str, Occupancy], own: Collection[int]
+) -> list[str]:
+    """Waits until an engine's memory has left the GPUs, and says where some stays.
 
     Ray grants a device again when its last process is dead, which can be before the driver
     has taken the memory back. Memory that stays is left to the engine to refuse, in its own
     words.
+
+    Args:
+        own: processes of the engine's host.
     """
     deadline = time.monotonic() + GPU_WAIT_S
-    used: dict[str, int] = {}
-    for one in (devices or "").split(","):
-        while one and (used_bytes := gpu_memory_used(one)) > CLEAN_BYTES:
-            if time.monotonic() > deadline:
-                used[one] = used_bytes
-                break
-            time.sleep(0.5)
-    found = [f"{value / 2**20:.0f} MiB in use on GPU {one}" for one, value in used.items()]
+    while found := leftovers(devices, before, own):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.5)
     for text in found:
         print(f"after {GPU_WAIT_S:.0f} s {text}")
     return found

@@ -1,0 +1,129 @@
+"""Which GPUs a lane gets, and on which nodes there is none, as Ray and NVML tell it.
+
+The nodes are Ray's, on this machine. NVML and CUDA builds of the libraries of engines are made up:
+a folder on their path has the first, and of the others no more than what says their versions.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from orchestrator.cluster import Cluster
+from orchestrator.errors import ClusterError
+from orchestrator.events import Inspect, Lane
+from tests import nvml
+from workers.hardware.occupancy import Holder
+
+pytestmark = pytest.mark.timeout(120)
+
+NOSET = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
+UUIDS = {"CUDA_VISIBLE_DEVICES": "GPU-0b,GPU-0a"}
+DESKTOP: dict[str, Any] = {"used_mib": 900, "compute": {}, "graphics": {"11": 890}}
+NODES: dict[str, dict[str, str]] = {
+    "plain": {},
+    "noset": NOSET,
+    "uuids": UUIDS,
+    "noset-uuids": NOSET | UUIDS,
+    "old": {},
+}
+
+
+def _wheels(folder: Path) -> Path:
+    """What tells the versions of CUDA builds."""
+    for name, version in {"vllm": "0.32.0", "torch": "2.13.0+cu130"}.items():
+        told = folder / f"{name}-{version}.dist-info" / "METADATA"
+        told.parent.mkdir(parents=True)
+        told.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    (folder / "torch").mkdir()
+    (folder / "torch" / "__init__.py").write_text("raise ImportError('asked for its version only')")
+    (folder / "torch" / "version.py").write_text("cuda = '13.0'\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    from ray.cluster_utils import Cluster as FakeCluster
+
+    folder = tmp_path_factory.mktemp("nodes")
+    path = os.pathsep.join(map(str, (nvml.FOLDER, _wheels(folder / "wheels"))))
+    store = {"object_store_memory": 80 * 2**20}
+    fake = FakeCluster(initialize_head=True, head_node_args={"num_cpus": 0, **store})
+    try:
+        for name, environment in NODES.items():
+            driver = {"driver": "570.86.15", "cuda": 12080} if name == "old" else {}
+            told = {"driver": "580.65.06", "cuda": 13000, "programs": {"11": "Xorg"}} | driver
+            gpus = [nvml.gpu("GPU-0a", **DESKTOP), nvml.gpu("GPU-0b")]
+            file = folder / f"{name}.json"
+            file.write_text(json.dumps(told | {"gpus": gpus}))
+            given = environment | {"PYTHONPATH": path, "FAKE_NVML": str(file)}
+            labels = {"name": name}
+            fake.add_node(num_cpus=1, num_gpus=2, labels=labels, env_vars=given, **store)
+        yield fake.address
+    finally:
+        fake.shutdown()
+
+
+def test_lanes_get_devices_of_their_own_and_unfit_nodes_are_named(
+    address: str, tmp_path: Path
+) -> None:
+    from orchestrator.pool import Found, Pool
+
+    with Cluster.connect(address) as cluster:
+        names = {node["NodeID"]: node["Labels"].get("name", "head") for node in ray.nodes()}
+        there = {names[node.node_id]: node for node in cluster.nodes}
+        assert set(there) == {"plain", "noset", "uuids", "noset-uuids"}
+        ((refused, why),) = cluster.refused.items()
+        assert names[refused] == "old" and "570.86.15" in why and "2.13.0+cu130" in why
+
+        pool = Pool(cluster, sweep="s", run_id="r", profile="h100", logs=tmp_path, kinds=["vllm"])
+        lanes: dict[str, list[int]] = {}
+        for name, node in there.items():
+            assert (node.devices, node.cpu_only, node.device_class) == (2, False, "h100")
+            lanes[name] = [2 * len(lanes), 2 * len(lanes) + 1]
+            for lane_id in lanes[name]:
+                pool.open(Lane(lane_id=lane_id, node_id=node.node_id, devices=1))
+        granted = {
+            name: [ray.get(pool._processes[one].placement.devices) for one in ids]
+            for name, ids in lanes.items()
+        }
+        assert sorted(granted["plain"]) == sorted(granted["noset"]) == ["0", "1"]
+        assert sorted(granted["uuids"]) == sorted(granted["noset-uuids"]) == ["GPU-0a", "GPU-0b"]
+
+        occupied = cluster.occupied[there["uuids"].node_id]
+        assert list(occupied) == ["GPU-0b", "GPU-0a"]
+        assert occupied["GPU-0a"].holders == (Holder(pid=11, name="Xorg", used_bytes=890 * 2**20),)
+        for lane_id in lanes["noset-uuids"]:  # a display is there, and was there before
+            pool.inspect(Inspect(lane_id=lane_id, group=None))
+        found: dict[int, Any] = {}
+        while len(found) < 2:
+            found |= dict(pool.poll(0.2))
+        assert list(found.values()) == [Found(problems=())] * 2
+
+        node_id = there["noset-uuids"].node_id
+        for ids in lanes.values():
+            for lane_id in ids:
+                pool.close(lane_id)
+        pool.open(Lane(lane_id=99, node_id=node_id, devices=2))
+        assert ray.get(pool._processes[99].placement.devices) == "GPU-0a,GPU-0b"
+        pool.close_all()
+
+
+def test_predictions_ask_nothing_of_drivers(address: str) -> None:
+    with Cluster.connect(address, engines=False) as cluster:
+        assert len(cluster.nodes) == len(NODES) and not cluster.refused
+
+
+def test_a_cluster_of_unfit_nodes_is_refused_in_words(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestrator.cluster.unfit", lambda host: f"{host.device} is too old")
+    with pytest.raises(ClusterError, match=r"^NVIDIA H100 80GB HBM3 is too old$"):
+        Cluster.connect(address)
+    assert not ray.is_initialized()
