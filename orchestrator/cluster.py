@@ -23,6 +23,7 @@ from typing import Any
 
 import psutil
 
+from orchestrator.carried import Carried, carried
 from orchestrator.errors import ClusterError, HeadLost
 from orchestrator.events import Need, Node
 from orchestrator.signals import deaf, keeping_sigterm
@@ -195,6 +196,8 @@ class Cluster:
     """Node id → why engines cannot measure on its GPUs; such a node is none of `nodes`."""
     autoscaling: bool = False
     """Nodes can be asked for."""
+    carried: Carried | None = None
+    """What hosts are given of the driver's environment; null where they inherit it."""
     _present: set[str] = field(default_factory=set)
     """Nodes that are alive, those without a device included."""
     _asked: dict[str, Any] = field(default_factory=dict)
@@ -224,15 +227,19 @@ class Cluster:
         """
         wanted = chosen(address)
         own: _Session | None = None
+        given: Carried | None = None
         try:
             if wanted is not None:
-                ray = _join(wanted)
+                given = carried()
+                ray = _join(wanted, given)
             else:
                 own, ray = _begin(preloads)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             place = wanted or "this machine"
             raise ClusterError(f"no Ray cluster at {place}: {_first_line(error)}") from error
-        cluster = cls(nodes=(), hosts={}, driver_node=None, _engines=engines, _own=own)
+        cluster = cls(
+            nodes=(), hosts={}, driver_node=None, carried=given, _engines=engines, _own=own
+        )
         try:
             cluster._describe(ray)
         except BaseException:
@@ -504,7 +511,7 @@ def _start(session: Path) -> ModuleType:
     return ray
 
 
-def _join(address: str) -> ModuleType:
+def _join(address: str, given: Carried) -> ModuleType:
     import workers
 
     _knock(address)
@@ -520,7 +527,7 @@ def _join(address: str) -> ModuleType:
                 log_to_driver=False,
                 logging_level="ERROR",
                 configure_logging=False,
-                runtime_env={"py_modules": [str(package)]},
+                runtime_env={"py_modules": [str(package)], "env_vars": dict(given.settings)},
             )
     finally:
         if unset:

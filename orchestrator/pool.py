@@ -19,6 +19,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 
+from orchestrator.carried import Carried
 from orchestrator.cluster import Cluster
 from orchestrator.events import Check, Inspect, Lane, nodes_of
 from orchestrator.placement import Placement, on_node
@@ -95,12 +96,19 @@ class _Host:
     """An actor on a node, with the imports of its engines under way or done."""
 
     def __init__(
-        self, kinds: Sequence[EngineKind], placed: Any, nursery: str | None, lodger: bool
+        self,
+        kinds: Sequence[EngineKind],
+        placed: Any,
+        nursery: str | None,
+        lodger: bool,
+        carried: Carried | None,
     ) -> None:
         actor: Any = EngineHost
         self.actor: Any = actor.options(num_cpus=0, num_gpus=0, scheduling_strategy=placed).remote(
             kinds, nursery, lodger
         )
+        if carried is not None:
+            self.actor.take.remote(carried.paths, carried.token)
         self.pid: Any = self.actor.pid.remote()
         self.ready: Any = self.actor.prepare.remote()
 
@@ -240,14 +248,17 @@ class Pool:
     def _host(self, lane: Lane, placement: Placement) -> _Host:
         """A new host for a lane."""
         if lane.node_id is None:
-            return _Host(self._kinds, placement.within(captures=True), None, self._lodgers)
+            return self._new_host(placement.within(captures=True), None)
         return self._host_on(lane.node_id)
 
     def _host_on(self, node_id: str) -> _Host:
         """A new host on a node."""
         local = node_id == self._cluster.driver_node
         nursery = self._cluster.nursery if local else None
-        return _Host(self._kinds, on_node(node_id), nursery, self._lodgers)
+        return self._new_host(on_node(node_id), nursery)
+
+    def _new_host(self, placed: Any, nursery: str | None) -> _Host:
+        return _Host(self._kinds, placed, nursery, self._lodgers, self._cluster.carried)
 
     def withhold(self, lane_id: int) -> None:
         """Keeps a lane's devices until the run ends."""

@@ -29,7 +29,7 @@ from typing import Any
 
 import ray
 
-from workers import caches, memory, runner
+from workers import caches, given, memory, runner
 from workers.contract.engine import EngineKind
 from workers.contract.job import Job
 from workers.contract.message import Died, Message, Released
@@ -80,6 +80,19 @@ class EngineHost:
     def pid(self) -> int:
         """Process id, for tests that kill it."""
         return os.getpid()
+
+    def take(self, paths: Mapping[str, str], token: str | None) -> None:
+        """Takes what the driver gives of its environment; see `workers.given`. Before anything
+        else, since libraries read theirs once.
+
+        Args:
+            paths: variable → file or folder.
+            token: of the hub.
+        """
+        for line in given.take_paths(paths):
+            print(line, flush=True)
+        if token is not None:
+            given.take_token(token)
 
     def prepare(self) -> None:
         """Imports the engines ahead of the first group, which then starts with its load.

@@ -115,6 +115,34 @@ def test_lanes_get_devices_of_their_own_and_unfit_nodes_are_named(
         pool.close_all()
 
 
+def test_the_drivers_settings_reach_hosts_and_its_token_no_file(
+    address: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from orchestrator.pool import Pool
+
+    token = "hf_CanaryOfTheHub00000000000000000"
+    monkeypatch.setenv("HF_TOKEN", token)
+    monkeypatch.setenv("NCCL_DEBUG", "VERSION")
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "absent"))
+
+    def ask(_: Any) -> tuple[list[str | None], str]:
+        names = ("NCCL_DEBUG", "HF_HOME", "VLLM_CACHE_ROOT", "HF_TOKEN", "CUDA_DEVICE_ORDER")
+        read = Path(os.environ["HF_TOKEN_PATH"]).read_text()
+        return [os.environ.get(name) for name in names], read
+
+    with Cluster.connect(address) as cluster:
+        pool = Pool(cluster, sweep="s", run_id="r", profile="h100", logs=tmp_path, kinds=["vllm"])
+        actor = pool._host_on(cluster.nodes[0].node_id).actor
+        values, read = ray.get(actor.__ray_call__.remote(ask))
+        assert values == ["VERSION", str(tmp_path), None, None, "PCI_BUS_ID"] and read == token
+        assert token not in str(ray.get_runtime_context().runtime_env)
+        session = Path(ray._private.worker._global_node.get_session_dir_path())
+        ray.kill(actor)
+    files = [one for one in session.rglob("*") if one.is_file()]
+    assert files and not [one for one in files if token.encode() in one.read_bytes()]
+
+
 def test_predictions_ask_nothing_of_drivers(address: str) -> None:
     with Cluster.connect(address, engines=False) as cluster:
         assert len(cluster.nodes) == len(NODES) and not cluster.refused
