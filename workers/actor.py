@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -28,11 +29,14 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from workers import caches, given, memory, runner
 from workers.contract.engine import EngineKind
+from workers.contract.errors import Crashed, TrialError
 from workers.contract.job import Job
 from workers.contract.message import Died, Message, Released
+from workers.contract.trial import Trial
 from workers.folders import Folder, within
 from workers.forks import EXIT_S, PRELOAD, EngineDied, Forks, family, log_to, members
 from workers.hardware.host import Host, describe
@@ -75,6 +79,7 @@ class EngineHost:
             print(moved)
         self._forks = Forks(kinds, nursery)
         self._folder: str | None = None
+        self._given: tuple[Mapping[str, str], str | None] = {}, None
         threading.Thread(target=_end_with_the_node, args=(os.getppid(),), daemon=True).start()
 
     def pid(self) -> int:
@@ -89,10 +94,8 @@ class EngineHost:
             paths: variable → file or folder.
             token: of the hub.
         """
-        for line in given.take_paths(paths):
-            print(line, flush=True)
-        if token is not None:
-            given.take_token(token)
+        self._given = paths, token
+        _take(*self._given)
 
     def prepare(self) -> None:
         """Imports the engines ahead of the first group, which then starts with its load.
@@ -126,6 +129,9 @@ class EngineHost:
             Its messages, then `Released`, or `Died` if the engine's process ended too soon.
         """
         self._wait_for_gpus(devices, before)
+        if over_nodes and (lacking := self._lacking(job)) is not None:
+            yield Died(error=lacking, trial_id=None, clean=True)
+            return
         if over_nodes or job.tickets[0].trial.engine.kind not in PRELOAD:
             if job.log is not None:
                 log_to(job.log)
@@ -144,6 +150,17 @@ class EngineHost:
         else:
             detail = "; ".join(problems)
             yield Died(error=died.error, trial_id=died.trial_id, clean=not problems, detail=detail)
+
+    def _lacking(self, job: Job) -> TrialError | None:
+        """Why an engine over several nodes cannot be built, because its ranks would not find the
+        model's files; null where each node has them in the same place. They are fetched, pruned or
+        made on every node."""
+        trial = job.tickets[0].trial
+        if trial.engine.kind not in PRELOAD:
+            return None
+        group = ray.util.placement_group_table(ray.util.get_current_placement_group())
+        nodes = sorted(set(group["bundles_to_node_id"].values()))
+        return _in_one_place(nodes, trial, *self._given)
 
     def _root(self, job: Job) -> str | None:
         """Where a group's folder is made."""
@@ -244,6 +261,67 @@ def inspect_devices(
     finally:
         ray.wait([host.end_rehearsal.remote()])
     return []
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def have_files(
+    trial: Trial, paths: Mapping[str, str], token: str | None
+) -> tuple[str, tuple[str, ...]]:
+    """Has the files of a trial's models on this node.
+
+    Args:
+        paths, token: as `EngineHost.take` takes them.
+
+    Returns:
+        Name of the node, and where they lie.
+
+    Raises:
+        TrialError: they cannot be had.
+    """
+    from workers.engines.vllm_engine import VllmEngine
+
+    _take(paths, token)
+    caches.ensure()
+    node, found = socket.gethostname(), VllmEngine.files(trial)
+    for one in found:
+        if one.startswith("/") and not Path(one).is_dir():
+            raise Crashed(
+                f"{node} has no {one}: a model that is spread over nodes has to lie in the same "
+                "place on each of them"
+            )
+    return node, found
+
+
+def _in_one_place(
+    nodes: Sequence[str], trial: Trial, paths: Mapping[str, str], token: str | None
+) -> TrialError | None:
+    """What speaks against a model over these nodes; see `EngineHost._lacking`."""
+    try:
+        told = ray.get(
+            [
+                have_files.options(
+                    scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=one, soft=False)
+                ).remote(trial, paths, token)
+                for one in nodes
+            ]
+        )
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        return cause if isinstance(cause, TrialError) else Crashed(str(cause))
+    if len({found for _, found in told}) == 1:
+        return None
+    places = "; ".join(f"{node}: {', '.join(found)}" for node, found in told)
+    return Crashed(
+        f"the nodes would look for the model's files in different places ({places}): give HF_HOME "
+        "and XDG_CACHE_HOME one value on all of them"
+    )
+
+
+def _take(paths: Mapping[str, str], token: str | None) -> None:
+    for line in given.take_paths(paths):
+        print(line, flush=True)
+    if token is not None:
+        given.take_token(token)
 
 
 def _group_left(pid: int | None) -> list[str]:

@@ -6,8 +6,12 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from workers import caches
+
 TOKEN_PATH = "HF_TOKEN_PATH"
 """Variable of the hub's library: the file with its token."""
+OF_ONE_NODE = frozenset({"TMPDIR", TOKEN_PATH, caches.CACHES, *caches.NAMED, *caches.AT_HOME})
+"""Variables that a host sets for itself. They name folders of its own and of its user there."""
 
 
 def take_paths(paths: Mapping[str, str]) -> list[str]:

@@ -19,6 +19,9 @@ from orchestrator.cluster import Cluster
 from orchestrator.errors import ClusterError
 from orchestrator.events import Inspect, Lane
 from tests import nvml
+from workers.contract.errors import Crashed
+from workers.contract.model import Model
+from workers.contract.trial import Trial
 from workers.hardware.occupancy import Holder
 
 pytestmark = pytest.mark.timeout(120)
@@ -62,7 +65,9 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             gpus = [nvml.gpu("GPU-0a", **DESKTOP), nvml.gpu("GPU-0b")]
             file = folder / f"{name}.json"
             file.write_text(json.dumps(told | {"gpus": gpus}))
+            caches = str(folder / ("elsewhere" if name == "old" else "caches"))
             given = environment | {"PYTHONPATH": path, "FAKE_NVML": str(file)}
+            given["XDG_CACHE_HOME"] = caches
             labels = {"name": name}
             fake.add_node(num_cpus=1, num_gpus=2, labels=labels, env_vars=given, **store)
         yield fake.address
@@ -141,6 +146,27 @@ def test_the_drivers_settings_reach_hosts_and_its_token_no_file(
         ray.kill(actor)
     files = [one for one in session.rglob("*") if one.is_file()]
     assert files and not [one for one in files if token.encode() in one.read_bytes()]
+
+
+def test_a_model_over_nodes_lies_in_one_place_on_all(address: str, tmp_path: Path) -> None:
+    from workers.actor import _in_one_place
+
+    model = Model(name="mixtral-8x7b", weights="dummy", num_layers=2)
+    with Cluster.connect(address, engines=False):
+        nodes = {
+            node["Labels"]["name"]: node["NodeID"]
+            for node in ray.nodes()
+            if node["Alive"] and "name" in node["Labels"]
+        }
+        alike, apart = [nodes["plain"], nodes["noset"]], [nodes["plain"], nodes["old"]]
+        assert _in_one_place(alike, Trial(model=model), {}, None) is None
+        told = _in_one_place(apart, Trial(model=model), {}, None)
+        assert isinstance(told, Crashed) and "different places" in str(told)
+        assert "/elsewhere/" in str(told) and "XDG_CACHE_HOME" in str(told)
+
+        nowhere = Trial(model=Model(name=str(tmp_path / "nowhere")))
+        told = _in_one_place(alike, nowhere, {}, None)
+        assert isinstance(told, Crashed) and f"has no {tmp_path / 'nowhere'}" in str(told)
 
 
 def test_predictions_ask_nothing_of_drivers(address: str) -> None:
