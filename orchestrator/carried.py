@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from workers.hardware import nvml
-from workers.secrecy import hide, known_secrets
+from workers.secrecy import TOKEN_FILE, hide, known_secrets
 
 PREFIXES = (
     "FI_",
@@ -38,7 +38,7 @@ PREFIXES = (
     "VLLM_",
 )
 """How the names of variables begin that go: of the hub, vLLM, torch, compilers, and networks."""
-STAY = frozenset({"VLLM_HOST_IP", "VLLM_HOST_PORT", "VLLM_PORT", "HF_TOKEN_PATH"})
+STAY = frozenset({"VLLM_HOST_IP", "VLLM_HOST_PORT", "VLLM_PORT", TOKEN_FILE})
 """They are of one machine."""
 TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 """Where the hub's library looks for a token, in its order."""

@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from workers import caches
+from workers.secrecy import TOKEN_FILE
 
-TOKEN_PATH = "HF_TOKEN_PATH"
-"""Variable of the hub's library: the file with its token."""
-OF_ONE_NODE = frozenset({"TMPDIR", TOKEN_PATH, caches.CACHES, *caches.NAMED, *caches.AT_HOME})
+OF_ONE_NODE = frozenset({"TMPDIR", TOKEN_FILE, caches.CACHES, *caches.NAMED, *caches.AT_HOME})
 """Variables that a host sets for itself. They name folders of its own and of its user there."""
 
 
@@ -39,4 +38,4 @@ def take_token(token: str) -> None:
     """
     held = os.memfd_create("hub-token")
     os.write(held, token.encode())
-    os.environ[TOKEN_PATH] = f"/proc/{os.getpid()}/fd/{held}"
+    os.environ[TOKEN_FILE] = f"/proc/{os.getpid()}/fd/{held}"

@@ -12,6 +12,7 @@ import pytest
 
 from orchestrator.carried import ALWAYS, JOB, carried
 from workers import given
+from workers.secrecy import TOKEN_FILE
 
 TOKEN = "hf_CanaryOfTheHub00000000000000000"
 ENVIRONMENT = {
@@ -78,10 +79,10 @@ def test_the_token_is_a_file_that_goes_with_its_process() -> None:
     code = (
         "import os, subprocess, sys; from workers import given;"
         f"given.take_token({TOKEN!r}); assert {TOKEN!r} not in str(os.environ);"
-        "print(os.environ[given.TOKEN_PATH], flush=True);"
+        "print(os.environ[given.TOKEN_FILE], flush=True);"
         f"subprocess.run([sys.executable, '-c', {ask!r}], check=True)"
     )
-    environment = {k: v for k, v in os.environ.items() if k not in ("HF_TOKEN", given.TOKEN_PATH)}
+    environment = {k: v for k, v in os.environ.items() if k not in ("HF_TOKEN", TOKEN_FILE)}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
