@@ -11,6 +11,9 @@ from types import ModuleType
 
 import pytest
 
+from orchestrator.errors import ClusterError
+from orchestrator.request import Request
+from orchestrator.run import execute
 from tests.nvml import FakeNvml, gpu
 from workers.hardware import facts, nvml, occupancy
 from workers.hardware.fitness import remark, unfit
@@ -238,3 +241,14 @@ def test_the_version_comes_from_the_libcuda_in_use() -> None:
     assert nvml.cuda_version(library(**both)) == "13.0"
     assert nvml.cuda_version(library(nvmlSystemGetCudaDriverVersion=12080)) == "12.8"
     assert nvml.cuda_version(library()) is None
+
+
+def test_a_run_here_is_refused_before_ray_starts(fake: FakeNvml, tmp_path: Path) -> None:
+    """With the CPU build that the tests have."""
+    fake.tell(gpu())
+    file = tmp_path / "one.yaml"
+    file.write_text("name: one\nbase: {model: {name: mixtral-8x7b, weights: dummy}}\n")
+    request = Request(sweep=file, out=tmp_path / "out", address="local", json=True)
+    with pytest.raises(ClusterError, match=r"1 x NVIDIA H100 80GB HBM3, but the CPU builds"):
+        execute(request)
+    assert not (tmp_path / "out").exists()
