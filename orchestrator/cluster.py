@@ -23,12 +23,16 @@ from typing import Any
 
 import psutil
 
+from orchestrator.carried import Carried, carried
 from orchestrator.errors import ClusterError, HeadLost
 from orchestrator.events import Need, Node
 from orchestrator.signals import deaf, keeping_sigterm
 from workers.folders import Folder, clear
+from workers.hardware import nvml
 from workers.hardware.device import CPU
+from workers.hardware.fitness import unfit
 from workers.hardware.host import Host, describe
+from workers.hardware.occupancy import Occupancy, occupancies
 from workers.nursery import USABLE, Nursery
 
 OBJECT_STORE_BYTES = 128 * 2**20
@@ -82,6 +86,8 @@ class Changes:
 
     joined: tuple[Node, ...] = ()
     lost: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
+    """Why some that came are not used."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -184,40 +190,56 @@ class Cluster:
     """Node id → machine."""
     driver_node: str | None
     """Node on which this process runs, where it is one of the nodes."""
+    occupied: dict[str, Mapping[str, Occupancy]] = field(default_factory=dict)
+    """Node id → GPU → what was in use there before this run's first group."""
+    refused: dict[str, str] = field(default_factory=dict)
+    """Node id → why engines cannot measure on its GPUs; such a node is none of `nodes`."""
     autoscaling: bool = False
     """Nodes can be asked for."""
+    carried: Carried | None = None
+    """What hosts are given of the driver's environment; null where they inherit it."""
     _present: set[str] = field(default_factory=set)
     """Nodes that are alive, those without a device included."""
     _asked: dict[str, Any] = field(default_factory=dict)
     """New nodes that have not described themselves yet."""
     _looked_at: float = -math.inf
+    _engines: bool = True
+    """Engines will be built, and not only predictions made."""
     _own: _Session | None = None
     """What goes with a cluster of our own; null if it was there before us."""
     _head: _Head | None = None
 
     @classmethod
-    def connect(cls, address: str | None, preloads: Sequence[str] = ()) -> Cluster:
+    def connect(
+        cls, address: str | None, preloads: Sequence[str] = (), *, engines: bool = True
+    ) -> Cluster:
         """Joins the cluster at `address`, else at `RAY_ADDRESS`, else one that runs on this
         machine, else starts one.
 
         Args:
             address: as Ray takes it; `local` starts one in any case.
             preloads: modules whose import begins meanwhile, where one is started.
+            engines: some will be built, so nodes whose GPUs cannot carry any are refused.
 
         Raises:
-            ClusterError: no cluster answers there, or its nodes cannot be described.
+            ClusterError: no cluster answers there, its nodes cannot be described, or all of them
+                are refused.
         """
         wanted = chosen(address)
         own: _Session | None = None
+        given: Carried | None = None
         try:
             if wanted is not None:
-                ray = _join(wanted)
+                given = carried()
+                ray = _join(wanted, given)
             else:
                 own, ray = _begin(preloads)
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             place = wanted or "this machine"
             raise ClusterError(f"no Ray cluster at {place}: {_first_line(error)}") from error
-        cluster = cls(nodes=(), hosts={}, driver_node=None, _own=own)
+        cluster = cls(
+            nodes=(), hosts={}, driver_node=None, carried=given, _engines=engines, _own=own
+        )
         try:
             cluster._describe(ray)
         except BaseException:
@@ -279,17 +301,19 @@ class Cluster:
             self._asked[node_id] = _describe(node_id)
         self._present = set(alive)
         joined: list[Node] = []
+        known = set(self.refused)
         for node_id, answer in list(self._asked.items()):
             if node_id in alive and not ray.wait([answer], timeout=0)[0]:
                 continue
             del self._asked[node_id]
             try:
-                self.hosts[node_id] = ray.get(answer)
+                self.hosts[node_id], self.occupied[node_id] = ray.get(answer)
                 joined += self._usable(alive, [node_id])
             except (ray.exceptions.RayError, KeyError):
                 continue  # it went again before it could answer
         self.nodes = (*self.nodes, *joined)
-        return Changes(joined=tuple(joined), lost=lost)
+        refused = tuple(why for node_id, why in self.refused.items() if node_id not in known)
+        return Changes(joined=tuple(joined), lost=lost, refused=refused)
 
     def request(self, needs: tuple[Need, ...]) -> None:
         """Asks the autoscaler for nodes that carry all of `needs`, and for no others.
@@ -345,19 +369,22 @@ class Cluster:
     def _describe(self, ray: ModuleType) -> None:
         alive = _alive(ray)
         if self.session is not None:  # of our own, and of this machine alone
-            self.hosts = {node_id: describe() for node_id in alive}
+            told = [(describe(), occupancies()) for _ in alive]
         else:
-            asked = {node_id: _describe(node_id) for node_id in alive}
+            asked = [_describe(node_id) for node_id in alive]
             try:
-                hosts: list[Host] = ray.get(list(asked.values()), timeout=DESCRIBE_S)
+                told = ray.get(asked, timeout=DESCRIBE_S)
             except ray.exceptions.RayError as error:
                 raise ClusterError(f"a node cannot be described: {_first_line(error)}") from error
-            self.hosts = dict(zip(asked, hosts, strict=True))
+        for node_id, (host, occupied) in zip(alive, told, strict=True):
+            self.hosts[node_id], self.occupied[node_id] = host, occupied
         self._present = set(alive)
         self.nodes = self._usable(alive, list(alive))
         address = ray.get_runtime_context().gcs_address
         self.autoscaling = _autoscales(address)
         self._head = _Head(address)
+        if self.refused and not self.nodes:
+            raise ClusterError("; ".join(dict.fromkeys(self.refused.values())))
         if not self.nodes and not self.autoscaling:
             raise ClusterError("the cluster has neither a GPU nor a CPU to offer")
         self.driver_node = ray.get_runtime_context().get_node_id()
@@ -365,13 +392,17 @@ class Cluster:
     def _usable(
         self, alive: Mapping[str, Mapping[str, Any]], node_ids: list[str]
     ) -> tuple[Node, ...]:
-        """Those of `node_ids` that have a device. Where any node has a GPU, only GPUs count."""
+        """Those of `node_ids` that have a device that engines can measure on. Where any node has
+        a GPU, only GPUs count."""
         any_gpu = any(node["Resources"].get("GPU") for node in alive.values())
         nodes = []
         for node_id in node_ids:
             resources, host = alive[node_id]["Resources"], self.hosts[node_id]
             gpus, cpus = int(resources.get("GPU", 0)), int(resources.get("CPU", 0))
             if not (gpus if any_gpu else cpus):
+                continue
+            if any_gpu and self._engines and (why := unfit(host)) is not None:
+                self.refused[node_id] = why
                 continue
             known = host.device_class if bool(host.gpus) == any_gpu else None
             nodes.append(
@@ -424,6 +455,7 @@ def _import_ray() -> ModuleType:
     """Ray, told to be quiet before it is imported: it reads these once."""
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
+    os.environ.update(nvml.ORDER)
     import ray
 
     return ray
@@ -479,7 +511,7 @@ def _start(session: Path) -> ModuleType:
     return ray
 
 
-def _join(address: str) -> ModuleType:
+def _join(address: str, given: Carried) -> ModuleType:
     import workers
 
     _knock(address)
@@ -495,7 +527,7 @@ def _join(address: str) -> ModuleType:
                 log_to_driver=False,
                 logging_level="ERROR",
                 configure_logging=False,
-                runtime_env={"py_modules": [str(package)]},
+                runtime_env={"py_modules": [str(package)], "env_vars": dict(given.settings)},
             )
     finally:
         if unset:

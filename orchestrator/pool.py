@@ -19,6 +19,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 
+from orchestrator.carried import Carried
 from orchestrator.cluster import Cluster
 from orchestrator.events import Check, Inspect, Lane, nodes_of
 from orchestrator.placement import Placement, on_node
@@ -31,6 +32,7 @@ from workers.contract.message import Died, Finished, Message, Progress, Released
 from workers.failures import from_log
 from workers.forks import PRELOAD, of_last_engine, oom_stage, silent, tail
 from workers.hardware.device import CPU, device
+from workers.hardware.occupancy import Occupancy
 from workers.memory import shared_segments
 from workers.packing import Packing
 from workers.patience import GRACE_S, patience_s
@@ -97,12 +99,19 @@ class _Host:
     """An actor on a node, with the imports of its engines under way or done."""
 
     def __init__(
-        self, kinds: Sequence[EngineKind], placed: Any, nursery: str | None, lodger: bool
+        self,
+        kinds: Sequence[EngineKind],
+        placed: Any,
+        nursery: str | None,
+        lodger: bool,
+        carried: Carried | None,
     ) -> None:
         actor: Any = EngineHost
         self.actor: Any = actor.options(num_cpus=0, num_gpus=0, scheduling_strategy=placed).remote(
             kinds, nursery, lodger
         )
+        if carried is not None:
+            self.actor.take.remote(carried.paths, carried.token)
         self.pid: Any = self.actor.pid.remote()
         self.log: Any = self.actor.log.remote()
         """Node and file of what it prints where the driver sees no file."""
@@ -226,7 +235,12 @@ class Pool:
         def ask() -> list[Any]:
             return [
                 inspect_devices.options(scheduling_strategy=on_node(node_id)).remote(
-                    pid, process.placement.devices, process.host.actor, job, wait_s
+                    pid,
+                    process.placement.devices,
+                    self._cluster.occupied.get(node_id, {}),
+                    process.host.actor,
+                    job,
+                    wait_s,
                 )
                 for node_id in nodes_of(process.lane)
             ]
@@ -238,14 +252,26 @@ class Pool:
     def _host(self, lane: Lane, placement: Placement) -> _Host:
         """A new host for a lane."""
         if lane.node_id is None:
-            return _Host(self._kinds, placement.within(captures=True), None, self._lodgers)
+            return self._new_host(placement.within(captures=True), None)
         return self._host_on(lane.node_id)
 
     def _host_on(self, node_id: str) -> _Host:
         """A new host on a node."""
         local = node_id == self._cluster.driver_node
         nursery = self._cluster.nursery if local else None
-        return _Host(self._kinds, on_node(node_id), nursery, self._lodgers)
+        return self._new_host(on_node(node_id), nursery)
+
+    def _occupied(self, lane: Lane) -> dict[str, Occupancy]:
+        """What was in use before the first group on the GPUs of a lane's nodes."""
+        nodes = [node_id for node_id, _ in lane.parts] or [lane.node_id or ""]
+        return {
+            gpu: occupancy
+            for node_id in nodes
+            for gpu, occupancy in self._cluster.occupied.get(node_id, {}).items()
+        }
+
+    def _new_host(self, placed: Any, nursery: str | None) -> _Host:
+        return _Host(self._kinds, placed, nursery, self._lodgers, self._cluster.carried)
 
     def withhold(self, lane_id: int) -> None:
         """Keeps a lane's devices until the run ends."""
@@ -303,7 +329,10 @@ class Pool:
         process.stage, process.trial_id = "load", None
         process.heard_at = time.monotonic()
         process.stream = process.host.actor.run.options(num_returns="streaming").remote(
-            job, process.placement.devices, process.lane.node_id is None
+            job,
+            process.placement.devices,
+            process.lane.node_id is None,
+            self._occupied(process.lane),
         )
 
     def _predicted_for(self, group: Group, lane: Lane) -> bool:

@@ -49,7 +49,9 @@ from workers.contract.message import Finished, Progress, Released
 from workers.contract.outcome import DISTURBED, FAULTS, Outcome, Rerun
 from workers.hardware import roofline
 from workers.hardware.device import CPU, device
-from workers.hardware.host import Host, device_class
+from workers.hardware.fitness import remark, unfit
+from workers.hardware.host import Host, describe, device_class
+from workers.hardware.occupancy import CLEAN_BYTES
 from workers.packing import Packing
 from workers.secrecy import hide, hide_text, known_secrets, scrub
 
@@ -98,18 +100,23 @@ def execute(request: Request) -> Summary:
 
     Raises:
         SweepError, UnknownDevice: before anything is started.
-        ClusterError: no cluster, or one that can never run a trial of this sweep, or this one's
-            own, when all of its devices are withheld; what was measured is on disk.
+        ClusterError: no cluster, or one that can never run a trial of this sweep (its drivers may
+            be too old), or this one's own, when all of its devices are withheld; what was
+            measured is on disk.
         HeadLost: the cluster's head died; what was measured is on disk.
         StoreError: the dataset cannot be opened or written.
     """
     from orchestrator.cluster import Cluster, chosen
+    from workers.forks import preloads
 
     moved = caches.ensure()
     profile = request.profile or local_profile()
     sweep, planned = prepare(request, profile)
+    engines = preloads(sorted({group.trials[0].trial.engine.kind for group in planned.groups}))
     if chosen(request.address) is None:  # engines will run here
         refuse(planned.absent)
+        if engines and (why := unfit(describe())) is not None:
+            raise ClusterError(why)
     _refuse_lost(request.out)
     with (
         os.fdopen(os.dup(2), "w", encoding="utf-8", errors="replace") as errors,
@@ -117,23 +124,20 @@ def execute(request: Request) -> Summary:
         _scrubbed(dataset.logs, sweep),
         diverted(dataset.logs / "driver.log") as terminal,
         interruptible(),
+        Cluster.connect(request.address, engines, engines=bool(engines)) as cluster,
     ):
-        from workers.forks import preloads
-
-        kinds = sorted({group.trials[0].trial.engine.kind for group in planned.groups})
-        with Cluster.connect(request.address, preloads(kinds)) as cluster:
-            found = _cluster_profile(cluster) or profile
-            if request.profile is None and found != profile:
-                sweep, planned = prepare(request, found)
-            if cluster.alone:
-                refuse(planned.absent)
-            display = choose(plain=request.plain, json=request.json, console=Console(file=terminal))
-            with display:
-                run = _Run(request, sweep, planned, dataset, cluster, display)
-                if moved is not None:
-                    display.say(moved)
-                cluster.or_else(lambda: _end_stuck(run, errors))
-                return run.execute()
+        found = _cluster_profile(cluster) or profile
+        if request.profile is None and found != profile:
+            sweep, planned = prepare(request, found)
+        if cluster.alone:
+            refuse(planned.absent)
+        display = choose(plain=request.plain, json=request.json, console=Console(file=terminal))
+        with display:
+            run = _Run(request, sweep, planned, dataset, cluster, display)
+            if moved is not None:
+                display.say(moved)
+            cluster.or_else(lambda: _end_stuck(run, errors))
+            return run.execute()
 
 
 def _refuse_lost(out: Path) -> None:
@@ -246,6 +250,7 @@ class _Run:
             *self._plan.notes,
             self._plan.by_name,
             *self._of_earlier(),
+            *self._of_devices(),
             self._shelf.missing(self._groups),
         ):
             if line is not None:
@@ -364,6 +369,8 @@ class _Run:
                 events.NodeLost(node_id=node_id, trials=in_hand, at=self._at()),
                 Crashed(f"the node {host} was lost"),
             )
+        for why in changes.refused:
+            self._say(f"a node that joined is not used: {why}")
         for node in changes.joined:
             self._say(f"node joined: {node.hostname}")
             self._stranded_at = None
@@ -579,6 +586,16 @@ class _Run:
         hosts = {host.device_digest: host.device_facts for host in self._cluster.hosts.values()}
         guards = {(one, hosts.get(one.device_digest)) for one in self._guards()}
         yield from vouching.machines(self._records(), self._settled.keys(), guards)
+
+    def _of_devices(self) -> Iterator[str | None]:
+        """What there is to say of the GPUs that this run begins with."""
+        yield from dict.fromkeys(self._cluster.refused.values())
+        for node in self._cluster.nodes:
+            host = self._cluster.hosts[node.node_id]
+            yield remark(host)
+            for name, found in self._cluster.occupied[node.node_id].items():
+                if found.used_bytes > CLEAN_BYTES:
+                    yield f"{name} of {host.hostname}, before the first group: {found}"
 
     def _exhausted(self) -> Iterator[schedule.Exhausted]:
         """What an earlier run found out of device memory, with what its engine held besides.

@@ -17,23 +17,29 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import (
+    NodeAffinitySchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
+)
 
-from workers import caches, memory, runner
+from workers import caches, given, memory, runner
 from workers.contract.engine import EngineKind
+from workers.contract.errors import Crashed, TrialError
 from workers.contract.job import Job
 from workers.contract.message import Died, Message, Released
+from workers.contract.trial import Trial
 from workers.folders import Folder, within
 from workers.forks import (
     BEGINS,
@@ -46,11 +52,10 @@ from workers.forks import (
     members,
     tail,
 )
-from workers.hardware.host import Host, describe, gpu_memory_used
+from workers.hardware.host import Host, describe
+from workers.hardware.occupancy import CLEAN_BYTES, Occupancy, leftovers, occupancies
 from workers.packing import Packing, compare
 
-CLEAN_BYTES = 256 * 2**20
-"""Memory in use on a GPU that still counts as none."""
 WATCH_S = 1.0
 """Time between two looks at whether the node lives, seconds."""
 NODE_GRACE_S = 30.0
@@ -59,6 +64,8 @@ HOME = "moe-host-"
 """How folders of hosts begin, on nodes of clusters that were there before the driver."""
 SOCKET = len("/g-12345678/e-12345678/00000000-0000-0000-0000-000000000000")
 """Length of the longest path of a socket in them: vLLM's between ranks, in an engine's folder."""
+EMPTY: Mapping[str, Occupancy] = {}
+"""Of a node whose GPUs were all free."""
 GPU_WAIT_S = 60.0
 """Wait for memory of an earlier process to leave a GPU, seconds."""
 
@@ -87,6 +94,7 @@ class EngineHost:
         self._folder: str | None = None
         place = self._home.path if self._home is not None else Path(tempfile.gettempdir())
         self._log = place / f"engine-{os.getpid()}.log"
+        self._given: tuple[Mapping[str, str], str | None] = {}, None
         threading.Thread(target=_end_with_the_node, args=(os.getppid(),), daemon=True).start()
 
     def pid(self) -> int:
@@ -96,6 +104,17 @@ class EngineHost:
     def log(self) -> tuple[str, str]:
         """Node id, and the file there that has the output of a job without a file."""
         return ray.get_runtime_context().get_node_id(), str(self._log)
+
+    def take(self, paths: Mapping[str, str], token: str | None) -> None:
+        """Takes what the driver gives of its environment; see `workers.given`. Before anything
+        else, since libraries read theirs once.
+
+        Args:
+            paths: variable → file or folder.
+            token: of the hub.
+        """
+        self._given = paths, token
+        _take(*self._given)
 
     def prepare(self) -> None:
         """Imports the engines ahead of the first group, which then starts with its load.
@@ -110,13 +129,20 @@ class EngineHost:
             self._home.end()
             self._home = None
 
-    def run(self, job: Job, devices: str | None, over_nodes: bool) -> Iterator[Message]:
+    def run(
+        self,
+        job: Job,
+        devices: str | None,
+        over_nodes: bool,
+        before: Mapping[str, Occupancy] = EMPTY,
+    ) -> Iterator[Message]:
         """Measures a group; see `workers.runner.run`.
 
         Args:
             job: the group.
             devices: GPUs that Ray granted to the lane, as `CUDA_VISIBLE_DEVICES` lists them.
             over_nodes: the engine places ranks through Ray, so it runs in this process.
+            before: what was in use on GPUs of this node before the first group.
 
         Yields:
             Its messages, then `Released`, or `Died` if the engine's process ended too soon. A
@@ -125,13 +151,18 @@ class EngineHost:
         """
         sent = job.log is None
         job = self._logged(job)
-        for message in self._run(job, devices, over_nodes):
+        for message in self._run(job, devices, over_nodes, before):
             if sent and isinstance(message, Released | Died):
                 message = replace(message, log=tail(job.log))
             yield message
 
-    def _run(self, job: Job, devices: str | None, over_nodes: bool) -> Iterator[Message]:
-        _wait_for_gpus(devices)
+    def _run(
+        self, job: Job, devices: str | None, over_nodes: bool, before: Mapping[str, Occupancy]
+    ) -> Iterator[Message]:
+        self._wait_for_gpus(devices, before)
+        if over_nodes and (lacking := self._lacking(job)) is not None:
+            yield Died(error=lacking, trial_id=None, clean=True)
+            return
         here = over_nodes or job.tickets[0].trial.engine.kind not in PRELOAD
         if here and job.log is not None:
             log_to(job.log)
@@ -144,7 +175,9 @@ class EngineHost:
                 yield from self._here(job) if here else self._in_a_fork(job, devices)
             finally:
                 problems.extend((*self._survivors(), *_held_here()))
-                problems.extend(_wait_over_nodes() if over_nodes else _wait_for_gpus(devices))
+                problems.extend(
+                    _wait_over_nodes(before) if over_nodes else self._wait_for_gpus(devices, before)
+                )
 
         died: EngineDied | None = None
         try:
@@ -174,9 +207,23 @@ class EngineHost:
         self._log.write_bytes(b"")
         return replace(job, log=str(self._log))
 
+    def _lacking(self, job: Job) -> TrialError | None:
+        """Why an engine over several nodes cannot be built, because its ranks would not find the
+        model's files; null where each node has them in the same place. They are fetched, pruned or
+        made on every node."""
+        trial = job.tickets[0].trial
+        if trial.engine.kind not in PRELOAD:
+            return None
+        group = ray.util.placement_group_table(ray.util.get_current_placement_group())
+        nodes = sorted(set(group["bundles_to_node_id"].values()))
+        return _in_one_place(nodes, trial, *self._given)
+
     def _root(self, job: Job) -> str | None:
         """Where a group's folder is made."""
         return job.scratch or (str(self._home.path) if self._home is not None else None)
+
+    def _wait_for_gpus(self, devices: str | None, before: Mapping[str, Occupancy]) -> list[str]:
+        return _wait_for_gpus(devices, before, {os.getpid(), *family()})
 
     def _survivors(self) -> list[str]:
         survivors = self._forks.survivors()
@@ -238,13 +285,19 @@ def check_packing(
 
 @ray.remote(num_cpus=0, max_retries=0)
 def inspect_devices(
-    pid: int | None, devices: str | None, host: Any, job: Job | None, patience_s: float
+    pid: int | None,
+    devices: str | None,
+    before: Mapping[str, Occupancy],
+    host: Any,
+    job: Job | None,
+    patience_s: float,
 ) -> list[str]:
     """Looks at what the last host of some devices left behind, on its node.
 
     Args:
         pid: of that host, which has been killed; null if it never said.
         devices: its GPUs.
+        before: what was in use on GPUs of this node before the first group.
         host: another one, to try the job with.
         job: its first trial has run elsewhere; null where the devices are not in doubt.
         patience_s: longest silence of an engine that is waited for, seconds.
@@ -252,7 +305,7 @@ def inspect_devices(
     Returns:
         What speaks against using the devices.
     """
-    found = [*_group_left(pid), *_wait_for_gpus(devices)]
+    found = [*_group_left(pid), *_wait_for_gpus(devices, before, members(pid) if pid else ())]
     if found or job is None:
         return found
     trial_id = job.tickets[0].trial_id
@@ -265,6 +318,67 @@ def inspect_devices(
     finally:
         ray.wait([host.end_rehearsal.remote()])
     return []
+
+
+@ray.remote(num_cpus=0, max_retries=0)
+def have_files(
+    trial: Trial, paths: Mapping[str, str], token: str | None
+) -> tuple[str, tuple[str, ...]]:
+    """Has the files of a trial's models on this node.
+
+    Args:
+        paths, token: as `EngineHost.take` takes them.
+
+    Returns:
+        Name of the node, and where they lie.
+
+    Raises:
+        TrialError: they cannot be had.
+    """
+    from workers.engines.vllm_engine import VllmEngine
+
+    _take(paths, token)
+    caches.ensure()
+    node, found = socket.gethostname(), VllmEngine.files(trial)
+    for one in found:
+        if one.startswith("/") and not Path(one).is_dir():
+            raise Crashed(
+                f"{node} has no {one}: a model that is spread over nodes has to lie in the same "
+                "place on each of them"
+            )
+    return node, found
+
+
+def _in_one_place(
+    nodes: Sequence[str], trial: Trial, paths: Mapping[str, str], token: str | None
+) -> TrialError | None:
+    """What speaks against a model over these nodes; see `EngineHost._lacking`."""
+    try:
+        told = ray.get(
+            [
+                have_files.options(
+                    scheduling_strategy=NodeAffinitySchedulingStrategy(node_id=one, soft=False)
+                ).remote(trial, paths, token)
+                for one in nodes
+            ]
+        )
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        return cause if isinstance(cause, TrialError) else Crashed(str(cause))
+    if len({found for _, found in told}) == 1:
+        return None
+    places = "; ".join(f"{node}: {', '.join(found)}" for node, found in told)
+    return Crashed(
+        f"the nodes would look for the model's files in different places ({places}): give HF_HOME "
+        "and XDG_CACHE_HOME one value on all of them"
+    )
+
+
+def _take(paths: Mapping[str, str], token: str | None) -> None:
+    for line in given.take_paths(paths):
+        print(line, flush=True)
+    if token is not None:
+        given.take_token(token)
 
 
 def _group_left(pid: int | None) -> list[str]:
@@ -281,9 +395,9 @@ def _group_left(pid: int | None) -> list[str]:
 
 
 @ray.remote(num_cpus=0, max_retries=0)
-def describe_node() -> Host:
-    """The machine that Ray runs this on."""
-    return describe()
+def describe_node() -> tuple[Host, dict[str, Occupancy]]:
+    """The machine that Ray runs this on, and what is in use on its GPUs."""
+    return describe(), occupancies()
 
 
 @ray.remote(num_cpus=0, max_retries=0)
@@ -294,8 +408,17 @@ def read_log(path: str) -> str:
 
 @ray.remote(num_cpus=0, max_retries=0)
 def granted_devices() -> str | None:
-    """The GPUs that Ray gives to whoever asks where this runs; null without one."""
-    return os.environ.get("CUDA_VISIBLE_DEVICES") or None
+    """The GPUs that Ray gives to whoever asks where this runs, as `CUDA_VISIBLE_DEVICES` lists
+    them; null without one.
+
+    Ray is asked, not the environment: where its nodes are told not to set that variable
+    (`RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES`), it names every GPU of the node or none. Ray's
+    answer has no order of its own.
+    """
+    granted = ray.get_runtime_context().get_accelerator_ids()["GPU"]
+    return (
+        ",".join(sorted(granted, key=lambda name: (not name.isdecimal(), len(name), name))) or None
+    )
 
 
 def _end_with_the_node(raylet: int) -> None:
@@ -332,35 +455,36 @@ def _scratch(root: str | None) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _wait_for_gpus(devices: str | None) -> list[str]:
-    """Waits until no memory is in use on the GPUs, and says where some stays.
+def _wait_for_gpus(
+    devices: str | None, before: Mapping[str, Occupancy], own: Collection[int]
+) -> list[str]:
+    """Waits until an engine's memory has left the GPUs, and says where some stays.
 
     Ray grants a device again when its last process is dead, which can be before the driver
     has taken the memory back. Memory that stays is left to the engine to refuse, in its own
     words.
+
+    Args:
+        own: processes of the engine's host.
     """
     deadline = time.monotonic() + GPU_WAIT_S
-    used: dict[str, int] = {}
-    for one in (devices or "").split(","):
-        while one and (used_bytes := gpu_memory_used(one)) > CLEAN_BYTES:
-            if time.monotonic() > deadline:
-                used[one] = used_bytes
-                break
-            time.sleep(0.5)
-    found = [f"{value / 2**20:.0f} MiB in use on GPU {one}" for one, value in used.items()]
+    while found := leftovers(devices, before, own):
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.5)
     for text in found:
         print(f"after {GPU_WAIT_S:.0f} s {text}")
     return found
 
 
 @ray.remote(num_cpus=0, num_gpus=1, max_retries=0)
-def free_device() -> list[str]:
+def free_device(before: Mapping[str, Occupancy]) -> list[str]:
     """Waits for memory of the GPU on which Ray runs this, and says what stays."""
     granted = ray.get_runtime_context().get_accelerator_ids()["GPU"]
-    return _wait_for_gpus(",".join(granted) or None)
+    return _wait_for_gpus(",".join(granted) or None, before, ())
 
 
-def _wait_over_nodes() -> list[str]:
+def _wait_over_nodes(before: Mapping[str, Occupancy]) -> list[str]:
     """What stays of an engine over several nodes.
 
     Its ranks are actors, each on a bundle of the placement group of this process: where one has
@@ -373,7 +497,7 @@ def _wait_over_nodes() -> list[str]:
             scheduling_strategy=PlacementGroupSchedulingStrategy(
                 placement_group=group, placement_group_bundle_index=bundle
             )
-        ).remote()
+        ).remote(before)
         for bundle in range(group.bundle_count)
     ]
     try:

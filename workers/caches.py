@@ -19,9 +19,9 @@ from pathlib import Path
 
 CACHES = "XDG_CACHE_HOME"
 _HUB = "HF_HOME"
-_NAMED = ("VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "NUMBA_CACHE_DIR")
+NAMED = ("VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "NUMBA_CACHE_DIR")
 """Folders of one library's own that a user may have named."""
-_AT_HOME = ("TRITON_HOME", "FLASHINFER_WORKSPACE_BASE")
+AT_HOME = ("TRITON_HOME", "FLASHINFER_WORKSPACE_BASE")
 """Where libraries that know no `XDG_CACHE_HOME` put a folder of theirs into the home folder."""
 
 
@@ -71,10 +71,10 @@ def _moved(instead: Callable[[], Path]) -> Iterator[str]:
         if _HUB not in os.environ and asked is not None and (asked / "huggingface").is_dir():
             os.environ[_HUB] = str(asked / "huggingface")  # its models can be read
         os.environ[CACHES] = str(instead())
-        for name in _AT_HOME:
+        for name in AT_HOME:
             os.environ.setdefault(name, str(instead()))
         yield f"{asked or '~/.cache'} {why}"
-    for name in _NAMED:
+    for name in NAMED:
         if (value := os.environ.get(name)) and (why := _unwritable(Path(value))) is not None:
             os.environ[name] = str(instead() / name.lower())
             yield f"{value} ({name}) {why}"

@@ -38,6 +38,7 @@ from workers.contract.message import Finished, Message, Progress, Stage
 from workers.contract.outcome import OomStage
 from workers.engines.base import Site
 from workers.failures import of_death
+from workers.hardware import nvml
 from workers.packing import Rehearsal
 from workers.patience import patience_s
 
@@ -300,7 +301,7 @@ def _settle(job: Job, devices: str | None) -> None:
         log_to(job.log)
         print(BEGINS, flush=True)
     if devices is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = devices
+        os.environ.update(nvml.ORDER | {nvml.VISIBLE: devices})
     if job.scratch is not None:
         tempfile.tempdir = os.environ["TMPDIR"] = job.scratch
     _track_apart()

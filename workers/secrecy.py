@@ -27,6 +27,8 @@ from urllib.parse import quote
 HIDDEN = "***"
 LEAST = 8
 """Characters of a value that is looked for in texts; a shorter one may be any word."""
+TOKEN_FILE = "HF_TOKEN_PATH"
+"""Variable of the hub's library: the file with its token."""
 STAMP = ".scrubbed"
 """File in a folder of logs: what is older has been scrubbed."""
 
@@ -110,11 +112,15 @@ def hide_arguments(arguments: Sequence[str], known: Collection[str] = ()) -> lis
 
 
 def known_secrets(*settings: Any, environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
-    """Values that stand under the key of a secret, in the environment or in `settings`.
+    """Values that stand under the key of a secret, in the environment or in `settings`, and the
+    hub's token where the environment names a file with it.
 
     The longest first: one may begin like another.
     """
     found = set(_secrets(dict(environment), ""))
+    with contextlib.suppress(OSError, ValueError):
+        token = Path(environment.get(TOKEN_FILE, "")).read_text(encoding="utf-8").strip()
+        found.update(_secrets(token, "token"))
     for one in settings:
         found.update(_secrets(one, ""))
     spelt = {

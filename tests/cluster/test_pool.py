@@ -229,7 +229,7 @@ def test_a_layout_over_several_nodes_gets_a_placement_group(cluster: Cluster) ->
         assert list(table["bundles"].values()) == [{"GPU": 1.0, "CPU": 1.0}] * 4
         assert set(table["bundles_to_node_id"].values()) == set(nodes)
         look = ray.remote(num_cpus=0)(_wait_over_nodes)
-        looking = look.options(scheduling_strategy=placement.within(captures=True)).remote()
+        looking = look.options(scheduling_strategy=placement.within(captures=True)).remote({})
         assert ray.get(looking, timeout=60) == []  # each bundle's GPU was asked after
     finally:
         placement.release()

@@ -17,7 +17,7 @@ NOWHERE = "/proc/nobody"
 @pytest.fixture(autouse=True)
 def _own_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    for name in (*caches._NAMED, *caches._AT_HOME, "HF_HOME", caches.CACHES):
+    for name in (*caches.NAMED, *caches.AT_HOME, "HF_HOME", caches.CACHES):
         monkeypatch.setenv(name, "to be put back afterwards")
         monkeypatch.delenv(name)
 

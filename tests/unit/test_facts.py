@@ -101,6 +101,7 @@ class _Nvml(SimpleNamespace):
             "nvmlDeviceGetEnforcedPowerLimit": [700_000, 400_000],
             "nvmlDeviceGetEccMode": [[1, 1]] * 2,
             "nvmlDeviceGetMigMode": [[0, 0]] * 2,
+            "nvmlDeviceIsMigDeviceHandle": [0, 0],
             "nvmlDeviceGetMaxPcieLinkGeneration": [5, 5],
             "nvmlDeviceGetMaxPcieLinkWidth": [16, 16],
             "nvmlDeviceGetNvLinkState": [1, None],

@@ -169,6 +169,14 @@ def test_the_environment_of_this_process_is_looked_at_when_asked(
     assert TOKEN in known_secrets()
 
 
+def test_a_token_that_lies_in_a_file_is_known_too(tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    file.write_text(f"{TOKEN}\n")
+    assert TOKEN in known_secrets(environment={"HF_TOKEN_PATH": str(file)})
+    for other in (tmp_path, tmp_path / "absent"):
+        assert known_secrets(environment={"HF_TOKEN_PATH": str(other)})[-1:] == (str(other),)
+
+
 def test_json_stays_json() -> None:
     told = hide_json('{"b": {"hf_token": "x"}, "a": 1}')
     assert told == '{"a": 1, "b": {"hf_token": "***"}}'

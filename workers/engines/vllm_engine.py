@@ -30,7 +30,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
-from workers import caches
+from workers import caches, given
 from workers.contract import arguments
 from workers.contract.engine import DRAFT_MODEL, MODELLESS, UNFUSED, StandIn
 from workers.contract.errors import Crashed, Infeasible, OutOfMemory, TrialError, Unsupported
@@ -173,6 +173,19 @@ class VllmEngine:
         if torch.cuda.is_initialized():
             cls._refused = Crashed("vLLM cannot be forked: its import has used CUDA")
             raise cls._refused
+
+    @classmethod
+    def files(cls, trial: Trial) -> tuple[str, ...]:
+        """Folders (or names that the engine alone knows) of the models that a trial loads, which
+        are fetched or made where they are not on this machine yet.
+
+        Raises:
+            TrialError: they cannot be had.
+        """
+        named = [_source(trial.model, trial.engine.args.get("load_format")).model]
+        if trial.engine.speculative is not None:
+            named += filter(None, [_speculative(trial).get("model")])
+        return tuple(named)
 
     @classmethod
     def stands_for(cls, device: str) -> StandIn | None:
@@ -742,7 +755,18 @@ def _executor(layout: Layout, *, on_cpu: bool) -> str:
         )
     if layout.tensor * layout.pipeline == 1:
         return "uni"
+    if not here:
+        _keep_on_node()
     return "mp" if here else "ray"
+
+
+def _keep_on_node() -> None:
+    """Has vLLM not carry to ranks on other nodes what names a place on this one. It gives them
+    every variable of this process that they lack (`v1/executor/ray_env_utils.py`), so they would
+    put their temporary files into a folder that only this host has."""
+    from vllm.ray import ray_env
+
+    ray_env.RAY_NON_CARRY_OVER_ENV_VARS.update(given.OF_ONE_NODE)
 
 
 def _speculative(trial: Trial) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from workers.hardware import cgroup
+from workers.hardware import cgroup, nvml
 from workers.hardware.caches import data_caches
 
 Facts = Mapping[str, Any]
@@ -70,6 +70,7 @@ _WORDS = {
     "pcie": "PCIe",
     "nvlinks": "NVLinks",
     "numa_nodes": "NUMA nodes",
+    "wsl": "WSL",
 }
 """Facts as people read them, those first that explain most; others follow by their names."""
 _UNITS = {"kib": "KiB", "mib": "MiB", "w": "W"}
@@ -209,20 +210,24 @@ def of_gpus(handles: Iterable[Any]) -> dict[str, Any]:
         values = [one[name] for one in each]
         alike = all(value == values[0] for value in values)
         found[name] = values[0] if alike else ", ".join(map(str, values))
-    return {**found, "driver": driver}
+    # Only where it is so: records of other machines keep the identity that they have.
+    return {**found, "driver": driver} | ({"wsl": True} if under_wsl() else {})
+
+
+def under_wsl(release: str | None = None) -> bool:
+    """Whether this Linux runs under Windows, by its kernel's `release`."""
+    return "microsoft" in (release or platform.release()).lower()
 
 
 def _of_gpu(handle: Any) -> dict[str, Any]:
     import pynvml
 
     def asked(name: str, *arguments: Any) -> Any:
-        try:
-            return getattr(pynvml, name)(handle, *arguments)
-        except pynvml.NVMLError:  # not every device knows every question
-            return None
+        return nvml.asked(pynvml, name, handle, *arguments)
 
     memory, power = asked("nvmlDeviceGetMemoryInfo"), asked("nvmlDeviceGetEnforcedPowerLimit")
     ecc, mig = asked("nvmlDeviceGetEccMode"), asked("nvmlDeviceGetMigMode")
+    sliced = bool(asked("nvmlDeviceIsMigDeviceHandle"))  # the mode is that of the whole GPU
     generation = asked("nvmlDeviceGetMaxPcieLinkGeneration")
     width = asked("nvmlDeviceGetMaxPcieLinkWidth")
     links = [asked("nvmlDeviceGetNvLinkState", n) for n in range(pynvml.NVML_NVLINK_MAX_LINKS)]
@@ -232,7 +237,7 @@ def _of_gpu(handle: Any) -> dict[str, Any]:
         "memory_mib": None if memory is None else int(memory.total) // 2**20,
         "power_limit_w": None if power is None else round(power / 1000),
         "ecc": None if ecc is None else bool(ecc[0]),
-        "mig": None if mig is None else bool(mig[0]),
+        "mig": sliced or (None if mig is None else bool(mig[0])),
         "pcie": None if None in (generation, width) else f"{generation}.0 x{width}",
         "nvlinks": sum(bool(one) for one in links),
     }

@@ -10,13 +10,13 @@ The library is an argument, so that all of this can be tested where there is no 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Self
 
 from workers.contract.reading import GpuReading
+from workers.hardware import nvml as library
 
 REASONS = {
     0x1: "GpuIdle",
@@ -82,7 +82,7 @@ class Gpus:
         except nvml.NVMLError:
             return None
         try:
-            handles = [_handle(nvml, name) for name in _visible(nvml)[:count]]
+            handles = [library.handle(nvml, name) for name in library.visible(nvml)[:count]]
         except nvml.NVMLError:
             handles = []
         if not handles:
@@ -133,13 +133,7 @@ class Gpus:
 
     def _ask(self, question: str, *args: Any) -> Any:
         """NVML's answer; null where it has none."""
-        function = getattr(self._nvml, question, None)
-        if function is None:
-            return None
-        try:
-            return function(*args)
-        except self._nvml.NVMLError:
-            return None
+        return library.asked(self._nvml, question, *args)
 
     def _worst(self, choose: Any, question: str, *args: Any) -> float | None:
         return _extreme(choose, (self._ask(question, gpu.handle, *args) for gpu in self._gpus))
@@ -169,20 +163,6 @@ class Gpus:
         if len(others) == len(found):
             others = sorted(others, key=lambda one: one.usedGpuMemory or 0)[:-1]
         return others
-
-
-def _visible(nvml: Any) -> list[str]:
-    """GPUs as `CUDA_VISIBLE_DEVICES` names them; all of them without it."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is None:
-        return [str(index) for index in range(nvml.nvmlDeviceGetCount())]
-    return [one.strip() for one in named.split(",") if one.strip()]
-
-
-def _handle(nvml: Any, name: str) -> Any:
-    if name.isdecimal():
-        return nvml.nvmlDeviceGetHandleByIndex(int(name))
-    return nvml.nvmlDeviceGetHandleByUUID(name)
 
 
 def _over(value: float | None, divisor: float) -> float | None:

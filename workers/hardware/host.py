@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import socket
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
-from workers.hardware import facts
+from workers.hardware import facts, nvml
 from workers.hardware.device import CPU, UnknownDevice, classify
 from workers.hardware.facts import Facts
 
@@ -44,6 +47,10 @@ class Host:
     system: str
     device_facts: str | None = None
     """JSON object: what decides the speed of the device (`workers.hardware.facts`)."""
+    driver_cuda: str | None = None
+    """Newest CUDA that the NVIDIA driver runs, such as 12.4."""
+    torch_cuda: str | None = None
+    """CUDA that torch was built for, such as 13.0; null for its CPU build."""
 
     @property
     def device_digest(self) -> str | None:
@@ -70,20 +77,22 @@ def describe() -> Host:
     """This machine, as the calling process may use it."""
     import psutil
 
-    names, driver, gpu_memory, gpu_facts = _gpus()
+    names, driver, driver_cuda, gpu_memory, gpu_facts = _gpus()
     return Host(
         hostname=socket.gethostname(),
         device=names[0] if names else f"{cpu_name()}, {cores()} cores",
         device_class=classify(names[0]) if names else CPU,
         gpus=len(names),
         cpus=cores(),
-        memory_gib=(gpu_memory if names else psutil.virtual_memory().total) / 2**30,
+        memory_gib=(gpu_memory or psutil.virtual_memory().total) / 2**30,
         driver=driver,
         engine_version=engine_version(),
         torch_version=version("torch"),
         python=platform.python_version(),
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         device_facts=facts.dumps(gpu_facts if names else facts.of_cpu()),
+        driver_cuda=driver_cuda,
+        torch_cuda=torch_cuda(),
     )
 
 
@@ -109,24 +118,23 @@ def version(distribution: str) -> str | None:
         return None
 
 
+def torch_cuda() -> str | None:
+    """CUDA that the installed torch was built for, without importing it: its own `version.py`
+    says so, and the version's suffix need not. Null for a CPU build, and without torch."""
+    spec = find_spec("torch")
+    for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
+        with suppress(OSError):
+            text = (Path(folder) / "version.py").read_text(encoding="utf-8")
+            found = re.search(r"^cuda\b[^=]*=\s*['\"]([\d.]+)['\"]", text, re.MULTILINE)
+            return found[1] if found else None
+    return None
+
+
 def gpu_memory_used(device: str) -> int:
     """Bytes in use on a GPU that `CUDA_VISIBLE_DEVICES` names by index or UUID; 0 without
     an NVIDIA driver. What the driver reserves for itself is not counted."""
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return 0
-    try:
-        handle = (
-            pynvml.nvmlDeviceGetHandleByIndex(int(device))
-            if device.isdecimal()
-            else pynvml.nvmlDeviceGetHandleByUUID(device)
-        )
-        return int(pynvml.nvmlDeviceGetMemoryInfo(handle, version=pynvml.nvmlMemory_v2).used)
-    finally:
-        pynvml.nvmlShutdown()
+    with nvml.opened() as opened:
+        return 0 if opened is None else nvml.memory_used(opened, nvml.handle(opened, device)) or 0
 
 
 @cache
@@ -138,19 +146,15 @@ def cpu_name() -> str:
     return platform.machine()
 
 
-def _gpus() -> tuple[list[str], str | None, int, Facts]:
-    """Names, driver version, memory in bytes of the first, facts; empty without a driver."""
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:  # no driver: no GPU to use
-        return [], None, 0, {}
-    try:
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        names = [str(pynvml.nvmlDeviceGetName(handle)) for handle in handles]
-        memory = pynvml.nvmlDeviceGetMemoryInfo(handles[0]).total if handles else 0
-        driver = str(pynvml.nvmlSystemGetDriverVersion())
-        return names, driver, int(memory), facts.of_gpus(handles)
-    finally:
-        pynvml.nvmlShutdown()
+def _gpus() -> tuple[list[str], str | None, str | None, int, Facts]:
+    """Of the GPUs that this process may use: names, driver version, newest CUDA of the driver,
+    memory in bytes of the first (0: it has none of its own), facts; empty without a driver."""
+    with nvml.opened() as opened:
+        if opened is None:
+            return [], None, None, 0, {}
+        handles = [nvml.handle(opened, name) for name in nvml.visible(opened)]
+        names = [str(opened.nvmlDeviceGetName(handle)) for handle in handles]
+        memory = nvml.asked(opened, "nvmlDeviceGetMemoryInfo", handles[0]) if handles else None
+        driver = str(opened.nvmlSystemGetDriverVersion())
+        total = 0 if memory is None else int(memory.total)
+        return names, driver, nvml.cuda_version(opened), total, facts.of_gpus(handles)
