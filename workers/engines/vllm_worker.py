@@ -19,7 +19,7 @@ from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
 from workers import memory
-from workers.engines import vllm_routing, vllm_unfused
+from workers.engines import vllm_routing, vllm_skeleton, vllm_unfused
 from workers.engines.reference_load import ReferenceLoad, on_cuda
 from workers.engines.vllm_probe import Account, Probe
 from workers.hardware.reference import Reference
@@ -27,6 +27,7 @@ from workers.hardware.reference import Reference
 # vLLM imports this in every rank, before it builds a model there.
 vllm_routing.take_over()
 vllm_unfused.take_over()
+vllm_skeleton.take_over()
 
 ROUTERS = ("CPURouter", "FusedTopKRouter", "RoutingSimulatorRouter")
 """Routers that pick the k largest of a softmax, or of what a sweep forces, and keep nothing else
