@@ -11,6 +11,8 @@ from collections.abc import Mapping
 
 import polars as pl
 
+from analysis import tuned
+
 MARK = "*"
 """Behind a figure."""
 RING = "#cc3311"
@@ -34,9 +36,17 @@ def line(frame: pl.DataFrame) -> str:
     )
 
 
+MARKS = pl.concat_str(
+    pl.when("disturbed").then(pl.lit(MARK)),
+    pl.when("untuned").then(pl.lit(tuned.MARK)),
+    ignore_nulls=True,
+).replace("", None)
+"""What stands behind a figure of a record; null where nothing does."""
+
+
 def mark(row: Mapping[str, object]) -> str:
-    """What stands behind a figure of this record."""
-    return MARK if row.get("disturbed") else ""
+    """The same, of a row."""
+    return (MARK if row.get("disturbed") else "") + (tuned.MARK if row.get("untuned") else "")
 
 
 def _records(frame: pl.DataFrame) -> int:

@@ -9,7 +9,7 @@ from fractions import Fraction
 
 import polars as pl
 
-from analysis import disturbed, drift
+from analysis import disturbed, drift, tuned
 from analysis.conditions import constant
 
 
@@ -20,7 +20,7 @@ def subtitle(frame: pl.DataFrame) -> list[str]:
     and tells of drift where there are those columns.
     """
     lines = [_model(frame), _machine(frame), _workload(frame), disturbed.line(frame)]
-    lines += drift.lines(frame)
+    lines += [tuned.line(frame), *drift.lines(frame)]
     if constant(frame, "source") == "predicted":
         engine = _with(constant(frame, "engine"), " ({})")
         lines.insert(0, f"Predicted by a model{engine}, not measured")

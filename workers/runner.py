@@ -208,6 +208,7 @@ class _Run:
                 self.columns["engine_version"] = engine.loaded.version
                 self.columns["threads"] = engine.loaded.threads
                 self.columns["moe_kernel"] = engine.loaded.moe_kernel
+                self.columns["moe_config"] = engine.loaded.moe_config
                 self.measured = hand is not None
                 if hand is None:
                     self.target = device(planned_for)

@@ -49,6 +49,7 @@ def prepare(records: pl.LazyFrame, activations: pl.LazyFrame) -> pl.DataFrame:
         "devices_label",
         "memory_limit_gib",
         "disturbed",
+        "untuned",
         "trial_id",
     )
 

@@ -68,7 +68,7 @@ def _chosen(frame: pl.DataFrame, *more: str) -> pl.DataFrame:
     shown = ["series", "phase", "layer", *figures, *more]
     conditions = [one for one in SHOWN if one not in shown]
     return frame.select(
-        *shown, *conditions, "devices_label", "memory_limit_gib", "disturbed", "trial_id"
+        *shown, *conditions, "devices_label", "memory_limit_gib", "disturbed", "untuned", "trial_id"
     )
 
 
@@ -228,7 +228,9 @@ def prepare_cost(records: pl.LazyFrame, activations: pl.LazyFrame) -> pl.DataFra
     return one.with_columns(
         (pl.col(end) / base.over("series")).alias(end.replace("throughput_tok_s", "relative"))
         for end in ends
-    ).select(*shown, *conditions, "devices_label", "memory_limit_gib", "disturbed", "trial_id")
+    ).select(
+        *shown, *conditions, "devices_label", "memory_limit_gib", "disturbed", "untuned", "trial_id"
+    )
 
 
 def pivots_cost(frame: pl.DataFrame) -> list[Pivot]:

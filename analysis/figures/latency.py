@@ -48,6 +48,7 @@ _DRAWN = (
     "params_active",
     "memory_limit_gib",
     "disturbed",
+    "untuned",
     *CARRIED,
     "devices_label",
     "trial_id",

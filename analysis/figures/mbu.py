@@ -61,6 +61,7 @@ def prepare(records: pl.LazyFrame) -> pl.DataFrame:
         "devices_label",
         "memory_limit_gib",
         "disturbed",
+        "untuned",
         *CARRIED,
         "trial_id",
     ]
@@ -156,9 +157,13 @@ def _chart(frame: pl.DataFrame) -> alt.TopLevelMixin:
         panel="series",
         x="batch_size",
         ring="disturbed",
+        dagger="untuned",
         **{words: column for column, words in LINES.items()},
     ).unpivot(
-        list(LINES.values()), index=["panel", "x", "ring"], variable_name="line", value_name="y"
+        list(LINES.values()),
+        index=["panel", "x", "ring", "dagger"],
+        variable_name="line",
+        value_name="y",
     )
     predicted = constant(frame, "source") == "predicted"
     peak = {

@@ -36,6 +36,7 @@ _DRAWN = (
     "params_active",
     "memory_limit_gib",
     "disturbed",
+    "untuned",
     *CARRIED,
     "devices_label",
     "trial_id",
@@ -203,6 +204,7 @@ def _chart(frame: pl.DataFrame) -> alt.TopLevelMixin:
             x="top_k",
             y="throughput_tok_s",
             ring="disturbed",
+            dagger="untuned",
         )
         for name, rows in _panels(frame)
     )

@@ -41,6 +41,7 @@ _DRAWN = (
     "active_share",
     "memory_limit_gib",
     "disturbed",
+    "untuned",
     *CARRIED,
     "devices_label",
     "relative_throughput",

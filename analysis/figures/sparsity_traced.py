@@ -94,6 +94,7 @@ def prepare(records: pl.LazyFrame) -> pl.DataFrame:
             "devices_label",
             "memory_limit_gib",
             "disturbed",
+            "untuned",
             "trial_id",
         )
         .sort("series", "batch_size")

@@ -159,6 +159,7 @@ class Variants:
                 x=pl.col(self.x.column).cast(pl.Float64),
                 y=value.cast(pl.Float64),
                 ring="disturbed",
+                dagger="untuned",
             )
             for value, title in parts
         ).drop_nulls("y")
@@ -247,7 +248,7 @@ class Variants:
         return f"From {self.x.phrase.format(f'{low} to {high}')}: {enumeration(words)}{median}."
 
 
-_FOR_PEOPLE = ("devices_label", "memory_limit_gib", "disturbed", *CARRIED, "trial_id")
+_FOR_PEOPLE = ("devices_label", "memory_limit_gib", "disturbed", "untuned", *CARRIED, "trial_id")
 
 
 def _names(frame: pl.DataFrame) -> list[str]:

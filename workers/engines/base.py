@@ -39,6 +39,8 @@ class Loaded:
     """CPU threads per device; null on GPUs."""
     moe_kernel: str | None = None
     """Kernel of its MoE layers, by the engine's own name; null where it tells of none."""
+    moe_config: str | None = None
+    """What that kernel was tuned by, as in the column of this name; null where nothing tunes it."""
 
     @property
     def vocab_size(self) -> int:

@@ -86,9 +86,7 @@ def fill(tensors: Mapping[str, torch.Tensor], *, bits: int | None, seed: int) ->
     first = next(name for name, role in found.items() if role == "codes")
     codes = _codes(tensors[first].dtype, bits, "qweight" in first)
     # NVFP4: a factor in FP8 for each block, which needs one of the whole matrix to be as small.
-    double = any(
-        role in ("factor", "divisor") and "weight" in name for name, role in found.items()
-    )
+    double = any(role in ("factor", "divisor") and "weight" in name for name, role in found.items())
     block = torch.finfo(torch.float8_e4m3fn).max if double else 1.0
     factor = LARGEST / (codes.largest * block)
     for index, (name, role) in enumerate(found.items()):

@@ -352,6 +352,7 @@ class VllmEngine:
                 if kernels
                 else f"moe_backend {UNFUSED}: a model without experts"
             )
+        configs = sorted({one for rank in self._vllm.rpc("report_moe_configs") for one in rank})
         runs = _ran(self._vllm)
         _check_shape(trial, runs)
         draft = drafts.draft(trial)
@@ -361,6 +362,7 @@ class VllmEngine:
             architecture=runs,
             threads=min(self._vllm.rpc("report_threads")) if self._on_cpu else None,
             moe_kernel=", ".join(kernels) or None,
+            moe_config="; ".join(configs) or None,
         )
 
     def _from(self, trial: Trial) -> _Source:
