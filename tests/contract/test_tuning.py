@@ -33,9 +33,9 @@ def _look(experts: int, width: int, dtype: str | None = None) -> dict[str, int]:
 def test_a_shape_with_a_file_and_one_without_are_told_apart() -> None:
     vllm_tuning.take_over()
     vllm_tuning.take_over()  # once is enough
-    with_file = f"E=8,N=14336,device_name={H100}.json"
+    with_file = f"E=8,N=1792,device_name={H100}.json"
     assert (Path(fused_moe.__file__).parent / "configs" / with_file).exists()
-    assert _look(8, 14336)["BLOCK_SIZE_M"] > 0
+    assert _look(8, 1792)["BLOCK_SIZE_M"] > 0
     assert vllm_tuning.taken() == {with_file}
     assert _look(12, 14336)["BLOCK_SIZE_M"] > 0
     assert vllm_tuning.taken() == {with_file, vllm_tuning.DEFAULT}
@@ -56,5 +56,5 @@ def test_a_file_of_the_user_s_own_goes_first_and_is_told_by_its_content(
 def test_a_lookup_that_was_made_is_not_made_again() -> None:
     vllm_tuning.take_over()
     for _ in range(3):
-        _look(8, 14336)
+        _look(8, 1792)
     assert fused_moe.get_moe_configs.cache_info()[:2] == (2, 1)  # hits and misses
