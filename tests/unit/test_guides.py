@@ -210,7 +210,8 @@ STUBS = {
     """,
     "ray": """
         case "$1" in
-            start) trap 'echo "end $2 $3" >> "$TRACE"; exit' TERM; echo up >> "$TRACE"; sleep 30 & wait;;
+            start) trap 'echo "end $2 $3" >> "$TRACE"; exit' TERM
+                echo up >> "$TRACE"; sleep 30 & wait;;
             status) until grep -q ^up "$TRACE"; do sleep 0.02; done;;
         esac
     """,
