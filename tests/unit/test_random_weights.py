@@ -75,6 +75,17 @@ def test_int8_and_its_zero_points() -> None:
     assert layer["input_scale"].item() == pytest.approx(LARGEST / 127)
 
 
+def test_four_bits_in_a_byte_of_their_own() -> None:
+    """INT4 weights with INT8 activations, which vLLM packs after loading."""
+    layer = {
+        "weight": torch.zeros(SHAPE, dtype=torch.int8),
+        "weight_scale": _scales((64, 2), torch.bfloat16),
+    }
+    fill(layer, bits=4, seed=1)
+    assert layer["weight"].unique().tolist() == list(range(-7, 8))
+    _is_normal(layer["weight"].float() * layer["weight_scale"].float().mean())
+
+
 @pytest.mark.parametrize("names", [("qweight", "scales", "qzeros"), ("w2_weight_packed",) * 3])
 def test_four_bits_around_the_middle(names: tuple[str, str, str]) -> None:
     weight, scales, zeros = names

@@ -74,7 +74,7 @@ def fill(tensors: Mapping[str, torch.Tensor], *, bits: int | None, seed: int) ->
 
     Args:
         tensors: of the layer, by name; filled in place, on their device.
-        bits: of an integer code where several lie in one element; null where none do.
+        bits: of a code, which may be fewer than those of an element; null where that is not known.
         seed: of the draw; equal seeds give equal layers on one kind of device.
 
     Returns:

@@ -8,6 +8,7 @@ are filled as before; `workers.engines.random_weights` says what is wrong with t
 from __future__ import annotations
 
 import zlib
+from functools import reduce
 
 from torch import nn
 from vllm.config import ModelConfig
@@ -46,8 +47,7 @@ class SkeletonLoader(DummyModelLoader):
 
 
 def code_bits(layer: nn.Module) -> int | None:
-    """Bits of an integer code of this layer's weights, where several share an element; null where
-    its method tells of none."""
+    """Bits of a code of this layer's weights; null where its method tells of none."""
     for parameter in layer._parameters.values():
         factor = getattr(parameter, "packed_factor", None)
         if factor is not None:
@@ -55,8 +55,8 @@ def code_bits(layer: nn.Module) -> int | None:
     method = getattr(layer, "quant_method", None)
     scheme = getattr(layer, "scheme", None)
     for holder in (scheme, method, getattr(method, "quant_config", None)):
-        for name in ("num_bits", "weight_bits"):
-            bits = getattr(holder, name, None)
+        for path in ("num_bits", "weight_bits", "weight_quant.num_bits", "quant_type.size_bits"):
+            bits = reduce(lambda at, name: getattr(at, name, None), path.split("."), holder)
             if isinstance(bits, int):
                 return bits
     return None
