@@ -1,6 +1,7 @@
 # make sweep   run sweeps/hparam.yaml; another with SWEEP=sweeps/x.yaml, options in ARGS='--dry-run'
 # make test    the default test suite in its parts (tests/run.py); ARGS goes to pytest
 # make test-fast   the small tests but for the lengthy ones: no engine, no Ray
+# make test-gpu   the tests that need a GPU, most telling first, in 15 minutes (MINUTES)
 # make check   formatting, lint, types
 # make small-models   the small real models that sweeps/*.yaml name, in models/
 # make env     only the environment, in .venv; EXTRA=cpu or cuda, PYTHON=…, TORCH_INDEX=… (.ci/env)
@@ -14,7 +15,7 @@ EXTRA := $(shell if [ -e /proc/driver/nvidia/version ] || nvidia-smi -L 2>/dev/n
 endif
 BIN := .venv/bin
 
-.PHONY: env sweep small-models test test-fast check format clean
+.PHONY: env sweep small-models test test-fast test-gpu check format clean
 
 env: .venv/.made-$(EXTRA)
 
@@ -40,6 +41,11 @@ test: env
 test-fast: env
 	$(BIN)/python -m pytest -n 2 --dist worksteal \
 		-m 'not engine and not cluster and not lengthy and not slow and not gpu' $(ARGS)
+
+# Needs an NVIDIA driver; MINUTES=15 is how long it may take. With torch alone:
+#   python -m tests.gpu.first -s
+test-gpu: env
+	$(BIN)/python -m tests.gpu.first -s $(ARGS)
 
 check: env
 	$(BIN)/ruff format --check

@@ -13,6 +13,7 @@ import polars as pl
 
 from analysis.conditions import CONDITIONS
 from analysis.drift import DRIFT, corrected
+from analysis.tuned import UNTUNED
 from workers.contract.shares import AGAINST, CALIBRATED
 
 ABOVE_ZERO: tuple[str, ...] = (
@@ -149,6 +150,7 @@ DERIVED: tuple[pl.Expr, ...] = (
     RELATIVE_THROUGHPUT,
     PARALLEL_EFFICIENCY,
     SOURCE,
+    UNTUNED,
 )
 """Every derived column, in the order in which `load` appends them."""
 

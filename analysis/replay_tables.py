@@ -35,7 +35,7 @@ _FIGURES = {
 """Compared columns, with what people read: heading and factor."""
 _CIRCUMSTANCES = (
     *("engine_version", "torch_version", "profile", "device", "device_count", "threads", "host"),
-    *("side_by_side", "disturbed", "memory_limit_gib"),
+    *("side_by_side", "disturbed", "memory_limit_gib", "moe_config"),
 )
 _SIDE = (
     *("run_id", "outcome", "oom_stage", "outcome_reason", "measured", "finished_at", "repeats"),

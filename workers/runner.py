@@ -265,6 +265,7 @@ class _Run:
                 self.columns["engine_version"] = engine.loaded.version
                 self.columns["threads"] = engine.loaded.threads
                 self.columns["moe_kernel"] = engine.loaded.moe_kernel
+                self.columns["moe_config"] = engine.loaded.moe_config
                 self.columns["engine_args"] = json.dumps(engine.loaded.args, sort_keys=True)
                 built, crowded = tickets[0], engine.loaded.too_large
                 for ticket in tickets:

@@ -50,6 +50,7 @@ def prepare(records: pl.LazyFrame, activations: pl.LazyFrame) -> pl.DataFrame:
         "memory_limit_gib",
         "disturbed",
         "preemptions",
+        "untuned",
         "trial_id",
     )
 

@@ -74,6 +74,7 @@ def _chosen(frame: pl.DataFrame, *more: str) -> pl.DataFrame:
         "memory_limit_gib",
         "disturbed",
         "preemptions",
+        "untuned",
         "trial_id",
     )
 
@@ -241,6 +242,7 @@ def prepare_cost(records: pl.LazyFrame, activations: pl.LazyFrame) -> pl.DataFra
         "memory_limit_gib",
         "disturbed",
         "preemptions",
+        "untuned",
         "trial_id",
     )
 

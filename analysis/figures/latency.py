@@ -49,6 +49,7 @@ _DRAWN = (
     "memory_limit_gib",
     "disturbed",
     "preemptions",
+    "untuned",
     *CARRIED,
     "devices_label",
     "trial_id",

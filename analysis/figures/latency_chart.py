@@ -12,9 +12,9 @@ import altair as alt
 import polars as pl
 
 from analysis.conditions import constant
-from analysis.disturbed import MARK
 from analysis.figures.style import INK, LETTERS, PALETTE, caption, styled
 from analysis.insights import MISSING
+from analysis.marks import MARKS
 from analysis.subtitle import subtitle
 
 _WIDTH, _BAR = 250, 34
@@ -59,7 +59,7 @@ def _panel(
         low=pl.col(low) * units if bars else pl.lit(None, dtype=pl.Float64),
         high=pl.col(high) * units if bars else pl.lit(None, dtype=pl.Float64),
         told=pl.when(pl.col(column).is_null()).then(pl.col("outcome").replace(MISSING)),
-        mark=pl.when("disturbed").then(pl.lit(MARK)),
+        mark=MARKS,
         trial="trial_id",
     )
     rows = rows.with_columns(end=pl.max_horizontal("value", "high"))

@@ -86,7 +86,14 @@ def prepare(records: pl.LazyFrame, samples: pl.LazyFrame) -> pl.DataFrame:
     size = pl.col("dtype").replace_strict(DTYPE_BYTES, return_dtype=pl.Float64)
     unused = (pl.col("num_experts") - pl.col("top_k")) * pl.col("moe_layers")
     conditions = [one for one in SHOWN if one != "batch_size"]
-    also = ("devices_label", "memory_limit_gib", "disturbed", "preemptions", "trial_id")
+    also = (
+        "devices_label",
+        "memory_limit_gib",
+        "disturbed",
+        "preemptions",
+        "untuned",
+        "trial_id",
+    )
     kept = ("num_experts", "top_k", "expert_mb", *conditions, *also)
     return (
         trials.with_columns(series=series(trials))

@@ -2,7 +2,7 @@
 
 For figures whose lines have names without an order. One long frame is drawn: `panel`, `line`,
 `dash`, `x`, `y`, `low` and `high` where points have intervals, `label` where they have words
-beside them, and `ring` where a disturbed record is to be marked.
+beside them, `ring` where a disturbed record is to be marked, and `untuned` where an untuned one is.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from analysis.disturbed import RING
 from analysis.errors import SelectionError
 from analysis.figures.logarithm import doublings
 from analysis.figures.style import INK, LETTERS, PALETTE, caption, styled
+from analysis.tuned import MARK as UNTUNED
 
 _WIDTH, _HEIGHT = 400, 220
 _ALONE = 640, 300
@@ -147,6 +148,12 @@ def _panel(
             base.transform_filter("isValid(datum.y) && datum.ring")
             .mark_point(shape="circle", filled=False, size=190, strokeWidth=1.6)
             .encode(color=alt.value(RING))
+        )
+    if "untuned" in frame.columns and frame.get_column("untuned").any():
+        layers.append(
+            base.transform_filter("isValid(datum.y) && datum.untuned")
+            .mark_text(text=UNTUNED, dx=9, dy=7, fontSize=13, tooltip=None)
+            .encode(color=alt.value(INK))
         )
     if {"low", "high"} <= set(frame.columns):
         layers.insert(

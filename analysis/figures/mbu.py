@@ -62,6 +62,7 @@ def prepare(records: pl.LazyFrame) -> pl.DataFrame:
         "memory_limit_gib",
         "disturbed",
         "preemptions",
+        "untuned",
         *CARRIED,
         "trial_id",
     ]
@@ -157,9 +158,13 @@ def _chart(frame: pl.DataFrame) -> alt.TopLevelMixin:
         panel="series",
         x="batch_size",
         ring="disturbed",
+        untuned="untuned",
         **{words: column for column, words in LINES.items()},
     ).unpivot(
-        list(LINES.values()), index=["panel", "x", "ring"], variable_name="line", value_name="y"
+        list(LINES.values()),
+        index=["panel", "x", "ring", "untuned"],
+        variable_name="line",
+        value_name="y",
     )
     predicted = constant(frame, "source") == "predicted"
     peak = {

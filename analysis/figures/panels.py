@@ -20,10 +20,11 @@ import polars as pl
 from analysis.conditions import constant
 from analysis.disturbed import RING
 from analysis.figures.logarithm import doublings
-from analysis.figures.style import FAINT, LETTERS, caption, styled
+from analysis.figures.style import FAINT, INK, LETTERS, caption, styled
 from analysis.insights import MISSING, feasible
 from analysis.keys import Axes, Key
 from analysis.subtitle import subtitle
+from analysis.tuned import MARK as UNTUNED
 
 _WIDTH, _HEIGHT = 350, 220
 """A panel above zero, in pixels."""
@@ -157,6 +158,9 @@ def _panel(drawn: pl.DataFrame, axes: Axes, scale: _Scale) -> alt.LayerChart:
         points.transform_filter("datum.disturbed")
         .mark_point(shape="circle", filled=False, size=210, strokeWidth=1.6)
         .encode(color=alt.value(RING)),
+        points.transform_filter("datum.untuned")
+        .mark_text(text=UNTUNED, dx=9, dy=7, fontSize=13, tooltip=None)
+        .encode(color=alt.value(INK)),
         base.transform_filter("isValid(datum.mark)")
         .mark_text(fontSize=14, fontWeight="bold")
         .encode(x=alt.X(f"{axes.x.column}:Q", **x), y=alt.Y("strip:Q", **y), text="mark:N"),

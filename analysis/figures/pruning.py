@@ -37,6 +37,7 @@ _DRAWN = (
     "memory_limit_gib",
     "disturbed",
     "preemptions",
+    "untuned",
     *CARRIED,
     "devices_label",
     "trial_id",
@@ -204,6 +205,7 @@ def _chart(frame: pl.DataFrame) -> alt.TopLevelMixin:
             x="top_k",
             y="throughput_tok_s",
             ring="disturbed",
+            untuned="untuned",
         )
         for name, rows in _panels(frame)
     )

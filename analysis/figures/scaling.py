@@ -42,6 +42,7 @@ _DRAWN = (
     "memory_limit_gib",
     "disturbed",
     "preemptions",
+    "untuned",
     *CARRIED,
     "devices_label",
     "relative_throughput",

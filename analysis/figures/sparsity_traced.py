@@ -95,6 +95,7 @@ def prepare(records: pl.LazyFrame) -> pl.DataFrame:
             "memory_limit_gib",
             "disturbed",
             "preemptions",
+            "untuned",
             "trial_id",
         )
         .sort("series", "batch_size")

@@ -159,6 +159,7 @@ class Variants:
                 x=pl.col(self.x.column).cast(pl.Float64),
                 y=value.cast(pl.Float64),
                 ring="disturbed",
+                untuned="untuned",
             )
             for value, title in parts
         ).drop_nulls("y")
@@ -252,6 +253,7 @@ _FOR_PEOPLE = (
     "memory_limit_gib",
     "disturbed",
     "preemptions",
+    "untuned",
     *CARRIED,
     "trial_id",
 )

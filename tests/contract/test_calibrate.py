@@ -143,3 +143,21 @@ def test_without_torch_or_cuda_it_cannot_run_and_says_so() -> None:
 def test_its_json_is_one_object_without_nan(found: Calibration) -> None:
     assert json.loads(found.dumps())["format"] == 2
     assert Calibration.loads(found.dumps()) == found
+
+
+def test_fp8_is_multiplied_with_fast_accumulation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As engines and data sheets have it; the product itself is torch's, here on a CPU."""
+    import torch
+
+    from workers.engines.calibrate import _product
+
+    asked: list[dict[str, object]] = []
+    real = torch._scaled_mm
+
+    def watched(*args: object, **kw: object) -> object:
+        asked.append(kw)
+        return real(*args, **kw)
+
+    monkeypatch.setattr(torch, "_scaled_mm", watched)
+    _product(torch, "cpu", "fp8", (64, 64, 64), 0.1).work()
+    assert [one["use_fast_accum"] for one in asked] == [True]

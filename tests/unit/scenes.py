@@ -150,6 +150,7 @@ _MODEL: Mapping[str, Any] = {
     "params_total": 4_000_000,
     "params_active": 1_000_000,
     "moe_kernel": "fused",
+    "moe_config": "E=8,N=224,device_name=NVIDIA_H100_80GB_HBM3.json",
     "mbu": 0.9,
     "mfu": 0.4,
     "s_mbu": 0.5,

@@ -8,7 +8,9 @@ is uncommented here just as the file tells a reader to do it.
 from __future__ import annotations
 
 import copy
+import os
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ TEXT = (ROOT / "cluster.yaml").read_text()
 _, _, COMMENTED = TEXT.partition("\n# ---- machines that you already have ----\n")
 CLOUD = yaml.safe_load(TEXT)
 LOCAL = yaml.safe_load(re.sub(r"^# ?", "", COMMENTED, flags=re.MULTILINE))
+_, _, SEVERAL = TEXT.partition("\n# ---- several nodes ----\n")
+SEVERAL, _, _ = SEVERAL.partition("\n# ---- machines that you already have ----\n")
 
 both = pytest.mark.parametrize("config", [CLOUD, LOCAL], ids=["cloud", "local"])
 
@@ -49,6 +53,61 @@ def test_ray_refuses_a_typo(config: dict[str, Any]) -> None:
 def test_ray_refuses_a_head_that_is_no_node_type() -> None:
     with pytest.raises(ValueError, match="head_node_type"):
         validate_config(prepare_config({**copy.deepcopy(CLOUD), "head_node_type": "haed"}))
+
+
+def test_ray_accepts_nodes_with_fast_links_beside_the_others() -> None:
+    """As the file tells a reader to add them; AWS's own keys are AWS's to check."""
+    (added,) = yaml.safe_load(re.sub(r"^# ?", "", SEVERAL, flags=re.MULTILINE)).items()
+    config = copy.deepcopy(CLOUD)
+    config["available_node_types"] |= dict([added])
+    validate_config(prepare_config(config))
+    node = config["available_node_types"][added[0]]
+    used = node["node_config"]
+    # What Ray asks of interfaces, in `_private/aws/config.py`, which needs boto3.
+    assert not {"SubnetId", "SubnetIds", "SecurityGroupIds"} & set(used)
+    assert all(one["SubnetId"] and one["Groups"] for one in used["NetworkInterfaces"])
+    assert used["NetworkInterfaces"][0]["InterfaceType"] == "efa"
+    assert node["resources"] == CLOUD["available_node_types"]["h100"]["resources"]
+    assert {"Placement", "CapacityReservationSpecification"} <= set(used)
+
+
+@both
+@pytest.mark.parametrize("role", ["head", "worker"])
+def test_what_is_large_lies_on_the_folder_for_it(config: dict[str, Any], role: str) -> None:
+    """Engines get the folders of caches from `ray start`, shells from the profile."""
+    (profile,) = [command for command in config["setup_commands"] if ".bashrc" in command]
+    for told in (_ray_start(config, role), profile):
+        assert "HF_HOME=$HOME/scratch/huggingface VLLM_CACHE_ROOT=$HOME/scratch/vllm " in told
+    assert any("~/scratch" in command for command in config["setup_commands"])
+
+
+@pytest.mark.parametrize("disk", [True, False], ids=["with disks", "without"])
+def test_the_folder_is_made_once_and_on_the_node_s_own_disks(disk: bool, tmp_path: Path) -> None:
+    (command,) = [one for one in CLOUD["setup_commands"] if "/opt/dlami/nvme" in one]
+    home, nvme = tmp_path / "home", tmp_path / "nvme"
+    home.mkdir()
+    if disk:
+        nvme.mkdir()
+    command = command.replace("/opt/dlami/nvme", str(nvme)).replace("sudo ", "")
+    names = {"HOME": str(home), "USER": str(os.getuid()), "PATH": os.environ["PATH"]}
+    for _ in range(2):  # Ray runs it again when the file has changed
+        subprocess.run(["bash", "-c", command], env=names, check=True, timeout=20)
+    assert (home / "scratch").is_dir()
+    assert ((home / "scratch").resolve() == nvme / "scratch") is disk
+
+
+def test_disks_are_as_fast_as_their_kind_goes() -> None:
+    """A gp3 volume has 125 MB/s unless asked, and at most 0.25 MB/s per operation/s."""
+    for node in CLOUD["available_node_types"].values():
+        (disk,) = node["node_config"]["BlockDeviceMappings"]
+        assert 125 < disk["Ebs"]["Throughput"] <= 0.25 * disk["Ebs"]["Iops"]
+
+
+@both
+@pytest.mark.parametrize("role", ["head", "worker"])
+def test_engines_may_pin_memory_and_open_files(config: dict[str, Any], role: str) -> None:
+    before, _, _ = _ray_start(config, role).partition("ray start")
+    assert "ulimit -n 65536;" in before and "ulimit -l unlimited 2>/dev/null;" in before
 
 
 def test_the_head_takes_no_engine() -> None:

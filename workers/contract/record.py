@@ -108,6 +108,14 @@ _RECORD: tuple[tuple[str, pa.DataType, str], ...] = (
     ("routing", _STR, "Routing that was forced on the model; null: its own router's."),
     ("moe_backend", _STR, "Kernel of the MoE layers, where the sweep chose one."),
     ("moe_kernel", _STR, "The kernel that ran there, by the engine's own name."),
+    (
+        "moe_config",
+        _STR,
+        "Where vLLM's Triton MoE kernels took their tile sizes from: the name of a tuned file "
+        "(with @ and the start of its SHA-256 if of VLLM_TUNED_CONFIG_FOLDER), or `default` "
+        "where none fits; several with '; ' between them. Null on CPUs, and for kernels that ask "
+        "for no such file.",
+    ),
     ("eager", _BOOL, "No graph capture, no compilation."),
     ("speculative", _STR, "Draft model or method of speculative decoding; null: none."),
     ("draft_tokens", _INT, "Tokens that it proposes per step."),

@@ -44,6 +44,8 @@ class Loaded:
     engine would. It still generates them, with requests that wait or are computed anew."""
     too_tight: frozenset[Workload] = frozenset()
     """The same where an engine built without larger workloads may have the little that lacks."""
+    moe_config: str | None = None
+    """What that kernel was tuned by, as in the column of this name; null where nothing tunes it."""
 
     @property
     def vocab_size(self) -> int:

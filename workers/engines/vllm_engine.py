@@ -398,6 +398,7 @@ class VllmEngine:
                 if kernels
                 else f"moe_backend {UNFUSED}: a model without experts"
             )
+        configs = sorted({one for rank in self._vllm.rpc("report_moe_configs") for one in rank})
         runs = _ran(self._vllm)
         _check_shape(trial, runs)
         draft = drafts.draft(trial)
@@ -408,6 +409,7 @@ class VllmEngine:
             threads=min(self._vllm.rpc("report_threads")) if self._on_cpu else None,
             moe_kernel=", ".join(kernels) or None,
             **self._crowded(trial, workloads),
+            moe_config="; ".join(configs) or None,
         )
 
     def _crowded(self, trial: Trial, workloads: Sequence[Workload]) -> dict[str, Any]:

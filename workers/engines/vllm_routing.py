@@ -15,18 +15,16 @@ from __future__ import annotations
 
 import os
 
-import numpy as np
 import torch
 from vllm.model_executor.layers.fused_moe.router.routing_simulator_router import (
     RoutingSimulator,
     RoutingStrategy,
 )
 
-from workers.moe.skew import parse, probabilities
+from workers.engines.forced_choice import choose, scores
+from workers.moe.skew import parse
 
 VARIABLE = "VLLM_MOE_ROUTING_SIMULATION_STRATEGY"
-_NEVER = -1e30
-"""Score of an expert without a chance, per expert: in their order they make up the number."""
 
 
 class Forced(RoutingStrategy):
@@ -45,9 +43,7 @@ class Forced(RoutingStrategy):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Weights, equal, and ids of the experts: both [tokens, top_k]."""
         tokens, experts = router_logits.shape
-        scores = self._of(experts, router_logits.device)
-        noise = torch.empty_like(router_logits, dtype=torch.float32).exponential_().log_()
-        ids = torch.topk(scores - noise, top_k, dim=-1).indices
+        ids = choose(self._of(experts, router_logits.device), tokens, top_k)
         weights = torch.full((tokens, top_k), 1 / top_k, device=ids.device)
         return weights, ids.to(indices_type or torch.int32)
 
@@ -55,11 +51,7 @@ class Forced(RoutingStrategy):
         """log p of each expert. Made by the first pass, which no graph captures."""
         key = (experts, device)
         if key not in self._scores:
-            p = probabilities(self._skew, experts)
-            never = _NEVER * np.arange(1, experts + 1) / experts
-            with np.errstate(divide="ignore"):
-                scores = np.where(p > 0, np.log(p), never)
-            self._scores[key] = torch.tensor(scores, dtype=torch.float32, device=device)
+            self._scores[key] = scores(self._skew, experts, device)
         return self._scores[key]
 
 

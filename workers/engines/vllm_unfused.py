@@ -16,13 +16,11 @@ it is in `additional_config`, which reaches every rank and is part of the key of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
-from torch.nn import functional
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe import unquantized_fused_moe_method
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
@@ -31,59 +29,10 @@ from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeig
 from vllm.platforms import current_platform
 
 from workers.contract.engine import UNFUSED
+from workers.engines.unfused_kernel import ACTIVATIONS, unfused_experts
 
 KEY = "moe_backend"
 """Of vLLM's `additional_config`."""
-ACTIVATIONS: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    MoEActivation.SILU.value: functional.silu,
-    MoEActivation.GELU.value: functional.gelu,
-    MoEActivation.GELU_TANH.value: partial(functional.gelu, approximate="tanh"),
-}
-"""Of the gate, whose product with the other half goes into the second matrix."""
-
-
-@torch.library.custom_op("moe_sweep::unfused_experts", mutates_args=("output",))
-def unfused_experts(
-    output: torch.Tensor,
-    x: torch.Tensor,
-    w13: torch.Tensor,
-    w2: torch.Tensor,
-    weights: torch.Tensor,
-    ids: torch.Tensor,
-    activation: str,
-) -> None:
-    """Writes the weighted sum of the chosen experts' outputs of every token to `output`.
-
-    Args:
-        output: tokens × hidden; may be the storage of `x`.
-        x: tokens × hidden.
-        w13: experts × 2 FFN × hidden, the gate first.
-        w2: experts × hidden × FFN.
-        weights: tokens × top-k.
-        ids: tokens × top-k, rows of `w13`; below 0 is an expert of another rank.
-        activation: one of `ACTIVATIONS`.
-    """
-    activate, top_k = ACTIVATIONS[activation], ids.shape[1]
-    slots, shares = ids.flatten().long(), weights.flatten().float()
-    by_expert = slots.argsort(stable=True)
-    elsewhere, *counts = torch.bincount(slots.clamp(min=-1) + 1, minlength=len(w13) + 1).tolist()
-    total = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    first = elsewhere
-    for expert, count in enumerate(counts):
-        if not count:
-            continue
-        chosen = by_expert[first : first + count]
-        tokens = chosen // top_k
-        gate, up = functional.linear(x[tokens], w13[expert]).chunk(2, dim=-1)
-        told = functional.linear(activate(gate) * up, w2[expert])
-        total.index_add_(0, tokens, told.float() * shares[chosen, None])
-        first += count
-    output.copy_(total)
-
-
-@unfused_experts.register_fake
-def _(*_: Any) -> None:
-    """Nothing to tell of shapes: `output` is given."""
 
 
 class UnfusedExperts(mk.FusedMoEExpertsModular):

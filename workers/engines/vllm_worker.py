@@ -19,7 +19,13 @@ from vllm.model_executor.layers.fused_moe.router.base_router import BaseRouter
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
 from workers import memory
-from workers.engines import vllm_limit, vllm_routing, vllm_unfused
+from workers.engines import (
+    vllm_limit,
+    vllm_routing,
+    vllm_skeleton,
+    vllm_tuning,
+    vllm_unfused,
+)
 from workers.engines.reference_load import ReferenceLoad, on_cuda
 from workers.engines.vllm_probe import Account, Probe
 from workers.hardware.reference import Reference
@@ -28,6 +34,8 @@ from workers.hardware.reference import Reference
 vllm_limit.take_over()
 vllm_routing.take_over()
 vllm_unfused.take_over()
+vllm_skeleton.take_over()
+vllm_tuning.take_over()
 
 ROUTERS = ("CPURouter", "FusedTopKRouter", "RoutingSimulatorRouter")
 """Routers that pick the k largest of a softmax, or of what a sweep forces, and keep nothing else
@@ -108,6 +116,10 @@ class Report:
         model = self.model_runner.get_model()
         layers = [one for one in model.modules() if isinstance(one, MoERunner)]
         return sorted({_kernel(one.routed_experts.quant_method) for one in layers})
+
+    def report_moe_configs(self) -> list[str]:
+        """What this rank's MoE kernels were tuned by, each once; see `vllm_tuning`."""
+        return sorted(vllm_tuning.taken())
 
     def report_dimensions(self) -> dict[str, int | None]:
         """What this rank's model is made of, as far as vLLM tells; null where it does not.
