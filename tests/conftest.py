@@ -55,8 +55,7 @@ def pytest_configure(config: pytest.Config) -> None:
         cores = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
     if worker:
-        folder = own.claim()
-        config.add_cleanup(lambda: own.give_up(folder))
+        own.claim()
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

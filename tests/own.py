@@ -8,6 +8,7 @@ this process alone.
 
 from __future__ import annotations
 
+import atexit
 import os
 import secrets
 import shutil
@@ -23,18 +24,17 @@ WORD = "MOE_SWEEP_TEST_PROCESS"
 SHARED = Path("/dev/shm")
 
 
-def claim() -> Path:
-    """Marks all that is started from now on, and gives it a new folder for temporary files."""
-    folder = Path(tempfile.mkdtemp(prefix="t", dir="/tmp"))  # short: Ray's sockets lie below it
+def claim() -> None:
+    """Marks all that is started from now on, and gives it a new folder for temporary files.
+
+    The folder goes when this process ends, after what has been imported since has put its own
+    things away.
+    """
+    folder = tempfile.mkdtemp(prefix="t", dir="/tmp")  # short: Ray's sockets lie below it
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     os.environ[WORD] = secrets.token_hex(8)
-    os.environ["TMPDIR"] = os.environ["RAY_TMPDIR"] = str(folder)
-    tempfile.tempdir = str(folder)
-    return folder
-
-
-def give_up(folder: Path) -> None:
-    """Removes the folder."""
-    shutil.rmtree(folder, ignore_errors=True)
+    os.environ["TMPDIR"] = os.environ["RAY_TMPDIR"] = folder
+    tempfile.tempdir = folder
 
 
 def processes() -> Iterator[psutil.Process]:
