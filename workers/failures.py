@@ -86,6 +86,10 @@ _REFUSALS = re.compile(
     r"|expected at most 0 argument\(s\)",  # an operator that this build only declares
     re.IGNORECASE,
 )
+_ABSENT = re.compile(
+    r"'_OpNamespace' '\w+' object has no attribute '\w+'|No such operator \w+::\w+"
+)
+"""torch has no operator of that name: this build lacks the kernel, which may show in a pass only."""
 _CONTRADICTIONS = re.compile(r"should have the same vocabulary size")
 """A draft from a hub that could not be looked at beforehand."""
 _DIED = re.compile(r"Worker proc (\S+) died unexpectedly \(exit code: (-?\d+)\)")
@@ -121,7 +125,7 @@ def explain(
             continue
         if _CONTRADICTIONS.search(text):
             return Infeasible(_short(text))
-        if _refused(one, text, stage):
+        if _ABSENT.search(text) or _refused(one, text, stage):
             return Unsupported(_short(text))
     found = from_log(log, stage=stage, device_is_cpu=device_is_cpu) if log else None
     if found is None:
@@ -149,8 +153,8 @@ def from_log(log: str, *, stage: OomStage, device_is_cpu: bool) -> TrialError | 
     ]
     if not causes:
         return None
-    kind = Unsupported if stage != "run" and _REFUSALS.search(causes[0]) else Crashed
-    return kind(_short(causes[0]))
+    refused = _ABSENT.search(causes[0]) or (stage != "run" and _REFUSALS.search(causes[0]))
+    return (Unsupported if refused else Crashed)(_short(causes[0]))
 
 
 def of_death(

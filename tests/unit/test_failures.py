@@ -219,6 +219,21 @@ def test_refusals_while_the_engine_is_built(error: Exception) -> None:
     assert isinstance(explain(error, stage="run", device_is_cpu=True), Crashed)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "'_OpNamespace' '_C' object has no attribute 'cpu_gemm_wna16'",
+        "No such operator _C::cpu_gemm_wna16",
+    ],
+)
+def test_a_kernel_that_a_build_lacks_is_unsupported_in_a_pass_too(text: str) -> None:
+    found = explain(AttributeError(text), stage="run", device_is_cpu=True)
+    assert isinstance(found, Unsupported) and "cpu_gemm_wna16" in str(found)
+    log = f"Traceback (most recent call last)\nAttributeError: {text}\n"
+    wrapper = RuntimeError("WorkerProc initialization failed")
+    assert isinstance(explain(wrapper, stage="run", log=log, device_is_cpu=True), Unsupported)
+
+
 def test_what_has_no_better_name_is_a_crash_in_the_engine_s_words() -> None:
     found = explain(RuntimeError("cancelled"), stage="run", device_is_cpu=True)
     assert isinstance(found, Crashed)
