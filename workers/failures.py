@@ -89,7 +89,7 @@ _REFUSALS = re.compile(
 _ABSENT = re.compile(
     r"'_OpNamespace' '\w+' object has no attribute '\w+'|No such operator \w+::\w+"
 )
-"""torch has no operator of that name: this build lacks the kernel, which may show in a pass only."""
+"""torch has no such operator: this build lacks the kernel, which may show in a pass only."""
 _CONTRADICTIONS = re.compile(r"should have the same vocabulary size")
 """A draft from a hub that could not be looked at beforehand."""
 _DIED = re.compile(r"Worker proc (\S+) died unexpectedly \(exit code: (-?\d+)\)")
