@@ -54,6 +54,7 @@ from workers.forks import (
 )
 from workers.hardware.host import Host, describe
 from workers.hardware.occupancy import CLEAN_BYTES, Occupancy, leftovers, occupancies
+from workers.moe.fields import UnknownModel
 from workers.packing import Packing, compare
 
 WATCH_S = 1.0
@@ -339,14 +340,14 @@ def have_files(
 
     _take(paths, token)
     caches.ensure()
-    node, found = socket.gethostname(), VllmEngine.files(trial)
-    for one in found:
-        if one.startswith("/") and not Path(one).is_dir():
-            raise Crashed(
-                f"{node} has no {one}: a model that is spread over nodes has to lie in the same "
-                "place on each of them"
-            )
-    return node, found
+    node = socket.gethostname()
+    try:
+        return node, VllmEngine.files(trial)
+    except UnknownModel as error:
+        raise Crashed(
+            f"{node} does not have {trial.model.name}: a model that is spread over nodes has to "
+            "lie in the same place on each of them"
+        ) from error
 
 
 def _in_one_place(

@@ -30,10 +30,8 @@ NOSET = {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
 UUIDS = {"CUDA_VISIBLE_DEVICES": "GPU-0b,GPU-0a"}
 DESKTOP: dict[str, Any] = {"used_mib": 900, "compute": {}, "graphics": {"11": 890}}
 NODES: dict[str, dict[str, str]] = {
-    "plain": {},
     "noset": NOSET,
     "uuids": UUIDS,
-    "noset-uuids": NOSET | UUIDS,
     "old": {},
 }
 
@@ -69,7 +67,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             given = environment | {"PYTHONPATH": path, "FAKE_NVML": str(file)}
             given["XDG_CACHE_HOME"] = caches
             labels = {"name": name}
-            fake.add_node(num_cpus=1, num_gpus=2, labels=labels, env_vars=given, **store)
+            fake.add_node(num_cpus=2, num_gpus=2, labels=labels, env_vars=given, **store)
         yield fake.address
     finally:
         fake.shutdown()
@@ -83,7 +81,7 @@ def test_lanes_get_devices_of_their_own_and_unfit_nodes_are_named(
     with Cluster.connect(address) as cluster:
         names = {node["NodeID"]: node["Labels"].get("name", "head") for node in ray.nodes()}
         there = {names[node.node_id]: node for node in cluster.nodes}
-        assert set(there) == {"plain", "noset", "uuids", "noset-uuids"}
+        assert set(there) == {"noset", "uuids"}
         ((refused, why),) = cluster.refused.items()
         assert names[refused] == "old" and "570.86.15" in why and "2.13.0+cu130" in why
 
@@ -98,20 +96,20 @@ def test_lanes_get_devices_of_their_own_and_unfit_nodes_are_named(
             name: [ray.get(pool._processes[one].placement.devices) for one in ids]
             for name, ids in lanes.items()
         }
-        assert sorted(granted["plain"]) == sorted(granted["noset"]) == ["0", "1"]
-        assert sorted(granted["uuids"]) == sorted(granted["noset-uuids"]) == ["GPU-0a", "GPU-0b"]
+        assert sorted(granted["noset"]) == ["0", "1"]
+        assert sorted(granted["uuids"]) == ["GPU-0a", "GPU-0b"]
 
         occupied = cluster.occupied[there["uuids"].node_id]
         assert list(occupied) == ["GPU-0b", "GPU-0a"]
         assert occupied["GPU-0a"].holders == (Holder(pid=11, name="Xorg", used_bytes=890 * 2**20),)
-        for lane_id in lanes["noset-uuids"]:  # a display is there, and was there before
+        for lane_id in lanes["uuids"]:  # a display is there, and was there before
             pool.inspect(Inspect(lane_id=lane_id, group=None))
         found: dict[int, Any] = {}
         while len(found) < 2:
             found |= dict(pool.poll(0.2))
         assert list(found.values()) == [Found(problems=())] * 2
 
-        node_id = there["noset-uuids"].node_id
+        node_id = there["uuids"].node_id
         for ids in lanes.values():
             for lane_id in ids:
                 pool.close(lane_id)
@@ -152,13 +150,14 @@ def test_a_model_over_nodes_lies_in_one_place_on_all(address: str, tmp_path: Pat
     from workers.actor import _in_one_place
 
     model = Model(name="mixtral-8x7b", weights="dummy", num_layers=2)
-    with Cluster.connect(address, engines=False):
+    with Cluster.connect(address, engines=False) as cluster:
+        assert len(cluster.nodes) == len(NODES), "predictions ask nothing of drivers"
         nodes = {
             node["Labels"]["name"]: node["NodeID"]
             for node in ray.nodes()
             if node["Alive"] and "name" in node["Labels"]
         }
-        alike, apart = [nodes["plain"], nodes["noset"]], [nodes["plain"], nodes["old"]]
+        alike, apart = [nodes["noset"], nodes["uuids"]], [nodes["noset"], nodes["old"]]
         assert _in_one_place(alike, Trial(model=model), {}, None) is None
         told = _in_one_place(apart, Trial(model=model), {}, None)
         assert isinstance(told, Crashed) and "different places" in str(told)
@@ -166,12 +165,7 @@ def test_a_model_over_nodes_lies_in_one_place_on_all(address: str, tmp_path: Pat
 
         nowhere = Trial(model=Model(name=str(tmp_path / "nowhere")))
         told = _in_one_place(alike, nowhere, {}, None)
-        assert isinstance(told, Crashed) and f"has no {tmp_path / 'nowhere'}" in str(told)
-
-
-def test_predictions_ask_nothing_of_drivers(address: str) -> None:
-    with Cluster.connect(address, engines=False) as cluster:
-        assert len(cluster.nodes) == len(NODES) and not cluster.refused
+        assert isinstance(told, Crashed) and f"does not have {tmp_path / 'nowhere'}" in str(told)
 
 
 def test_a_cluster_of_unfit_nodes_is_refused_in_words(
