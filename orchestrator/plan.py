@@ -507,7 +507,7 @@ class _Planner:
             found.limit = positions.limit(trial)
             architecture = _structure(trial.model, trial.engine)
             if architecture is None:
-                found.unpredicted = _lacking(trial.model)
+                found.unpredicted = hub.absent(trial.model.name, trial.model.revision)
                 return found
             if architecture.exact:
                 check(architecture, trial.layout)
@@ -540,13 +540,9 @@ class _Planner:
 
     def _draft(self, trial: Trial) -> Architecture | None:
         """The structure of its draft, whose vocabulary is the target's."""
-        model = drafts.draft(trial)
         try:
             drafts.check(trial)
-            found = drafts.structure(trial)
-            if found is None and model is not None:
-                _lacking(model)
-            return found
+            return drafts.structure(trial)
         except Unread:
             raise
         except UnknownModel as error:
@@ -670,18 +666,6 @@ def _top_k(planned: Planned) -> int:
         return model.top_k
     architecture = _structure(model, planned.trial.engine)
     return architecture.top_k if architecture is not None else 0
-
-
-def _lacking(model: Model) -> str:
-    """Why nothing is known of a model that is named by hub id.
-
-    Raises:
-        UnknownModel: this machine was told not to ask the hub for it.
-    """
-    reason = hub.absent(model.name, model.revision)
-    if hub.offline():
-        raise UnknownModel(f"{reason} (HF_HUB_OFFLINE is set)")
-    return reason
 
 
 _shape = attrgetter(

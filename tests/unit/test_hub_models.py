@@ -12,8 +12,9 @@ from click.testing import CliRunner
 
 from analysis.catalogue_commands import models
 from orchestrator.errors import SweepError
+from orchestrator.needs import refuse
 from orchestrator.plan import Plan
-from orchestrator.request import Request, prepare
+from orchestrator.request import Request, planned_here, prepare
 from tests.hub import OTHER, TINY, add
 from workers.contract.model import Model
 from workers.moe.architecture import configuration, resolve
@@ -96,11 +97,17 @@ def test_offline_a_model_that_is_not_there_ends_it_before_it_starts(
     model: dict[str, str], engine: dict[str, Any], said: str, cache: Path, tmp_path: Path
 ) -> None:
     model = {key: value.format(tmp_path.name) for key, value in model.items()}
+    made = plan(tmp_path, model, base={"model": model, "engine": engine})
     with pytest.raises(SweepError) as caught:
-        plan(tmp_path, model, base={"model": model, "engine": engine})
+        refuse(made.absent)
     text = str(caught.value)
     assert said.format(cache) in text and "\n" not in text
     assert "'hf download " in text and "HF_HUB_OFFLINE is set" in text
+
+    elsewhere = Request(sweep=tmp_path / "s.yaml", profile="h100", address="10.0.0.1:6379")
+    planned, said_of = planned_here(elsewhere)
+    assert planned.trials == 1, "another cluster's nodes may have it"
+    assert any(said.format(cache) in one and "need not be the one" in one for one in said_of)
 
 
 def test_online_it_is_planned_without_a_prediction(
