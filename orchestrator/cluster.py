@@ -73,6 +73,8 @@ _SETTINGS = {
     # Ray runs its workers at niceness 15: everything else on the machine, this driver first,
     # would preempt the engine in the middle of a pass.
     "RAY_worker_niceness": "0",
+    # Ray starts a worker per core in advance; a node of ours hosts one process per lane.
+    "RAY_prestart_worker_first_driver": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",

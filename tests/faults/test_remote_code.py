@@ -7,20 +7,20 @@ the module does when it is imported, it did.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 from pathlib import Path
 from typing import Any
 
-import polars as pl
 import pytest
 import yaml
 
 from orchestrator.errors import SweepError
 from orchestrator.request import Request, prepare
 from tests.contract import tiny
-from tests.integration.harness import TINY, command, records
+from tests.integration.harness import TINY
+from workers import runner
 from workers.contract.engine import EngineSettings
+from workers.contract.job import Job, Ticket
+from workers.contract.message import Finished
 from workers.contract.model import Model
 from workers.moe.architecture import bend, catalogue
 
@@ -76,30 +76,30 @@ def _model(folder: Path) -> tuple[Path, Path]:
 
 
 @pytest.mark.engine
-@pytest.mark.cluster
 @pytest.mark.timeout(280)
-def test_it_runs_where_the_sweep_says_so_and_the_record_tells(tmp_path: Path) -> None:
+def test_it_runs_where_the_sweep_says_so_and_the_record_tells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     model, mark = _model(tmp_path)
     file = model / "config.json"
     auto = {"auto_map": json.loads(file.read_text())["auto_map"]}
     tiny.checkpoint(model, "mixtral", dtype="bfloat16")
     file.write_text(json.dumps(json.loads(file.read_text()) | auto))
-    base = TINY["base"] | {"model": {"name": str(model)}, "engine": {"eager": True}}
+    sweep = TINY["base"] | {"model": {"name": str(model)}, "engine": {"eager": True}}
     path = tmp_path / "s.yaml"
-    path.write_text(yaml.safe_dump({"name": "s", "base": base}))
+    path.write_text(yaml.safe_dump({"name": "s", "base": sweep}))
 
     def run(*overrides: str) -> dict[str, Any]:
-        done = subprocess.run(
-            command(path, *overrides, "--out", tmp_path / "out", "--json"),
-            capture_output=True,
-            text=True,
-            timeout=200,
-            check=False,
-            env=os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")},
-        )
-        assert done.returncode == 0, done.stderr
-        frame = records(tmp_path / "out" / "s").sort("finished_at")
-        row: dict[str, Any] = frame.row(-1, named=True)
+        """The record of the sweep's one trial, as a host makes it."""
+        _, planned = prepare(Request(sweep=path, overrides=overrides), "cpu")
+        assert not mark.exists(), "planning reads no code"
+        (group,) = planned.groups
+        (one,) = group.trials
+        ticket = Ticket(trial=one.trial, trial_id=one.trial_id)
+        job = Job(sweep="s", run_id="r", group_id="g", profile="cpu", tickets=(ticket,))
+        (done,) = [told for told in runner.run(job) if isinstance(told, Finished)]
+        row: dict[str, Any] = done.record.to_pylist()[0]
         return row
 
     quiet = run()
@@ -110,5 +110,4 @@ def test_it_runs_where_the_sweep_says_so_and_the_record_tells(tmp_path: Path) ->
     assert trusting["outcome"] == "ok", trusting["outcome_reason"]
     assert trusting["trust_remote_code"] is True and mark.read_text() == "code was run"
     assert json.loads(trusting["engine_args"])["trust_remote_code"] is True
-    frame = records(tmp_path / "out" / "s")
-    assert frame.filter(pl.col("trust_remote_code"))["trial_id"].to_list() == [trusting["trial_id"]]
+    assert trusting["trial_id"] != quiet["trial_id"]

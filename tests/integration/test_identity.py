@@ -1,4 +1,4 @@
-"""A checkpoint replaced under its name, through the command line and a real engine."""
+"""A checkpoint replaced under its name, through the command line."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from tests.integration.harness import TINY, orchestrate, records, summary, sweep
 pytestmark = [pytest.mark.engine, pytest.mark.cluster, pytest.mark.timeout(280)]
 
 
+@pytest.mark.parametrize("kind", [pytest.param("vllm", marks=pytest.mark.slow), "roofline"])
 def test_other_weights_under_one_name_are_measured_anew(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """What a result stands for does not depend on the engine; the slow one is a real one."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     checkpoint(tmp_path / "model", "mixtral")
-    base = TINY["base"] | {"model": {"name": "model", "dtype": "float32"}}
+    base = TINY["base"] | {"model": {"name": "model", "dtype": "float32"}, "engine": {"kind": kind}}
     path = sweep_file(tmp_path, base=base)
     first = summary(orchestrate(path, "--out", "out", "--json"))
     assert (first["resumed"], first["outcomes"]) == (0, {"ok": 1})
