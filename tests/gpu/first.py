@@ -71,13 +71,16 @@ PARTS: tuple[Part, ...] = (
         tests=(
             "test_engine.py::test_a_model_that_does_not_fit_runs_out_of_device_memory",
             "test_engine.py::test_a_limit_too_small_for_the_cache_is_out_of_memory",
+            "test_paths.py::test_a_batch_beyond_the_kv_cache_is_out_of_memory_and_a_small_one_runs",
+            "test_paths.py::test_a_limit_close_to_the_size_of_the_card_is_no_reason_to_fail",
         ),
         needs=VLLM,
-        minutes=1,
+        minutes=1.5,
     ),
     Part(
         name="experts counted, tuned, forced",
         tests=(
+            "test_paths.py::test_stamps_are_those_of_the_passes_that_the_probe_counts",
             "test_paths.py::test_counted_experts_are_the_same_with_graphs_and_without",
             "test_paths.py::test_a_record_can_say_what_its_kernel_was_tuned_by",
             "test_paths.py::test_forced_routing_holds_with_graphs",

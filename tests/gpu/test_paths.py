@@ -25,6 +25,9 @@ from workers.contract.workload import Workload
 from workers.engines.base import Site
 from workers.engines.vllm_engine import VllmEngine
 from workers.hardware.host import describe, device_class
+from workers.moe.accounting import kv_cache_bytes, weight_bytes
+from workers.moe.architecture import resolve
+from workers.moe.precision import precision
 from workers.moe.skew import inclusion, parse, probabilities
 from workers.prompts import random_ids
 
@@ -127,3 +130,45 @@ def test_a_record_can_say_what_its_kernel_was_tuned_by(tmp_path: Path) -> None:
     assert (config is not None) == (kernel in TRITON)
     folder = os.environ.get("VLLM_TUNED_CONFIG_FOLDER")
     assert folder or config is None or "@" not in config
+
+
+def test_a_batch_beyond_the_kv_cache_is_out_of_memory_and_a_small_one_runs(tmp_path: Path) -> None:
+    """64 prompts of 32,000 tokens need some 4 GiB of cache; the limit leaves less than 2."""
+    structure = resolve(MODEL)
+    assert structure is not None
+    limit_gib = weight_bytes(structure, precision(structure, MODEL)) / 2**30 + 2
+    large = Workload(batch_size=64, input_tokens=32_000, output_tokens=17)
+    assert (
+        kv_cache_bytes(
+            structure, precision(structure, MODEL), large.tokens_per_request, 64, block=16
+        )
+        > 3 * 2**30
+    )
+    settings = EngineSettings(eager=True, memory_limit_gib=limit_gib)
+    trial = Trial(model=MODEL, workload=large, engine=settings)
+    site = Site(scratch=tmp_path, device=device_class(describe()))
+    engine = VllmEngine(trial, [large, WORKLOAD], site)
+    try:
+        assert set(engine.loaded.too_large) == {large}
+        assert engine.loaded.too_large[large].stage == "kv_cache"
+        done = engine.generate(_prompts(engine), 17, kind="timed", repeat=0)
+        assert done.output_tokens == 8 * 17
+        print("limit", limit_gib, "used", engine.memory())
+    finally:
+        engine.close()
+
+
+def test_a_limit_close_to_the_size_of_the_card_is_no_reason_to_fail(tmp_path: Path) -> None:
+    """CUDA's total is less than NVML's, and a context is on the card before vLLM looks."""
+    total_gib = describe().memory_gib
+    with _engine(tmp_path, memory_limit_gib=total_gib - 0.25) as engine:
+        assert engine.generate(_prompts(engine), 4, kind="timed", repeat=0).output_tokens == 32
+        print("of", total_gib, "GiB used", engine.memory())
+
+
+def test_stamps_are_those_of_the_passes_that_the_probe_counts(tmp_path: Path) -> None:
+    """Asynchronous scheduling takes one more call than there are passes."""
+    with _engine(tmp_path) as engine:
+        done = engine.generate(_prompts(engine), 17, kind="timed", repeat=0)
+        trace = engine.trace(_prompts(engine), 17)
+    assert len(done.step_s) == len(trace.steps)

@@ -30,6 +30,8 @@ pytestmark = [
 MIXTRAL = Model(name="mixtral-8x7b", weights="dummy", scale=0.25, num_layers=2, top_k=2)
 DENSE = Model(name="qwen3-0.6b", weights="dummy", num_layers=4)
 WORKLOAD = Workload(batch_size=5, input_tokens=100, output_tokens=12)
+ALONE = Workload(batch_size=1, input_tokens=100, output_tokens=12)
+"""One replica has nothing to do and must still meet the other in every layer of experts."""
 
 
 @pytest.mark.parametrize("eager", [True, False])
@@ -44,7 +46,9 @@ WORKLOAD = Workload(batch_size=5, input_tokens=100, output_tokens=12)
 )
 def test_a_batch_is_shared(model: Model, layout: Layout, eager: bool, tmp_path: Path) -> None:
     trial = Trial(model=model, workload=WORKLOAD, engine=EngineSettings(eager=eager), layout=layout)
-    engine = VllmEngine(trial, [WORKLOAD], Site(scratch=tmp_path, device=device_class(describe())))
+    engine = VllmEngine(
+        trial, [WORKLOAD, ALONE], Site(scratch=tmp_path, device=device_class(describe()))
+    )
     try:
         a = engine.loaded.architecture
         prompts = random_ids(WORKLOAD, vocab_size=a.vocab_size, index=0)
@@ -52,6 +56,8 @@ def test_a_batch_is_shared(model: Model, layout: Layout, eager: bool, tmp_path: 
         assert [len(row) for row in one.token_s] == [12] * 5
         assert all(0 < early < late for row in one.token_s for early, late in pairwise(row))
         assert engine.memory().weights == weight_bytes(a, precision(a, model), layout)
+        single = random_ids(ALONE, vocab_size=a.vocab_size, index=0)
+        assert engine.generate(single, 12, kind="timed", repeat=1).output_tokens == 12
         if a.moe is not None:
             trace = engine.trace(prompts, 12)
             assert trace.decode.sum(axis=1).tolist() == [5 * 11 * 2] * len(trace.layers)
