@@ -65,7 +65,8 @@ def test_a_record_made_beside_busy_programs_says_so(tmp_path: Path) -> None:
 
     passes = pl.DataFrame(one.samples)
     timed = passes.filter(kind="timed")
-    assert (len(timed), timed["counted"].sum()) == (4, 2), "as many again, two of them count"
+    assert len(timed) >= 4, "as many again, and more where they are short"
+    assert timed["counted"].sum() == 2
     marked = timed.filter("disturbed")
     assert marked["disturbed_reason"].null_count() == 0
     assert (marked["run_delay_s"] > 0.05 * marked["wall_s"]).any()
