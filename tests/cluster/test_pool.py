@@ -89,6 +89,18 @@ def _alive(pid: int) -> bool:
         return False
 
 
+_OPEN: list[Any] = []
+"""Pools of the test that runs."""
+
+
+@pytest.fixture(autouse=True)
+def _no_pool_stays_open() -> Iterator[None]:
+    """A test that fails must not keep the devices of the cluster that they share."""
+    yield
+    while _OPEN:
+        _OPEN.pop().close_all()
+
+
 class _Driver:
     """Schedule and pool, with what happened written down."""
 
@@ -97,6 +109,7 @@ class _Driver:
 
         self.schedule = Schedule.of(groups, cluster.nodes)
         self.pool = Pool(cluster, sweep="s", run_id="r", profile="cpu", logs=logs, kinds=["vllm"])
+        _OPEN.append(self.pool)
         self.opened: list[Open] = []
         self.blamed: list[tuple[str, str]] = []
         self.finished: dict[str, str] = {}
@@ -147,7 +160,6 @@ class _Driver:
     def run(self) -> None:
         while not self.schedule.finished:
             self.step()
-        self.pool.close_all()
 
 
 def test_devices_are_tried_with_what_runs_elsewhere(cluster: Cluster, tmp_path: Path) -> None:
@@ -169,7 +181,6 @@ def test_devices_are_tried_with_what_runs_elsewhere(cluster: Cluster, tmp_path: 
                 assert answered == lane_id and isinstance(happening, Found)
                 found[what] = happening
         driver.pool.close(lane_id)
-    driver.pool.close_all()
     assert found["good"].problems == found["left"].problems == ()
     (problem,) = found["bad"].problems
     assert problem.startswith("trial a0 ran elsewhere and fails here too: ")
@@ -184,7 +195,9 @@ def test_two_groups_run_on_devices_of_their_own(cluster: Cluster, tmp_path: Path
     driver.carry_out([one for one in commands if isinstance(one, Open)])
     import ray
 
-    visible = ray.get([one.placement.devices for one in driver.pool._processes.values()])
+    visible = ray.get(
+        [one.placement.devices for one in driver.pool._processes.values()], timeout=60
+    )
     assert sorted(visible) == ["0", "1"]
     driver.carry_out([one for one in commands if not isinstance(one, Open)])
     driver.run()
@@ -200,7 +213,7 @@ def test_a_killed_process_ends_its_trial(cluster: Cluster, tmp_path: Path) -> No
     import ray
 
     (process,) = driver.pool._processes.values()
-    pid = ray.get(process.host.pid)
+    pid = ray.get(process.host.pid, timeout=60)
     driver.carry_out([assigning])
     deadline = time.monotonic() + 120
     while driver.stage.get(process.lane.lane_id) != "warmup" and time.monotonic() < deadline:
@@ -222,7 +235,7 @@ def test_a_layout_over_several_nodes_gets_a_placement_group(cluster: Cluster) ->
     parts = tuple((node_id, 2) for node_id in nodes)
     placement = Placement(Lane(lane_id=0, node_id=None, devices=4, parts=parts), nodes)
     try:
-        assert ray.get(placement.devices) is None  # each rank gets its own
+        assert ray.get(placement.devices, timeout=60) is None  # each rank gets its own
         (table,) = [
             one for one in ray.util.placement_group_table().values() if one["state"] == "CREATED"
         ]
