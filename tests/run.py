@@ -3,8 +3,8 @@
 Small tests (no engine, no Ray) run in two processes, file by file or test by test as they come.
 Tests of engines that a process holds by itself run in two processes too, each bound to a core of
 its own, or threads of one would wait for threads of the other; a file stays in one process, since
-its tests share engines. Tests that start Ray mostly wait for it, so three processes share the two
-cores; each has a place of its own for temporary files, and looks at its own processes only
+its tests share engines. Tests that start Ray run in two processes
+as well; each has a place of its own for temporary files, and looks at its own processes only
 (`tests/own.py`). What needs every core for itself (ranks, calibration, peaks) comes last and alone.
 
 Every part gets the arguments. Where these choose tests by their marks (`-m slow`), there is one
@@ -59,10 +59,10 @@ PARTS: tuple[Part, ...] = (
         pinned=True,
     ),
     Part(
-        name="Ray, three processes",
+        name="Ray, two processes",
         arguments=(
             # A wait within Ray hears no signal: where it does not end, its process is ended.
-            *("-n3", "--dist=loadfile", "-o", "timeout_method=thread", *_BIG_ONLY, "-m"),
+            *("-n2", "--dist=loadfile", "-o", "timeout_method=thread", *_BIG_ONLY, "-m"),
             f"cluster and not alone and {_USUAL}",
         ),
     ),
