@@ -117,7 +117,7 @@ PARTS: tuple[Part, ...] = (
             "test_engine.py::test_arguments_that_the_engine_does_not_know_are_unsupported",
         ),
         needs=VLLM,
-        minutes=3,
+        minutes=2.5,
     ),
     Part(name="replicas", tests=("test_replicas.py",), needs=VLLM, gpus=2, minutes=4),
 )
