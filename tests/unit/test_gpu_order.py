@@ -50,6 +50,7 @@ def test_what_a_machine_lacks_is_named(missing: str, monkeypatch: pytest.MonkeyP
     assert f"needs {missing}" in reasons["the command line"]
 
 
+@pytest.mark.lengthy
 def test_a_machine_with_torch_alone_reads_its_tests() -> None:
     """No vLLM and no Ray, which is what most machines with a GPU have."""
     code = (
