@@ -9,6 +9,8 @@ import polars as pl
 
 from analysis import disturbed, drift, preempted, tuned
 
+COLUMNS = ("disturbed", "preemptions", "untuned")
+"""What marks follow from; a figure that shows records keeps them."""
 MARKS = pl.concat_str(
     pl.when("disturbed").then(pl.lit(disturbed.MARK)),
     pl.when(pl.col("preemptions") > 0).then(pl.lit(preempted.MARK)),

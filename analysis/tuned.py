@@ -13,6 +13,8 @@ from collections.abc import Mapping
 
 import polars as pl
 
+from analysis import disturbed
+
 MARK = "‡"
 """Behind a figure, or beside a point."""
 DEFAULT = "default"
@@ -32,11 +34,8 @@ def line(frame: pl.DataFrame) -> str:
     """How many records of a figure are untuned beside others; empty where none is."""
     if "untuned" not in frame.columns:
         return ""
-    keys = [name for name in ("run_id", "trial_id") if name in frame.columns]
-    untuned, whole = (
-        one.select(keys).n_unique() if keys else len(one)
-        for one in (frame.filter(pl.col("untuned").fill_null(False)), frame)
-    )
+    found = frame.filter(pl.col("untuned").fill_null(False))
+    untuned, whole = (disturbed.records(one) for one in (found, frame))
     if not untuned:
         return ""
     return (

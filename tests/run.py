@@ -3,9 +3,9 @@
 Small tests (no engine, no Ray) run in two processes, file by file or test by test as they come.
 Tests of engines that a process holds by itself run in two processes too, each bound to a core of
 its own, or threads of one would wait for threads of the other; a file stays in one process, since
-its tests share engines. Tests that start Ray run in two processes
-as well; each has a place of its own for temporary files, and looks at its own processes only
-(`tests/own.py`). What needs every core for itself (ranks, calibration, peaks) comes last and alone.
+its tests share engines. Tests that start Ray run in two processes as well; each has a place of its
+own for temporary files, and looks at its own processes only (`tests/own.py`). What needs every core
+for itself (ranks, calibration, peaks) comes last and alone.
 
 Every part gets the arguments. Where these choose tests by their marks (`-m slow`), there is one
 part, which is pytest's as it is. The last line has pytest's form and adds all parts up; the exit

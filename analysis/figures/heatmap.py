@@ -16,6 +16,7 @@ import polars as pl
 
 from analysis.figures.figure import Pivot, RecordsFigure
 from analysis.keys import enumeration
+from analysis.marks import COLUMNS as MARKED
 from analysis.traces import PHASES, SHOWN, VARIED, counts, shares
 from workers.moe.activation import chance, distance
 
@@ -48,9 +49,7 @@ def prepare(records: pl.LazyFrame, activations: pl.LazyFrame) -> pl.DataFrame:
         *SHOWN,
         "devices_label",
         "memory_limit_gib",
-        "disturbed",
-        "preemptions",
-        "untuned",
+        *MARKED,
         "trial_id",
     )
 

@@ -21,6 +21,7 @@ import polars as pl
 from analysis.errors import SelectionError
 from analysis.figures.figure import Pivot, RecordsFigure
 from analysis.keys import enumeration
+from analysis.marks import COLUMNS as MARKED
 from analysis.traces import IF_SPREAD, PHASES, SHOWN, SPREADS, balances, counts, series, under_title
 from workers.moe.balance import MEASURES
 
@@ -72,9 +73,7 @@ def _chosen(frame: pl.DataFrame, *more: str) -> pl.DataFrame:
         *conditions,
         "devices_label",
         "memory_limit_gib",
-        "disturbed",
-        "preemptions",
-        "untuned",
+        *MARKED,
         "trial_id",
     )
 
@@ -240,9 +239,7 @@ def prepare_cost(records: pl.LazyFrame, activations: pl.LazyFrame) -> pl.DataFra
         *conditions,
         "devices_label",
         "memory_limit_gib",
-        "disturbed",
-        "preemptions",
-        "untuned",
+        *MARKED,
         "trial_id",
     )
 

@@ -18,6 +18,7 @@ from analysis.errors import SelectionError
 from analysis.figures.figure import Pivot, RecordsFigure
 from analysis.insights import MISSING, feasible, percent
 from analysis.keys import MODEL, enumeration
+from analysis.marks import COLUMNS as MARKED
 from analysis.marks import mark
 
 if TYPE_CHECKING:
@@ -47,9 +48,7 @@ _DRAWN = (
     "params_total",
     "params_active",
     "memory_limit_gib",
-    "disturbed",
-    "preemptions",
-    "untuned",
+    *MARKED,
     *CARRIED,
     "devices_label",
     "trial_id",

@@ -19,6 +19,7 @@ from analysis.conditions import refuse_mixed, refuse_repeated
 from analysis.errors import SelectionError
 from analysis.figures.figure import Pivot, RecordsFigure
 from analysis.insights import percent
+from analysis.marks import COLUMNS as MARKED
 from analysis.traces import SHOWN, VARIED, series, under_title, with_optional
 from workers.moe.accounting import distinct_experts
 from workers.moe.architecture import DTYPE_BYTES
@@ -89,9 +90,7 @@ def prepare(records: pl.LazyFrame, samples: pl.LazyFrame) -> pl.DataFrame:
     also = (
         "devices_label",
         "memory_limit_gib",
-        "disturbed",
-        "preemptions",
-        "untuned",
+        *MARKED,
         "trial_id",
     )
     kept = ("num_experts", "top_k", "expert_mb", *conditions, *also)

@@ -19,6 +19,7 @@ from analysis.errors import SelectionError
 from analysis.figures.figure import Pivot, RecordsFigure
 from analysis.insights import percent
 from analysis.keys import enumeration
+from analysis.marks import COLUMNS as MARKED
 from analysis.marks import mark
 from analysis.traces import SHOWN, VARIED, series, under_title, with_optional
 
@@ -60,9 +61,7 @@ def prepare(records: pl.LazyFrame) -> pl.DataFrame:
         "peak_source",
         "devices_label",
         "memory_limit_gib",
-        "disturbed",
-        "preemptions",
-        "untuned",
+        *MARKED,
         *CARRIED,
         "trial_id",
     ]

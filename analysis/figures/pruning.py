@@ -17,6 +17,7 @@ from analysis.drift import CARRIED
 from analysis.errors import SelectionError
 from analysis.figures.figure import Pivot, RecordsFigure
 from analysis.insights import MISSING, feasible, percent
+from analysis.marks import COLUMNS as MARKED
 from analysis.marks import mark
 from analysis.subtitle import subtitle
 
@@ -35,9 +36,7 @@ _DRAWN = (
     "params_total",
     "params_active",
     "memory_limit_gib",
-    "disturbed",
-    "preemptions",
-    "untuned",
+    *MARKED,
     *CARRIED,
     "devices_label",
     "trial_id",

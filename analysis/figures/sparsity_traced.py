@@ -20,6 +20,7 @@ from analysis.conditions import refuse_mixed, refuse_repeated
 from analysis.errors import SelectionError
 from analysis.figures.figure import Pivot, RecordsFigure
 from analysis.keys import enumeration
+from analysis.marks import COLUMNS as MARKED
 from analysis.traces import SHOWN, VARIED, series, under_title, with_optional
 from workers.moe.accounting import distinct_experts
 from workers.moe.skew import curve, parse
@@ -93,9 +94,7 @@ def prepare(records: pl.LazyFrame) -> pl.DataFrame:
             *conditions,
             "devices_label",
             "memory_limit_gib",
-            "disturbed",
-            "preemptions",
-            "untuned",
+            *MARKED,
             "trial_id",
         )
         .sort("series", "batch_size")

@@ -24,6 +24,7 @@ from analysis.errors import SelectionError
 from analysis.figures.figure import Pivot, RecordsFigure
 from analysis.insights import MISSING, percent
 from analysis.keys import Key, enumeration
+from analysis.marks import COLUMNS as MARKED
 from analysis.marks import mark
 from analysis.subtitle import subtitle
 
@@ -251,9 +252,7 @@ class Variants:
 _FOR_PEOPLE = (
     "devices_label",
     "memory_limit_gib",
-    "disturbed",
-    "preemptions",
-    "untuned",
+    *MARKED,
     *CARRIED,
     "trial_id",
 )

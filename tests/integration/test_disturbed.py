@@ -35,6 +35,8 @@ def test_disturbed_records_are_made_again_where_that_is_asked(tmp_path: Path) ->
         one.unlink()
     with Dataset.open(tmp_path, "tiny") as dataset:
         dataset.commit(found[0]["run_id"], records=rows(RECORDS, found))
+    same = summary(orchestrate(*arguments))
+    assert (same["resumed"], same["disturbed"]) == (2, 1), "told, and left as it is"
     again = summary(orchestrate(*arguments, "--rerun", "crashed,disturbed"))
     assert (again["resumed"], again["disturbed"]) == (1, 0)
     made = records(tmp_path / "tiny").filter(pl.col("run_id") == again["run_id"])
